@@ -1,0 +1,233 @@
+"""Streams calibration tokens through the model one block at a time.
+
+`BlockInputs` records what every block receives besides its hidden state (masks, rotary angles), once, without running any
+block. `BlockRun` is one block as a method sees it: which layers share an input, the Hessian of an input, replacing a layer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from harness.model import BlockSpec, decoder_blocks
+from methods.base import Compressed, LayerSpec
+
+BATCH_TOKENS = 8192  # tokens pushed through a block at once: amortises decoding packed layers, bounds activations
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its arguments and hands the hidden state on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)  # not a submodule: .to() and state_dict() must not see it twice
+        self.hidden: list[Tensor] = []
+        self.kwargs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks (attention_type)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert not args, "blocks are called with keyword arguments"
+        self.hidden.append(hidden_states)
+        self.kwargs = kwargs
+        return hidden_states
+
+
+class BlockInputs:
+    """Hidden states [N, T, H] in front of the first block, and each block's keyword arguments for a batch of any size."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, tokens_NT: Tensor) -> None:
+        _, blocks = decoder_blocks(model)
+        originals = list(blocks)
+        recorders = [_Recorder(block) for block in originals]
+        device = next(model.parameters()).device
+        try:
+            for index, recorder in enumerate(recorders):
+                blocks[index] = recorder
+            # One window at a time, so that recorded masks and angles have batch 1 and broadcast over any batch.
+            for row_T in tokens_NT:
+                model.base_model(input_ids=row_T[None].to(device), use_cache=False)
+        finally:
+            for index, original in enumerate(originals):
+                blocks[index] = original
+        self.hidden_NTH = torch.cat(recorders[0].hidden)
+        self.kwargs = [recorder.kwargs for recorder in recorders]
+
+
+class _Abandoned(Exception):
+    """Unwinds a forward pass that nobody will continue."""
+
+
+class _PausedForward:
+    """A block's forward pass over one batch that stops in front of every stage, so that no work is done twice.
+
+    Runs in a thread of its own, strictly in turn with the caller: exactly one of the two is ever running.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], hidden_NTH: Tensor) -> None:
+        self.stage = -1  # stage in front of which the pass stands; -1 before it has begun
+        self.input: Tensor | None = None  # that stage's input
+        self.output: Tensor | None = None
+        self._error: BaseException | None = None
+        self._turn, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._abandoned = False
+        self.thread = threading.Thread(target=self._run, args=(forward, hidden_NTH), daemon=True)
+        self.thread.start()
+
+    @torch.no_grad()
+    def _run(self, forward: Callable[[Tensor], Tensor], hidden_NTH: Tensor) -> None:
+        self._turn.acquire()
+        try:
+            if not self._abandoned:
+                self.output = forward(hidden_NTH)
+        except _Abandoned:
+            pass
+        except BaseException as error:  # handed to the caller in advance()
+            self._error = error
+        self._stopped.release()
+
+    def pause(self, stage: int, x: Tensor) -> None:
+        """Called by the pass itself, from inside the block."""
+        self.stage, self.input = stage, x
+        self._stopped.release()
+        self._turn.acquire()
+        self.input = None
+        if self._abandoned:
+            raise _Abandoned
+
+    def advance(self) -> None:
+        self._turn.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def abandon(self) -> None:
+        self._abandoned = True
+        self._turn.release()
+        self.thread.join()
+
+
+class _Slot(nn.Module):
+    """Stands where a linear layer stood; runs whatever is installed, after letting the block pause."""
+
+    def __init__(self, layer: nn.Module, reached: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.layer, self.reached = layer, reached
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.reached(x)
+        return self.layer(x)
+
+
+class BlockRun:
+    """methods.base.Block over a live block and the calibration activations in front of it.
+
+    Use as a context: inside, the block's linear layers are slots; on leaving, what is installed in them takes their place.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: BlockSpec, module: nn.Module, hidden_NTH: Tensor, kwargs: dict[str, Any]) -> None:
+        self.model, self.module, self.kwargs = model, module, kwargs
+        self.hidden_NTH = hidden_NTH
+        self.layers: dict[str, LayerSpec] = {layer.name: layer for layer in spec.layers}
+        self.reports: dict[str, dict[str, float]] = {}
+        self._slots = {name: _Slot(model.get_submodule(name), partial(self._reached, name)) for name in self.layers}
+        self._passes: list[_PausedForward] = []
+        self._stale = False  # a layer was replaced that the paused passes have already run through
+        self._watch: list[tuple[Tensor, str]] | None = None
+
+    def __enter__(self) -> "BlockRun":
+        for name, slot in self._slots.items():
+            self.model.set_submodule(name, slot)
+        self._stages = self._find_stages()
+        self._stage_of = {name: index for index, stage in enumerate(self._stages) for name in stage}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restart()
+        for name, slot in self._slots.items():
+            self.model.set_submodule(name, slot.layer)
+
+    def stages(self) -> list[list[str]]:
+        return self._stages
+
+    def weight(self, name: str) -> Tensor:
+        return self._slots[name].layer.weight.detach().float()
+
+    @torch.no_grad()
+    def hessian(self, name: str) -> Tensor:
+        size = self.layers[name].in_features
+        hessian_II = torch.zeros(size, size, device=self.hidden_NTH.device)
+        if name not in self._uncalled:
+            for paused in self._advance_to(self._stage_of[name]):
+                x_NI = paused.input.reshape(-1, size).float()
+                hessian_II.addmm_(x_NI.t(), x_NI)
+        return hessian_II
+
+    def install(self, name: str, compressed: Compressed) -> None:
+        slot = self._slots[name]
+        compressed.packed.set_bias(slot.layer.bias)
+        slot.layer = compressed.packed
+        self.reports[name] = compressed.report
+        self._stale |= any(paused.stage > self._stage_of[name] or paused.output is not None for paused in self._passes)
+
+    @torch.no_grad()
+    def outputs(self) -> Tensor:
+        """Hidden states behind the block as it is now: the inputs of the next one."""
+        return torch.cat([paused.output for paused in self._advance_to(len(self._stages))])
+
+    def _advance_to(self, stage: int) -> Iterator[_PausedForward]:
+        """The pass of every batch, standing in front of `stage` (beyond the last one: finished)."""
+        if self._stale or any(paused.stage > stage or paused.output is not None for paused in self._passes):
+            self._restart()
+        if not self._passes:
+            batches = self.hidden_NTH.split(max(1, BATCH_TOKENS // self.hidden_NTH.shape[1]))
+            self._passes = [_PausedForward(self._forward, batch_NTH) for batch_NTH in batches]
+        for paused in self._passes:
+            while paused.stage < stage and paused.output is None:
+                paused.advance()
+            yield paused
+
+    def _restart(self) -> None:
+        for paused in self._passes:
+            paused.abandon()
+        self._passes, self._stale = [], False
+
+    def _forward(self, hidden_NTH: Tensor) -> Tensor:
+        out = self.module(hidden_NTH, **self.kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+    def _reached(self, name: str, x: Tensor) -> None:
+        """A slot is about to run: note it while stages are being found, pause in front of the first layer of a stage."""
+        if self._watch is not None:
+            self._watch.append((x, name))
+            return
+        running = next((p for p in self._passes if p.thread is threading.current_thread()), None)
+        if running is not None and name == self._stages[self._stage_of[name]][0]:
+            running.pause(self._stage_of[name], x)
+
+    @torch.no_grad()
+    def _find_stages(self) -> list[list[str]]:
+        """Found by watching one window: layers called with the same tensor share a stage, in order of first call."""
+        self._watch = []
+        self._forward(self.hidden_NTH[:1])
+        calls, self._watch = self._watch, None
+        stages: list[tuple[Tensor, list[str]]] = []
+        for tensor, name in calls:
+            shared = next((names for seen, names in stages if seen is tensor), None)
+            if shared is None:
+                stages.append((tensor, [name]))
+            else:
+                shared.append(name)
+        self._uncalled = set(self.layers) - {name for _, name in calls}
+        return [names for _, names in stages] + [[name] for name in sorted(self._uncalled)]

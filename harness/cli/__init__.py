@@ -1,0 +1,27 @@
+"""One small file per verb."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from harness import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    from harness.cli import plan, run
+
+    parser = argparse.ArgumentParser(prog="python -m harness", description="Compare quantisation methods at one stored-bit budget.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for module in (run, plan):
+        module.register(verbs)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.main(arguments)
+    except ValueError as error:  # bad input: one line that says what to type next
+        print(f"harness {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130

@@ -1,0 +1,91 @@
+"""Options that several verbs share, and their reading into a plan."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from harness.assets import DEFAULT_MODEL, MODELS, ResolvedModel, Say, resolve_model
+from harness.engine.local import cores
+from harness.model import Inventory, half_dtype, inventory, read_config, skeleton
+from harness.plan import Budget, Compute, Plan, make_plan
+from harness.presets import PRESETS
+from harness.protocol import PROFILES, Calibration, Protocol, bos_policy, parse_calibration, parse_protocol
+from methods import parse_method, split_methods
+from methods.base import Method
+from methods.fp16 import Half
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", default="reallm,gptq", help="comma list; NAME, NAME:variant or NAME:key=value,... (default: %(default)s)")
+    parser.add_argument("--bits", default="3.25", help="stored bits per weight, comma list (default: %(default)s)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="pinned name, local folder or hub id (default: %(default)s)")
+    parser.add_argument("--revision", help="revision of a hub id")
+    parser.add_argument("--profile", default="quick", choices=sorted(PROFILES), help="texts and calibration (default: %(default)s)")
+    parser.add_argument("--protocols", help="comma list of TEXT@CONTEXT[/WINDOWS] instead of the profile's")
+    parser.add_argument("--calibration", help="TEXT@CONTEXTxSEQUENCES instead of the profile's")
+    parser.add_argument("--data", help="folder with wiki.test.raw, for wikitext2 (default: $HARNESS_DATA, else the hub)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: float32 on a CPU, the checkpoint's 16-bit type on a GPU)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--jobs", type=int, help="cells at once (default: 2 on a CPU with 2 cores or more, else 1)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, read and checked before anything is downloaded or loaded."""
+
+    methods: list[tuple[str, Method]]
+    budgets: list[Budget]
+    protocols: list[str]
+    calibration: Calibration
+    jobs: int
+
+
+def read_request(arguments: argparse.Namespace) -> Request:
+    methods = [(text, parse_method(text)) for text in split_methods(arguments.methods)]
+    if not methods:
+        raise ValueError("no method given: write for example --methods reallm,gptq")
+    budgets = [Budget.parse(text) for text in arguments.bits.split(",") if text.strip()]
+    if not budgets:
+        raise ValueError("no budget given: write for example --bits 3.25")
+    profile = PROFILES[arguments.profile]
+    protocols = [p.strip() for p in arguments.protocols.split(",") if p.strip()] if arguments.protocols else list(profile.protocols)
+    for text in protocols:
+        parse_protocol(text)
+    calibration = parse_calibration(arguments.calibration) if arguments.calibration else profile.calibration
+    _check_device(arguments.device)
+    jobs = arguments.jobs or (2 if arguments.device == "cpu" and cores() >= 2 else 1)
+    if jobs < 1:
+        raise ValueError("--jobs must be at least 1")
+    return Request(methods, budgets, protocols, calibration, jobs)
+
+
+def build_plan(arguments: argparse.Namespace, request: Request, say: Say, from_config: bool = False) -> tuple[Plan, Inventory, ResolvedModel]:
+    """Resolve the model and lay the plan out; `from_config` takes presets and folders without weights too."""
+    if from_config and (arguments.model in PRESETS or arguments.model not in MODELS):
+        model = ResolvedModel(arguments.model, arguments.model, "")  # shapes are enough; nothing is fetched
+    else:
+        model = resolve_model(arguments.model, arguments.revision, say)
+    config = read_config(model.path)
+    stock = inventory(skeleton(config))
+    methods = request.methods
+    reference = ("fp16", Half(dtype=half_dtype(config)))
+    methods = [m for m in methods if m[1].name != "fp16"] + [reference]  # last: the shortest cell fills the gap at the end
+    bos = bos_policy(config.model_type)
+    protocols: list[Protocol] = [parse_protocol(text, bos) for text in request.protocols]
+    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else half_dtype(config))
+    compute = Compute(arguments.device, dtype, max(1, cores() // request.jobs))
+    plan = make_plan(methods, request.budgets, model, stock, protocols, request.calibration, arguments.seed, compute, bos)
+    return plan, stock, model
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} is not usable here ({str(error).splitlines()[0]}): try --device cpu") from None

@@ -1,0 +1,52 @@
+"""Live progress of cells: bars on a terminal, a line per phase elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Display:
+    """Use as a context; `message` may be called from any thread."""
+
+    def __init__(self, console: Console, labels: dict[str, str]) -> None:
+        self.console, self.labels = console, labels
+        self._lock, self._phase = threading.Lock(), dict.fromkeys(labels, "")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[phase]}"), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console) if console.is_terminal else None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "Display":
+        if self._bars:
+            self._bars.start()
+            self._tasks = {key: self._bars.add_task(label, total=None, phase="waiting", start=False) for key, label in self.labels.items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def message(self, key: str, message: dict[str, Any]) -> None:
+        with self._lock:
+            if "phase" in message:
+                self._progress(key, message["phase"], message["done"], message["total"])
+            elif message.get("ended"):
+                self._end(key, message["error"])
+
+    def _progress(self, key: str, phase: str, done: int, total: int) -> None:
+        if self._bars:
+            self._bars.start_task(self._tasks[key])
+            self._bars.update(self._tasks[key], completed=done, total=total, phase=phase)
+        elif phase != self._phase[key]:
+            self.console.print(f"{self.labels[key]}: {phase}")
+        self._phase[key] = phase
+
+    def _end(self, key: str, error: str) -> None:
+        if self._bars:
+            self._bars.stop_task(self._tasks[key])
+            self._bars.update(self._tasks[key], phase="failed" if error else "done")
+        if error or not self._bars:
+            self.console.print(f"{self.labels[key]}: {'failed: ' + error if error else 'done'}", style="red" if error else "")

@@ -1,0 +1,93 @@
+"""`run`: compress, score, write the leaderboard."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from harness.assets import TEXTS, fetch
+from harness.cli.options import add_plan_options, build_plan, read_request
+from harness.cli.progress import Display
+from harness.engine.local import run_cells
+from harness.plan import Cell, Plan
+from harness.protocol import protocol_key
+from harness.report.leaderboard import shown_table, write_leaderboard
+from harness.store import CellStore
+from harness.texts import PARTS, wikitext2_test
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("run", help="compress, score and rank", description=__doc__)
+    add_plan_options(parser)
+    parser.add_argument("--out", type=Path, help="folder of the leaderboard (default: results/<plan hash>)")
+    parser.add_argument("--fresh", action="store_true", help="ignore finished work of these cells")
+    parser.set_defaults(main=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    console = Console(stderr=True, highlight=False)
+    start = time.perf_counter()
+    request = read_request(arguments)
+    say = lambda text: console.print(text, style="dim")  # noqa: E731
+    plan, _, model = build_plan(arguments, request, say)
+    runnable = [cell for cell in plan.cells if not cell.refusal]
+    for cell in plan.cells:
+        if cell.refusal:
+            console.print(f"refused: {cell.label} ({cell.refusal})", style="yellow")
+    if all(cell.budget is None for cell in runnable):
+        runnable = []  # nothing but the reference is left: do not load it
+    _fetch_texts(plan, arguments.data, say)
+    if arguments.fresh:
+        for cell in runnable:
+            CellStore(cell.key).forget()
+    outcomes = _run(plan, runnable, arguments.data, request.jobs, console)
+    folder = arguments.out or Path("results") / plan.key
+    rows = write_leaderboard(plan, outcomes, folder)
+    _print_table(rows, plan)
+    console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
+    return 0 if all(row["status"] in ("ok", "underspent") for row in rows) else 1
+
+
+def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console: Console) -> dict[str, Any]:
+    todo = [cell for cell in runnable if not _finished(cell, plan)]
+    for cell in runnable:
+        if cell not in todo:
+            console.print(f"{cell.label}: found, not repeated", style="dim")
+    if not todo:
+        return {}
+    with Display(console, {cell.key: cell.label for cell in todo}) as display:
+        return run_cells([cell.to_json(plan.protocols, data) for cell in todo], jobs, display.message)
+
+
+def _finished(cell: Cell, plan: Plan) -> bool:
+    store = CellStore(cell.key)
+    return store.artifact() is not None and all(store.score(protocol_key(p)) for p in plan.protocols)
+
+
+def _fetch_texts(plan: Plan, data: str | None, say: Any) -> None:
+    """Before any cell starts: a missing text should cost seconds, not a finished compression."""
+    sources = {p.source for p in plan.protocols} | {cell.calibration.source for cell in plan.cells if cell.calibration}
+    for source in sources:
+        if source in PARTS:
+            fetch(TEXTS[source.removesuffix("-mini")], say)
+        else:
+            wikitext2_test(data)
+
+
+def _print_table(rows: list[dict[str, Any]], plan: Plan) -> None:
+    header, cells = shown_table(rows, [f"ppl_{p.name}" for p in plan.protocols])
+    if sys.stdout.isatty():
+        table = Table(*header)
+        for line in cells:
+            table.add_row(*line)
+        Console(highlight=False).print(table)
+        return
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    for line in [header, *cells]:
+        print("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())

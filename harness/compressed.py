@@ -1,0 +1,116 @@
+"""`CompressedModel`: a causal language model whose block linears are packed, as one folder on disk and one module in memory.
+
+    packed.safetensors   the stored tensors of the block weights; its payload is exactly the ledger's stored bits
+    rest.safetensors     embeddings, head, norms and biases at 16 bits
+    packed.json          shapes and enums of every packed layer, never a learnt number
+    config.json          the architecture
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from harness.files import atomic_path, read_json, write_json
+from harness.ledger import Ledger, payload_bytes
+from harness.model import Inventory, half_dtype, inventory
+from kernels.dense import HALF_DTYPES
+from kernels.dispatch import kind
+from kernels.packed import PackedLinear, StoredBits
+
+KINDS = ("dense", "fused", "decode-per-call", "decode-on-load")  # a model is of the last kind any of its layers is
+
+
+@dataclass
+class CompressedModel:
+    model: PreTrainedModel
+    inventory: Inventory
+
+    @property
+    def packed(self) -> dict[str, PackedLinear]:
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, PackedLinear)}
+
+    def ledger(self) -> Ledger:
+        bits = sum((layer.stored_bits() for layer in self.packed.values()), StoredBits())
+        return Ledger(bits, self.inventory.uncovered_bits, self.inventory.weights)
+
+    @property
+    def resident_bpw(self) -> float:
+        bits = sum(layer.resident_bits for layer in self.packed.values()) + self.inventory.uncovered_bits
+        return bits / self.inventory.weights
+
+    @property
+    def kind(self) -> str:
+        device = next(self.model.parameters()).device.type
+        return KINDS[max(KINDS.index(kind(layer, device)) for layer in self.packed.values())]
+
+    def save(self, folder: Path) -> None:
+        """Write the four files, each whole or absent; `packed.json` comes last and marks the folder as complete."""
+        stored_names = {f"{name}.{leaf}" for name, layer in self.packed.items() for leaf in layer.stored_parts()}
+        stored_names |= set(self.inventory.uncovered)
+        half = HALF_DTYPES[half_dtype(self.model.config)]
+        packed: dict[str, Tensor] = {}
+        rest: dict[str, Tensor] = {}
+        seen: set[tuple[int, ...]] = set()
+        for name, tensor in self.model.state_dict().items():
+            if name in stored_names:
+                packed[name] = tensor if name not in self.inventory.uncovered else tensor.to(half)
+            elif (identity := (tensor.data_ptr(), *tensor.shape)) not in seen:  # tied tensors are stored once
+                seen.add(identity)
+                rest[name] = tensor.to(half) if tensor.is_floating_point() else tensor
+        for name, tensors in (("packed", packed), ("rest", rest)):
+            contiguous = {key: value.contiguous().cpu() for key, value in tensors.items()}
+            broken = [key for key, value in contiguous.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+            if broken:
+                raise ValueError(f"{broken[0]} is not finite at 16 bits ({len(broken)} tensors): nothing saved")
+            with atomic_path(folder / f"{name}.safetensors") as path:
+                save_file(contiguous, path)
+        self.model.config.save_pretrained(folder)
+        write_json(folder / "packed.json", {"version": 1, "layers": {n: layer.spec() for n, layer in self.packed.items()}})
+
+    @classmethod
+    def load(cls, folder: Path, device: str, dtype: torch.dtype) -> "CompressedModel":
+        """Rebuild from the folder alone; `dtype` is the compute dtype of everything that is not packed."""
+        from accelerate import init_empty_weights
+
+        config = AutoConfig.from_pretrained(folder, dtype=dtype)
+        with init_empty_weights(include_buffers=False):  # non-persistent buffers (rotary frequencies) must be real
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        stock = inventory(model)
+        for name, spec in read_json(folder / "packed.json")["layers"].items():
+            model.set_submodule(name, PackedLinear.from_spec(spec))
+        packed = load_file(folder / "packed.safetensors")
+        rest = load_file(folder / "rest.safetensors")
+        state = {name: t if name not in stock.uncovered else t.to(dtype) for name, t in packed.items()}
+        is_bias = {f"{name}.bias" for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+        state |= {name: t.to(dtype) if t.is_floating_point() and name not in is_bias else t for name, t in rest.items()}
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        still_empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+        if unexpected or still_empty:
+            raise ValueError(f"{folder} does not match its own packed.json ({(unexpected + still_empty)[0]}): delete it and run again")
+        loaded = cls(model.to(device).eval(), stock)
+        assert 8 * payload_bytes(folder / "packed.safetensors") == loaded.ledger().stored_bits, "payload and ledger disagree"
+        return loaded
+
+
+def install(model: nn.Module, name: str, packed: PackedLinear) -> None:
+    """Put a packed layer in the place of a linear one, keeping its bias."""
+    bias = getattr(model.get_submodule(name), "bias", None)
+    packed.set_bias(bias)
+    model.set_submodule(name, packed)
+
+
+def round_rest(model: PreTrainedModel, stock: Inventory) -> None:
+    """Round everything that is not a block linear to its stored 16 bits, so that calibration sees what scoring will see."""
+    half = HALF_DTYPES[half_dtype(model.config)]
+    linear_weights = {f"{layer.name}.weight" for layer in stock.layers}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in linear_weights:
+                parameter.copy_(parameter.to(half))

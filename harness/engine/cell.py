@@ -1,0 +1,129 @@
+"""The process of one cell: compress, save, reload, score. Started by harness.engine.local with the cell's JSON on stdin.
+
+Speaks JSON lines on stdout ({"phase", "done", "total"}, at last {"error"} or {"finished"}); everything a library prints goes to
+stderr, which is the cell's log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from harness import __version__
+from harness.compress import compress_model
+from harness.compressed import CompressedModel
+from harness.evaluate.perplexity import perplexity
+from harness.ledger import parse_budget
+from harness.model import load_reference, load_tokenizer
+from harness.protocol import Calibration, Protocol, calibration_windows, evaluation_windows
+from harness.store import CellStore
+from methods import method_class
+from methods.base import LayerConfig
+
+
+class Speaker:
+    """Progress to the parent, at most a few lines a second. A parent that is gone ends the cell: nobody will read the rest."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out, self._last = out, 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if done == total or time.monotonic() - self._last > 0.2:
+            self._last = time.monotonic()
+            self.say(phase=phase, done=done, total=total)
+
+    def say(self, **message: Any) -> None:
+        self.out.write(json.dumps(message) + "\n")
+        self.out.flush()
+
+
+def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
+    torch.set_num_threads(spec["threads"])
+    dtype = getattr(torch, spec["dtype"])
+    tokenizer = load_tokenizer(Path(spec["model"]["path"]))
+    if store.artifact() is None:
+        _compress(spec, store, speak, dtype, tokenizer)
+    wanted = {key: data for key, data in spec["protocols"].items() if store.score(key) is None}
+    if not wanted:
+        return
+    speak("load", 0, 1)
+    reloaded = CompressedModel.load(store.folder, spec["device"], dtype)
+    for key, data in wanted.items():
+        protocol = Protocol(**{k: v for k, v in data.items() if k not in ("version", "name")})
+        windows = evaluation_windows(protocol, tokenizer, spec["data"])
+        start = time.perf_counter()
+        result = perplexity(reloaded.model, windows.tokens_NL, lambda done, total, name=data["name"]: speak(name, done, total))
+        seconds = time.perf_counter() - start
+        run = {"seconds": seconds, "peak_ram_gib": peak_ram_gib(), "kind": reloaded.kind, "resident_bpw": reloaded.resident_bpw}
+        store.put_score(key, {"protocol": data, "tokens_sha256": windows.sha256, **result.to_json(), **run})
+
+
+def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: torch.dtype, tokenizer: Any) -> None:
+    speak("load", 0, 1)
+    options = {k: v for k, v in spec["method"].items() if k not in ("method", "version")}
+    method = method_class(spec["method"]["method"])(**options)
+    model = load_reference(Path(spec["model"]["path"]), spec["device"], dtype)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.get_input_embeddings().weight.shape[0]}: they do not belong together")
+    calibration_sha256, tokens_NT = None, torch.zeros(1, 8, dtype=torch.long)
+    if spec["calibration"]:
+        wanted = {k: v for k, v in spec["calibration"].items() if k not in ("version", "name")}
+        windows = calibration_windows(Calibration(**wanted), tokenizer, spec["seed"], spec["bos"])
+        calibration_sha256, tokens_NT = windows.sha256, windows.tokens_NL
+    plan = {name: LayerConfig.from_json(config) for name, config in spec["plan"].items()}
+    compressed, report = compress_model(model, method, plan, tokens_NT, spec["seed"], store.blocks, speak)
+    ledger = compressed.ledger()
+    if spec["budget"] and not ledger.fits(parse_budget(spec["budget"])):
+        raise ValueError(f"stores {ledger.stored_bpw:.6f} bits per weight, over the budget of {spec['budget']}: refused")
+    compressed.save(store.folder)
+    store.put_artifact(
+        {
+            "spec": spec, "ledger": ledger.to_json(), "code_bpw": ledger.code_bpw, "stored_bpw": ledger.stored_bpw,
+            "checkpoint_bytes": sum((store.folder / f"{n}.safetensors").stat().st_size for n in ("packed", "rest")),
+            "calibration_sha256": calibration_sha256, "compress_s": report["seconds"], "layers": report["layers"],
+            "peak_ram_gib": peak_ram_gib(), "environment": environment(spec["threads"]),
+        }
+    )  # fmt: skip
+
+
+def peak_ram_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def environment(threads: int) -> dict[str, Any]:
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": threads}
+    return {"harness": __version__, "python": platform.python_version(), **packages, **machine}
+
+
+def main() -> int:
+    speak = Speaker(os.fdopen(os.dup(sys.stdout.fileno()), "w"))
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not look like a message
+    spec = json.load(sys.stdin)
+    store = CellStore(spec["key"])
+    try:
+        with store.locked():
+            run_cell(spec, store, speak)
+        speak.say(finished=True)
+        return 0
+    except BrokenPipeError:
+        return 1
+    except BaseException as error:  # the one place where every failure becomes a row
+        traceback.print_exc()
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        speak.say(error=f"{type(error).__name__}: {first}" if not isinstance(error, ValueError) else first)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

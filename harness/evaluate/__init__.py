@@ -1,0 +1,1 @@
+"""Scores of a reloaded compressed model."""

@@ -1,0 +1,81 @@
+"""The bit ledger: bits counted from tensors, as exact integers.
+
+`stored` is everything needed to rebuild the block weights; it is what a budget limits. `code` is the indices alone. `resident`
+is what decoding holds in memory. The denominator is the number of original block weights (harness.model.Inventory.weights).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from kernels.packed import StoredBits
+from methods.base import LayerConfig, LayerSpec
+
+FILL_TOLERANCE = Fraction(2, 100)  # bits per weight a plan may leave unused before its row says `underspent`
+
+
+@dataclass(frozen=True)
+class Ledger:
+    bits: StoredBits  # packed layers
+    uncovered_bits: int  # block weights no method covers, at 16 bits
+    weights: int
+
+    @property
+    def stored_bits(self) -> int:
+        return self.bits.total + self.uncovered_bits
+
+    def bpw(self, bits: int) -> float:
+        return bits / self.weights
+
+    @property
+    def stored_bpw(self) -> float:
+        return self.bpw(self.stored_bits)
+
+    @property
+    def code_bpw(self) -> float:
+        return self.bpw(self.bits.codes)
+
+    def fits(self, budget: Fraction) -> bool:
+        return self.stored_bits <= budget * self.weights
+
+    def underspent(self, budget: Fraction) -> bool:
+        return self.stored_bits < (budget - FILL_TOLERANCE) * self.weights
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {part: self.bpw(getattr(self.bits, part)) for part in ("codes", "scales", "tables", "adapters")}
+        return {"stored_bits": self.stored_bits, "weights": self.weights, "stored_bpw": self.stored_bpw, "bpw_by_part": parts}
+
+
+def planned(plan: Mapping[str, LayerConfig], layers: Iterable[LayerSpec], uncovered_bits: int, weights: int) -> Ledger:
+    """What a plan will store, from shapes alone."""
+    total = StoredBits()
+    for layer in layers:
+        total += plan[layer.name].stored_bits(layer)
+    return Ledger(total, uncovered_bits, weights)
+
+
+def parse_budget(text: str) -> Fraction:
+    """Stored bits per weight, exactly as written. Raises ValueError."""
+    try:
+        budget = Fraction(text.strip())
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"'{text}' is not a number of bits per weight; write for example --bits 3.25") from None
+    if not 0 < budget <= 16:
+        raise ValueError(f"a budget of {text} bits per weight is outside (0, 16]")
+    return budget
+
+
+def payload_bytes(path: Path) -> int:
+    """Bytes of tensors in a safetensors file: its size less the header, which the header's own offsets must confirm."""
+    with open(path, "rb") as handle:
+        (header_bytes,) = struct.unpack("<Q", handle.read(8))
+        header = json.loads(handle.read(header_bytes))
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    assert path.stat().st_size == 8 + header_bytes + end, f"{path} has bytes no tensor owns"
+    return end

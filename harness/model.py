@@ -1,0 +1,128 @@
+"""Where the weights of a Hugging Face causal language model are: decoder blocks, their linear layers, and the rest.
+
+Works from a configuration alone (modules on the meta device) as well as on a loaded model. Bits per weight are counted over
+every parameter of two or more dimensions inside the decoder blocks; embeddings, head, norms and biases are "the rest" and
+stay at 16 bits for every method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from harness.presets import PRESETS
+from methods.base import LayerSpec
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    name: str
+    layers: tuple[LayerSpec, ...]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every weight of a model, by shape alone."""
+
+    blocks: tuple[BlockSpec, ...]
+    uncovered: dict[str, int] = field(default_factory=dict)  # block weights that are no linear layer -> count; 16 bits each
+    rest_weights: int = 0
+
+    @property
+    def layers(self) -> list[LayerSpec]:
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def weights(self) -> int:
+        """The denominator of bits per weight."""
+        return sum(layer.weights for layer in self.layers) + sum(self.uncovered.values())
+
+    @property
+    def uncovered_bits(self) -> int:
+        return 16 * sum(self.uncovered.values())
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """(dotted name, list) of the decoder blocks. Raises ValueError for a model that has none."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks; only decoder-only language models are supported")
+
+
+def inventory(model: PreTrainedModel) -> Inventory:
+    """Raises ValueError when no block has a linear layer to compress."""
+    prefix, modules = decoder_blocks(model)
+    blocks, covered = [], set()
+    for index, module in enumerate(modules):
+        layers = []
+        for kind, layer in module.named_modules():
+            if isinstance(layer, nn.Linear):
+                name = f"{prefix}.{index}.{kind}"
+                covered.add(f"{name}.weight")
+                layers.append(LayerSpec(name, kind, layer.out_features, layer.in_features, layer.bias is not None))
+        blocks.append(BlockSpec(f"{prefix}.{index}", tuple(layers)))
+    if not covered:
+        raise ValueError(f"{type(model).__name__} keeps no nn.Linear in its decoder blocks; nothing here can compress it")
+    uncovered, rest = {}, 0
+    for name, parameter in model.named_parameters():  # tied parameters appear once
+        if name in covered:
+            continue
+        if name.startswith(f"{prefix}.") and parameter.ndim >= 2:
+            uncovered[name] = parameter.numel()
+        else:
+            rest += parameter.numel()
+    return Inventory(tuple(blocks), uncovered, rest)
+
+
+def read_config(source: str | Path) -> PretrainedConfig:
+    """A preset name, or the config.json of a folder."""
+    if str(source) in PRESETS:
+        values = dict(PRESETS[str(source)])
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{source}/config.json is no configuration transformers can read: {str(error).splitlines()[0]}") from error
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model with shapes only."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def half_dtype(config: PretrainedConfig) -> str:
+    """The 16-bit type the uncompressed tensors are kept in: the checkpoint's own, fp16 for an fp32 one."""
+    return "bfloat16" if config.dtype == torch.bfloat16 else "float16"
+
+
+def load_reference(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{path} is already quantised: give the unquantised model")
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizer loading raises whatever its backend raises
+        raise ValueError(f"{path} holds no tokenizer: save it there with tokenizer.save_pretrained()") from error
+
+
+@contextlib.contextmanager
+def swapped_module(model: nn.Module, name: str, replacement: nn.Module) -> Iterator[None]:
+    original = model.get_submodule(name)
+    model.set_submodule(name, replacement)
+    try:
+        yield
+    finally:
+        model.set_submodule(name, original)

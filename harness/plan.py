@@ -1,0 +1,150 @@
+"""What a run is: cells, each keyed by everything that decides its bytes, and the protocols they are scored by.
+
+    artifact key   method with its configuration and version, model, budget, calibration, seed, compute dtype
+    result key     artifact key + protocol
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from harness.allocate import Allocation, BudgetError, uniform
+from harness.assets import ResolvedModel
+from harness.files import digest
+from harness.ledger import parse_budget
+from harness.model import Inventory
+from harness.protocol import Calibration, Protocol, protocol_key
+from methods.base import Method, Track
+
+ARTIFACT_VERSION = 1  # bump when the same cell would be written differently
+
+
+@dataclass(frozen=True)
+class Budget:
+    text: str  # as the user wrote it
+    bpw: Fraction
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        return cls(text.strip(), parse_budget(text))
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in what arithmetic a cell runs. The dtype is part of its key, the rest is recorded."""
+
+    device: str
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The unit of work, isolation, resume and result. `refusal` says why a cell will not run."""
+
+    method: Method
+    method_text: str
+    model: ResolvedModel
+    budget: Budget | None  # None: the reference
+    calibration: Calibration | None  # None: a method that looks at no data
+    seed: int
+    compute: Compute
+    bos: str
+    allocation: Allocation | None = None
+    refusal: str = ""
+
+    @property
+    def key(self) -> str:
+        return digest(
+            {
+                "artifact_version": ARTIFACT_VERSION,
+                "method": self.method.to_json(),
+                "model": self.model.fingerprint,
+                "budget": str(self.budget.bpw) if self.budget else None,
+                "calibration": self.calibration.to_json() if self.calibration else None,
+                "bos": self.bos if self.calibration else None,
+                "seed": self.seed,
+                "dtype": self.compute.dtype,
+            }
+        )[:16]
+
+    @property
+    def label(self) -> str:
+        return f"{self.method_text} {self.budget.text}" if self.budget else self.method_text
+
+    def to_json(self, protocols: Sequence[Protocol], data: str | None) -> dict[str, Any]:
+        """Everything the cell's own process needs, and everything its result repeats."""
+        return {
+            "key": self.key,
+            "method": self.method.to_json(),
+            "method_text": self.method_text,
+            "model": {"name": self.model.name, "path": str(self.model.path), "fingerprint": self.model.fingerprint},
+            "budget": self.budget.text if self.budget else None,
+            "calibration": self.calibration.to_json() if self.calibration else None,
+            "bos": self.bos,
+            "seed": self.seed,
+            "device": self.compute.device,
+            "dtype": self.compute.dtype,
+            "threads": self.compute.threads,
+            "protocols": {protocol_key(p): p.to_json() for p in protocols},
+            "data": data,
+            "plan": {name: config.to_json() for name, config in self.allocation.layers.items()} if self.allocation else {},
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    cells: tuple[Cell, ...]
+    protocols: tuple[Protocol, ...]
+
+    @property
+    def key(self) -> str:
+        return digest([[cell.key for cell in self.cells], [protocol_key(p) for p in self.protocols]])[:12]
+
+
+def make_plan(
+    methods: Iterable[tuple[str, Method]],
+    budgets: Sequence[Budget],
+    model: ResolvedModel,
+    stock: Inventory,
+    protocols: Sequence[Protocol],
+    calibration: Calibration,
+    seed: int,
+    compute: Compute,
+    bos: str,
+) -> Plan:
+    """A cell for every method and budget; a method outside any budget (the reference) has one."""
+    cells: dict[str, Cell] = {}
+    for text, method in methods:
+        for budget in budgets if method.budgeted else (None,):
+            looks = calibration if method.track != Track.DATA_FREE else None
+            allocation, refusal = None, ""
+            try:
+                allocation = uniform(method, stock, budget.bpw if budget else None)
+            except BudgetError as error:
+                refusal = str(error)
+            cell = Cell(method, text, model, budget, looks, seed, compute, bos, allocation, refusal)
+            cells.setdefault(cell.key, cell)
+    return Plan(tuple(cells.values()), tuple(protocols))
+
+
+def predicted_peak_gib(stock: Inventory, calibration: Calibration | None, hidden: int, vocabulary: int, dtype_bytes: int) -> float:
+    """Process memory a cell will need at most, in GiB: the larger of its two phases, each with the whole model loaded.
+
+    Compressing also holds every calibration token's hidden state (in and out) and, inside one block, its widest activations,
+    and three square matrices of the widest input (Hessian, factor, inverse). Scoring holds one chunk of logits.
+    """
+    model = (stock.weights + stock.rest_weights) * dtype_bytes
+    wide = max(layer.in_features for layer in stock.layers)
+    inner = sum(layer.out_features for layer in stock.blocks[0].layers)
+    tokens = calibration.context * calibration.sequences if calibration else 0
+    compressing = tokens * (2 * hidden + inner) * dtype_bytes + 3 * 4 * wide * wide
+    scoring = 8192 * (4 * hidden + 3 * wide) * dtype_bytes + 2 * 4 * max(1 << 26, vocabulary)
+    python = 0.6 * 2**30  # interpreter, torch and transformers
+    return (model + max(compressing, scoring) + python) / 2**30
+
+

@@ -1,0 +1,1 @@
+"""Reports, always derived from the store."""

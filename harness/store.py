@@ -1,0 +1,64 @@
+"""Results by content key: one folder per artifact, every file in it whole or absent.
+
+    <key>/blocks/            finished blocks of an unfinished compression
+    <key>/packed.safetensors ... packed.json      harness.compressed
+    <key>/artifact.json      written last: the artifact is complete
+    <key>/ppl_<protocol key>.json                 one per protocol
+    <key>/log.txt            what the cell's process said
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness.files import cache_dir, read_json, write_json
+
+
+class CellStore:
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.folder = cache_dir("cells", key)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time works on a cell; a second one waits, and then finds the work done. Freed by the kernel on death."""
+        path = cache_dir("cells", f"{self.key}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    @property
+    def blocks(self) -> Path:
+        return self.folder / "blocks"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def artifact(self) -> dict[str, Any] | None:
+        return self._read("artifact.json")
+
+    def put_artifact(self, data: dict[str, Any]) -> None:
+        write_json(self.folder / "artifact.json", data)
+        shutil.rmtree(self.blocks, ignore_errors=True)  # only now are they no longer needed
+
+    def score(self, protocol_key: str) -> dict[str, Any] | None:
+        return self._read(f"ppl_{protocol_key}.json")
+
+    def put_score(self, protocol_key: str, data: dict[str, Any]) -> None:
+        write_json(self.folder / f"ppl_{protocol_key}.json", data)
+
+    def forget(self) -> None:
+        """Drop everything this cell has stored."""
+        with self.locked():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        return read_json(path) if path.exists() else None

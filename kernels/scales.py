@@ -1,0 +1,63 @@
+"""Block scales: one positive number per block of consecutive input columns of a row, stored in one of two ways.
+
+    half     fp16 per block
+    double   8 bits per block: unsigned integers over [offset, offset + 255 * step], one fp32 step per `SECOND_GROUP`
+             consecutive scales (row-major) and one fp32 offset, the smallest scale of the matrix (LQ-LoRA, arXiv 2311.12023,
+             sec. 3; QLoRA, arXiv 2305.14314, subtracts the mean instead). 8/B + 32/(256 B) bits per weight for blocks of B.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.packed import StoredModule
+
+SECOND_GROUP = 256
+
+
+class BlockScales(StoredModule):
+    """Scales of an [O, G] array of blocks, G blocks to a row."""
+
+    part_of: ClassVar[dict[str, str]] = {"direct": "scales", "codes": "scales", "steps": "scales", "offset": "scales"}
+
+    def __init__(self, rows: int, blocks: int, kind: str) -> None:
+        super().__init__()
+        assert kind in ("half", "double")
+        self.rows, self.blocks, self.kind = rows, blocks, kind
+        double, count = kind == "double", rows * blocks
+        self.register_buffer("direct", None if double else torch.empty(rows, blocks, dtype=torch.float16))
+        self.register_buffer("codes", torch.empty(rows, blocks, dtype=torch.uint8) if double else None)
+        self.register_buffer("steps", torch.empty(-(-count // SECOND_GROUP), dtype=torch.float32) if double else None)
+        self.register_buffer("offset", torch.empty(1, dtype=torch.float32) if double else None)
+
+    def decode(self) -> Tensor:
+        """fp32 [O, G]."""
+        if self.kind == "half":
+            return self.direct.float()
+        step_N = self.steps.repeat_interleave(SECOND_GROUP)[: self.codes.numel()]
+        return self.codes.float() * step_N.view_as(self.codes) + self.offset
+
+
+def per_column(group_OG: Tensor, group: int, columns: int) -> Tensor:
+    """Repeat one value per group of `group` columns over its columns: [O, G] -> [O, columns]; the last group may be ragged."""
+    rows, groups = group_OG.shape
+    return group_OG[:, :, None].expand(rows, groups, group).reshape(rows, groups * group)[:, :columns]
+
+
+def quantise_scales(scale_OG: Tensor, kind: str) -> dict[str, Tensor]:
+    """Round positive scales to what `BlockScales` of this kind stores: its buffers by name."""
+    if kind == "half":
+        return {"direct": scale_OG.clamp(2.0**-24, 65504.0).half()}  # smallest and largest finite fp16
+    offset = scale_OG.min()
+    flat_N = (scale_OG - offset).flatten()
+    padded = torch.nn.functional.pad(flat_N, (0, -flat_N.numel() % SECOND_GROUP)).view(-1, SECOND_GROUP)
+    step_M = padded.amax(dim=1) / 255
+    codes = torch.round(padded / step_M.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).clamp_(0, 255)
+    return {
+        "codes": codes.flatten()[: flat_N.numel()].view_as(scale_OG).to(torch.uint8),
+        "steps": step_M.float(),
+        "offset": offset.float().reshape(1),
+    }

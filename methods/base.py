@@ -1,0 +1,172 @@
+"""What a method is: a frozen configuration, candidates with exact bits, and a rule that turns weights into packed layers.
+
+Shape suffixes used throughout: `O` out_features, `I` in_features, `G` groups of input columns, `K` codebook entries, `D`
+vector length, `V` vectors down a column, `R` rank, `N` samples. Weights are [out_features, in_features].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from kernels.packed import PackedLinear, StoredBits
+
+
+class Track(StrEnum):
+    """What a method may look at; rows of different tracks are never ranked together."""
+
+    DATA_FREE = "data-free"
+    CALIBRATED = "calibrated"
+    FINE_TUNED = "fine-tuned"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Statistics the harness must collect before a layer can be compressed."""
+
+    hessian: bool = False  # sum over calibration tokens of x x^T, fp32 [I, I]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One linear layer, known from shapes alone."""
+
+    name: str  # dotted name in the model
+    kind: str  # its name within the block, shared by the same layer of every block ("self_attn.q_proj")
+    out_features: int
+    in_features: int
+    bias: bool
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """A packed format with its enums: everything but the shape. Decides the stored bits of a layer exactly."""
+
+    format: str
+    hyper: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, format: str, **hyper: Any) -> Self:
+        return cls(format, tuple(sorted(hyper.items())))
+
+    def __getitem__(self, key: str) -> Any:
+        return dict(self.hyper)[key]
+
+    def layout(self, layer: LayerSpec, device: str | torch.device = "meta") -> PackedLinear:
+        """The empty module this configuration stores for `layer`."""
+        shape = dict(in_features=layer.in_features, out_features=layer.out_features, bias=layer.bias)
+        return PackedLinear.from_spec({"format": self.format, **shape, **dict(self.hyper)}, device)
+
+    def stored_bits(self, layer: LayerSpec) -> StoredBits:
+        return _stored_bits(self, layer.out_features, layer.in_features)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": self.format, **dict(self.hyper)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls.of(**data)
+
+    def __str__(self) -> str:
+        return f"{self.format}({', '.join(f'{k}={v}' for k, v in self.hyper)})"
+
+
+@lru_cache(maxsize=None)
+def _stored_bits(config: LayerConfig, out_features: int, in_features: int) -> StoredBits:
+    return config.layout(LayerSpec("", "", out_features, in_features, bias=False)).stored_bits()
+
+
+class Block(Protocol):
+    """One decoder block as a method sees it (harness.compress provides it)."""
+
+    layers: Mapping[str, LayerSpec]
+
+    def stages(self) -> list[list[str]]:
+        """Layer names in the order data takes; layers of one stage share one input."""
+
+    def weight(self, name: str) -> Tensor:
+        """The original weight, fp32 [O, I]."""
+
+    def hessian(self, name: str) -> Tensor:
+        """fp32 [I, I]: sum of x x^T over calibration tokens, x computed by the block as it is now."""
+
+    def install(self, name: str, packed: "Compressed") -> None:
+        """Replace the layer; everything later in the block now runs on the packed one."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    packed: PackedLinear
+    report: dict[str, float] = field(default_factory=dict)  # anything worth a number: dead columns, damping used, rounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Subclasses are frozen dataclasses: their fields are the method's configuration, None meaning "the budget decides"."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]  # part of every key: bump it when the same configuration would store other bytes
+    variants: ClassVar[dict[str, dict[str, Any]]] = {}  # name -> field overrides
+
+    @property
+    @abstractmethod
+    def track(self) -> Track: ...
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    @property
+    def variant(self) -> str:
+        """The named variant this configuration is, or "" for the default or any other configuration."""
+        return next((name for name, over in self.variants.items() if type(self)(**over) == self), "")
+
+    @property
+    def budgeted(self) -> bool:
+        """False for a reference, which runs once, outside any budget."""
+        return True
+
+    @abstractmethod
+    def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        """Configurations this method could store for the layer, from its shape alone."""
+
+    def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
+        """Order among configurations that serve a whole model of `weights` weights with `bits`: index bits, then all bits."""
+        return (bits.codes / weights, bits.total / weights)
+
+    @abstractmethod
+    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+        """Pack one matrix. `hessian_II` is None unless `needs.hessian`; `seed` is already specific to the layer."""
+
+    def compress_block(self, block: Block, plan: Mapping[str, LayerConfig], seed: int) -> None:
+        """Pack the layers of a block in true-sequential order: later stages see the packed earlier ones."""
+        for stage in block.stages():
+            hessian_II = block.hessian(stage[0]) if self.needs.hessian else None
+            for name in stage:
+                self._install(block, name, hessian_II, plan[name], seed)
+
+    def _install(self, block: Block, name: str, hessian_II: Tensor | None, config: LayerConfig, seed: int) -> None:
+        layer = block.layers[name]
+        block.install(name, self.compress(block.weight(name), hessian_II, layer, config, layer_seed(seed, name)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"method": self.name, "version": self.version, **dataclasses.asdict(self)}
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """A seed of its own for every layer: results do not depend on the order layers are visited or resumed in."""
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, name]).encode()).digest()[:6])

@@ -1,0 +1,98 @@
+"""Column-by-column quantisation with error feedback (GPTQ, arXiv 2210.17323, algorithm 1; OBQ, arXiv 2208.11580).
+
+The layer objective is tr((W - Q) H (W - Q)^T) with H = X X^T. Quantising column i leaves an error that the columns not yet
+quantised can partly cancel; with U the upper Cholesky factor of H^-1, the optimal update of column j > i is
+-(w_i - q_i) / U_ii * U_ij. What "quantise" means is the caller's: a uniform grid (gptq) or a vector codebook (reallm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMP_LADDER = 6  # attempts, each with ten times the damping of the one before
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """Cholesky factor of the damped inverse Hessian, in processing order."""
+
+    order_I: Tensor  # processing order -> column
+    upper_II: Tensor  # U in processing order
+    diagonal_I: Tensor  # damped diag(H), per column
+    dead: int  # columns no calibration token ever reached
+    damp: float  # damping that made H positive definite, as a fraction of mean diag(H)
+
+
+def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
+    """Damp, order and factor a Hessian (any scale, fp32 [I, I]).
+
+    A column without input has H_ii = 1 and otherwise zeros: it neither gives nor takes error. (GPTQ's code also sets its
+    weights to zero; ours keeps them, since a dead channel of a small calibration set may live elsewhere.)
+
+    Raises ValueError when no step of the damping ladder makes H positive definite, i.e. when it is not finite.
+    """
+    hessian_II = hessian_II.clone()
+    diagonal_I = hessian_II.diagonal()
+    dead_I = diagonal_I == 0
+    diagonal_I[dead_I] = 1
+    order_I = torch.argsort(diagonal_I, descending=True, stable=True) if act_order else torch.arange(len(diagonal_I), device=hessian_II.device)
+    mean = diagonal_I[~dead_I].mean().item() if not bool(dead_I.all()) else 1.0
+    if not bool(torch.isfinite(hessian_II).all()):
+        raise ValueError("the Hessian of this layer is not finite: the model or an earlier packed layer overflows on the calibration text")
+    for attempt in range(DAMP_LADDER):
+        used = damp * 10**attempt
+        damped_II = hessian_II.clone()
+        damped_II.diagonal().add_(used * mean)
+        damped_II = damped_II[order_I][:, order_I]
+        lower_II, info = torch.linalg.cholesky_ex(damped_II)
+        if info == 0:
+            upper_II, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
+        if info == 0 and bool(torch.isfinite(upper_II).all()):
+            return Feedback(order_I, upper_II, diagonal_I + used * mean, int(dead_I.sum()), used)
+    raise ValueError(f"the Hessian of this layer is not positive definite even with damping {used:g}; use more calibration tokens")
+
+
+def run(
+    weight_OI: Tensor,
+    feedback: Feedback,
+    quantise: Callable[[int, int, Tensor], Tensor],
+    *,
+    block: int = 128,
+    enter: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Quantise every column in processing order; returns the decoded weight [O, I] in column order.
+
+    `quantise(position, column, values_O)` returns the decoded values (and keeps the codes). `enter(position, rest_IO)` is
+    called at the start of every lazy block with the updated, not yet quantised rows of the transposed weight: grids that are
+    placed during the loop (dynamic groups) are placed there, so `block` must be a multiple of their group.
+    """
+    rest_IO = weight_OI[:, feedback.order_I].t().contiguous()  # transposed: a column of the weight is a contiguous row
+    decoded_IO = torch.empty_like(rest_IO)
+    columns = feedback.order_I.tolist()
+    upper_II, count = feedback.upper_II, len(columns)
+    pivot_I = upper_II.diagonal().tolist()
+    for start in range(0, count, block):
+        stop = min(start + block, count)
+        errors_IO = torch.empty(stop - start, rest_IO.shape[1], dtype=rest_IO.dtype, device=rest_IO.device)
+        if enter is not None:
+            enter(start, rest_IO)
+        for i in range(start, stop):
+            decoded_IO[i] = quantise(i, columns[i], rest_IO[i])
+            error_O = torch.sub(rest_IO[i], decoded_IO[i], out=errors_IO[i - start]).div_(pivot_I[i])
+            if i + 1 < stop:
+                rest_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], error_O, alpha=-1)
+        if stop < count:
+            rest_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), errors_IO, alpha=-1)
+    return torch.empty_like(weight_OI).index_copy_(1, feedback.order_I, decoded_IO.t())
+
+
+def layer_error(weight_OI: Tensor, decoded_OI: Tensor, hessian_II: Tensor) -> float:
+    """Relative output error tr(E H E^T) / tr(W H W^T), E = W - decoded."""
+    error_OI = weight_OI - decoded_OI
+    error = torch.sum((error_OI @ hessian_II) * error_OI, dtype=torch.float64)
+    scale = torch.sum((weight_OI @ hessian_II) * weight_OI, dtype=torch.float64)
+    return float(error / scale) if scale > 0 else 0.0

@@ -1,0 +1,72 @@
+"""Weighted k-means over short vectors: seeded, vectorised, with no cluster left empty."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # distances held at once
+
+
+def nearest(vector_ND: Tensor, weight_ND: Tensor, codebook_KD: Tensor) -> Tensor:
+    """argmin_k sum_d weight (vector - codebook)^2, int64 [N]. The term without k is left out."""
+    square_DK, cross_DK = codebook_KD.square().t().contiguous(), codebook_KD.t().contiguous()
+    step = max(1, CHUNK // codebook_KD.shape[0])
+    return torch.cat(
+        [
+            torch.addmm(w @ square_DK, w * v, cross_DK, alpha=-2).argmin(dim=1)
+            for v, w in zip(vector_ND.split(step), weight_ND.split(step), strict=True)
+        ]
+    )
+
+
+def kmeans(
+    vector_ND: Tensor, weight_ND: Tensor, count: int, *, seed: int, iterations: int = 25, start_KD: Tensor | None = None
+) -> Tensor:
+    """A codebook [count, D] that locally minimises sum weight (vector - codebook[nearest])^2.
+
+    Starts from `start_KD`, or from k-means++ (Arthur & Vassilvitskii, SODA 2007). Clusters that lose all
+    their vectors are restarted at the vectors that are served worst. Stops early when the assignment no longer changes.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    codebook_KD = _plus_plus(vector_ND, weight_ND, count, generator) if start_KD is None else start_KD.clone()
+    previous_N: Tensor | None = None
+    for _ in range(iterations):
+        code_N = nearest(vector_ND, weight_ND, codebook_KD)
+        if previous_N is not None and torch.equal(code_N, previous_N):
+            break
+        previous_N = code_N
+        codebook_KD = centroids(vector_ND, weight_ND, code_N, codebook_KD)
+    return codebook_KD
+
+
+def centroids(vector_ND: Tensor, weight_ND: Tensor, code_N: Tensor, codebook_KD: Tensor) -> Tensor:
+    """Weighted means of the clusters; an empty one moves to a vector with a large error."""
+    mass_KD = torch.zeros_like(codebook_KD).index_add_(0, code_N, weight_ND)
+    moment_KD = torch.zeros_like(codebook_KD).index_add_(0, code_N, weight_ND * vector_ND)
+    updated_KD = torch.where(mass_KD > 0, moment_KD / mass_KD.clamp_min(torch.finfo(mass_KD.dtype).tiny), codebook_KD)
+    empty_K = (mass_KD.sum(dim=1) == 0).nonzero().squeeze(1)
+    if len(empty_K):
+        error_N = (weight_ND * (vector_ND - updated_KD[code_N]).square()).sum(dim=1)
+        worst_N = error_N.topk(min(len(empty_K), len(error_N))).indices
+        updated_KD[empty_K[: len(worst_N)]] = vector_ND[worst_N]
+    return updated_KD
+
+
+def _plus_plus(vector_ND: Tensor, weight_ND: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Each next centre is drawn with probability proportional to its weighted squared distance to those chosen."""
+    pool = min(len(vector_ND), 32 * count)
+    picked = torch.randperm(len(vector_ND), generator=generator)[:pool].to(vector_ND.device)
+    vector_ND, weight_ND = vector_ND[picked], weight_ND[picked]
+    codebook_KD = vector_ND.new_empty(count, vector_ND.shape[1])
+    distance_N = torch.full((len(vector_ND),), torch.inf, device=vector_ND.device)
+    uniform_K = torch.rand(count, generator=generator).tolist()
+    index = int(uniform_K[0] * len(vector_ND))
+    for k in range(count):
+        codebook_KD[k] = vector_ND[index]
+        distance_N = torch.minimum(distance_N, (weight_ND * (vector_ND - codebook_KD[k]).square()).sum(dim=1))
+        if k + 1 < count:
+            cumulative_N = distance_N.cumsum(0, dtype=torch.float64)
+            target = cumulative_N[-1:] * uniform_K[k + 1]
+            index = min(int(torch.searchsorted(cumulative_N, target)), len(vector_ND) - 1)
+    return codebook_KD

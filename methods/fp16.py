@@ -1,0 +1,46 @@
+"""The uncompressed reference, at 16 bits a weight.
+
+What it rounds: every weight, embedding and norm to the 16-bit type of the published checkpoint (fp16 when that is fp32, as
+for the default model, whose values come from a 4-bit file). Arithmetic is done in the compute dtype of the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.dense import HALF_DTYPES
+from methods.base import Compressed, LayerConfig, LayerSpec, Method, Track
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half(Method):
+    name: ClassVar[str] = "fp16"
+    version: ClassVar[int] = 1
+
+    dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in HALF_DTYPES:
+            raise ValueError(f"dtype={self.dtype} is not one of {', '.join(HALF_DTYPES)}")
+
+    @property
+    def track(self) -> Track:
+        return Track.DATA_FREE
+
+    @property
+    def budgeted(self) -> bool:
+        return False
+
+    def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        return [LayerConfig.of("dense", dtype=self.dtype)]
+
+    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+        packed = config.layout(layer, weight_OI.device)
+        packed.fill(weight=weight_OI.to(HALF_DTYPES[config["dtype"]]))
+        if not bool(torch.isfinite(packed.weight).all()):
+            raise ValueError(f"{layer.name} has weights beyond {config['dtype']}; use fp16:dtype=bfloat16")
+        return Compressed(packed)

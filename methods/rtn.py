@@ -1,0 +1,65 @@
+"""Round to nearest on a uniform grid per group of columns: what quantisation costs when nothing is done about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kernels.uniform import OFFSETS
+from methods.base import Compressed, LayerConfig, LayerSpec, Method, Track
+from methods.codecs.uniform_grid import SEARCHES, fit_grid, uniform_tensors
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 512, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformGridMethod(Method):
+    """Fields and candidates shared by the methods that store `UniformLinear`s. A group of 0 is one scale for a whole row."""
+
+    bits: int | None = None
+    group: int | None = None
+    offset: str | None = None
+    grid: str = "minmax"
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and not 1 <= self.bits <= 8:
+            raise ValueError("bits must be 1 to 8")
+        if self.group is not None and self.group < 0:
+            raise ValueError("group must be 0 (a whole row) or a number of columns")
+        if self.offset not in (None, *OFFSETS):
+            raise ValueError(f"offset={self.offset} is not one of {', '.join(OFFSETS)}")
+        if self.grid not in SEARCHES:
+            raise ValueError(f"grid={self.grid} is not one of {', '.join(SEARCHES)}")
+
+    @property
+    def permuted(self) -> bool:
+        return False
+
+    def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        groups = GROUPS + (0,) if self.group is None else (self.group,)
+        offsets = ("symmetric", "zero") if self.offset is None else (self.offset,)
+        return [
+            LayerConfig.of("uniform", bits=bits, group=group, offset=offset, permuted=self.permuted)
+            for bits in (BITS if self.bits is None else (self.bits,))
+            for offset in offsets
+            for group in groups
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundToNearest(UniformGridMethod):
+    name: ClassVar[str] = "rtn"
+    version: ClassVar[int] = 1
+
+    @property
+    def track(self) -> Track:
+        return Track.DATA_FREE
+
+    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+        packed = config.layout(layer, weight_OI.device)
+        grid = fit_grid(weight_OI, bits=packed.bits, group=packed.group, offset=packed.offset, search=self.grid)
+        packed.fill(**uniform_tensors(grid.round(weight_OI), grid))
+        return Compressed(packed)
