@@ -1,0 +1,103 @@
+"""Vector codebooks under block scales: the numerics behind `CodebookLinear`.
+
+A matrix [O, I] divided by its block scales is a set of vectors of d consecutive rows of one column, `vector_VID` with
+V = ceil(O / d). Rows are padded with zeros up to a multiple of d, and padded entries weigh nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.scales import BlockScales, per_column, quantise_scales
+from methods.codecs.kmeans import kmeans
+
+SAMPLE = 16384  # vectors a codebook is fitted on, at least; and SAMPLE_PER_ENTRY for each of its entries
+SAMPLE_PER_ENTRY = 128
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Block scales as they are stored and what they decode to, one value per weight."""
+
+    stored: dict[str, Tensor]
+    scale_OI: Tensor
+
+
+def absmax_scales(weight_OI: Tensor, block: int, kind: str) -> Scales:
+    """Largest magnitude per block of consecutive columns of a row, rounded to its stored form."""
+    rows, columns = weight_OI.shape
+    blocks_OGS = torch.nn.functional.pad(weight_OI, (0, -columns % block)).view(rows, -1, block)
+    absmax_OG = blocks_OGS.abs().amax(dim=2).clamp_min(2.0**-20)  # an all-zero block still needs a scale to divide by
+    stored = quantise_scales(absmax_OG, kind)
+    decoder = BlockScales(rows, absmax_OG.shape[1], kind).to(weight_OI.device)
+    for name, tensor in stored.items():
+        setattr(decoder, name, tensor)
+    return Scales(stored, per_column(decoder.decode(), block, columns))
+
+
+def to_vectors(matrix_OI: Tensor, dim: int) -> Tensor:
+    """[O, I] -> [V, I, D], rows padded with zeros."""
+    rows, columns = matrix_OI.shape
+    padded = torch.nn.functional.pad(matrix_OI, (0, 0, 0, -rows % dim))
+    return padded.view(-1, dim, columns).transpose(1, 2)
+
+
+def from_vectors(vector_VID: Tensor, rows: int) -> Tensor:
+    """[V, I, D] -> [O, I], padding cut off."""
+    vectors, columns, dim = vector_VID.shape
+    return vector_VID.transpose(1, 2).reshape(vectors * dim, columns)[:rows]
+
+
+def fit_codebook(unit_OI: Tensor, importance_OI: Tensor, dim: int, count: int, seed: int, start_KD: Tensor | None = None) -> Tensor:
+    """Weighted k-means over a sample of the vectors of a scaled matrix; fp32 values of fp16 numbers [K, D]."""
+    vector_ND = to_vectors(unit_OI, dim).reshape(-1, dim)
+    weight_ND = to_vectors(importance_OI, dim).reshape(-1, dim)
+    generator = torch.Generator().manual_seed(seed)
+    sample = max(SAMPLE, SAMPLE_PER_ENTRY * count)
+    if len(vector_ND) > sample:
+        chosen = torch.randint(len(vector_ND), (sample,), generator=generator).to(unit_OI.device)
+        vector_ND, weight_ND = vector_ND[chosen], weight_ND[chosen]
+    return kmeans(vector_ND, weight_ND, count, seed=seed, start_KD=start_KD).half().float()
+
+
+def refit_codebook(
+    target_OI: Tensor, scale_OI: Tensor, code_VI: Tensor, codebook_KD: Tensor, hessian_II: Tensor, iterations: int
+) -> Tensor:
+    """The codebook that minimises tr(E H E^T), E = target - scale * codebook[code], for fixed codes.
+
+    A linear least-squares problem in K * D unknowns. Its normal matrix couples all columns of a row, so it is never formed:
+    conjugate gradients, each step one product with H, preconditioned by the part of the diagonal that diag(H) gives
+    (sum of scale^2 H_ii over the uses of an entry). Unused entries stay as they are.
+    """
+    rows = target_OI.shape[0]
+    count, dim = codebook_KD.shape
+    flat_N = code_VI.reshape(-1)
+
+    def decode(entries_KD: Tensor) -> Tensor:
+        return from_vectors(torch.nn.functional.embedding(code_VI, entries_KD), rows) * scale_OI
+
+    def collect(gradient_OI: Tensor) -> Tensor:
+        per_vector_ND = to_vectors(gradient_OI * scale_OI, dim).reshape(-1, dim)
+        return torch.zeros_like(codebook_KD).index_add_(0, flat_N, per_vector_ND)
+
+    diagonal_KD = collect(scale_OI * hessian_II.diagonal())
+    used_KD = diagonal_KD > 0
+    inverse_KD = torch.where(used_KD, 1 / diagonal_KD.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    solution_KD = codebook_KD.clone()
+    residual_KD = collect((target_OI - decode(solution_KD)) @ hessian_II)
+    step_KD = inverse_KD * residual_KD
+    rho = torch.sum(residual_KD * step_KD)
+    for _ in range(iterations):
+        if not rho > 0:
+            break
+        curved_KD = collect(decode(step_KD) @ hessian_II)
+        alpha = rho / torch.sum(step_KD * curved_KD)
+        solution_KD += alpha * step_KD
+        residual_KD -= alpha * curved_KD
+        preconditioned_KD = inverse_KD * residual_KD
+        previous, rho = rho, torch.sum(residual_KD * preconditioned_KD)
+        step_KD = preconditioned_KD + (rho / previous) * step_KD
+    return solution_KD.half().float()

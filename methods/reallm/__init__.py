@@ -1,0 +1,95 @@
+"""ReALLM (Leconte, Bedin, Nguyen, Moulines; arXiv 2405.13155): W ~ Q + L1 L2, Q a vector-quantised latent of an autoencoder.
+
+Here the decoder is the identity, the form the released code uses for every language model it evaluates: Q is a k-means
+codebook over short vectors under block scales, plus a low-rank part. Two variants:
+
+    data-free    the paper's alternation of SVD and vector quantisation                       methods.reallm.data_free
+    calibrated   the same stored form, every choice made against the layer's Hessian          methods.reallm.calibrated
+
+README.md beside this file lists the paper's claims, ours, and each divergence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kernels.packed import StoredBits
+from methods.base import Compressed, LayerConfig, LayerSpec, Method, Needs, Track
+from methods.reallm.calibrated import compress_calibrated
+from methods.reallm.data_free import compress_data_free
+
+# (vector length, index bits): 1.5 to 4 bits a weight, in halves and quarters.
+SHAPES = ((2, 3), (4, 6), (4, 7), (2, 4), (4, 8), (2, 5), (2, 6), (2, 7), (2, 8))
+MAX_RANK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReALLM(Method):
+    name: ClassVar[str] = "reallm"
+    version: ClassVar[int] = 1
+    variants: ClassVar[dict[str, dict[str, Any]]] = {"calibrated": {"calibrated": True}, "data-free": {"calibrated": False}}
+
+    calibrated: bool = True
+    dim: int | None = None
+    index_bits: int | None = None
+    rank: int | None = None
+    block: int = 64
+    scales: str = "double"
+    adapter_bits: int = 8
+    rounds: int = 10  # data-free: alternations at most
+    tolerance: float = 1e-3  # data-free: stop at a smaller relative gain
+    act_order: bool = True  # calibrated
+    damp: float = 0.01  # calibrated
+    refit: int = 8  # calibrated: conjugate-gradient steps on the codebook
+
+    def __post_init__(self) -> None:
+        if (self.dim is None) != (self.index_bits is None):
+            raise ValueError("give dim and index_bits together")
+        if self.dim is not None and (self.dim not in (1, 2, 4, 8) or not 1 <= (self.index_bits or 0) <= 12):
+            raise ValueError("dim must be 1, 2, 4 or 8 and index_bits 1 to 12")
+        if self.rank is not None and self.rank < 0:
+            raise ValueError("rank must not be negative")
+        if self.block < 1:
+            raise ValueError("block must be at least 1")
+        if self.scales not in ("half", "double") or self.adapter_bits not in (8, 16):
+            raise ValueError("scales must be half or double, adapter_bits 8 or 16")
+
+    @property
+    def track(self) -> Track:
+        return Track.CALIBRATED if self.calibrated else Track.DATA_FREE
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(hessian=self.calibrated)
+
+    def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        shapes = SHAPES if self.dim is None else ((self.dim, self.index_bits),)
+        ranks = range(MAX_RANK + 1) if self.rank is None else (self.rank,)
+        return [
+            LayerConfig.of(
+                "codebook", dim=dim, index_bits=index_bits, block=self.block, scales=self.scales, rank=rank, adapter_bits=self.adapter_bits
+            )
+            for dim, index_bits in shapes
+            for rank in ranks
+            if rank < min(layer.in_features, layer.out_features)
+        ]
+
+    def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
+        """At equal index bits longer vectors, then the largest rank that fits."""
+        codes, total = super().preference(config, bits, weights)
+        return (config["index_bits"] / config["dim"], config["dim"], total)
+
+    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+        packed = config.layout(layer, weight_OI.device)
+        if self.calibrated:
+            assert hessian_II is not None
+            tensors, report = compress_calibrated(
+                weight_OI, hessian_II, packed, act_order=self.act_order, damp=self.damp, refit=self.refit, seed=seed
+            )
+        else:
+            tensors, report = compress_data_free(weight_OI, packed, rounds=self.rounds, tolerance=self.tolerance, seed=seed)
+        packed.fill(**tensors)
+        return Compressed(packed, report)

@@ -1,0 +1,71 @@
+"""ReALLM without data: alternate a truncated SVD and vector quantisation of the rest (the paper's LQ loop, after LQ-LoRA).
+
+    Q = 0;  repeat:  L1, L2 = SVD_r(W - Q);  Q = VQ(W - L1 L2)
+
+The released code stops when the error rises and keeps the iterate before; here the best iterate is kept and the loop also
+stops at a relative gain below `tolerance`. Factors are rounded to their stored precision before the rest is quantised.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.bitpack import pack
+from kernels.codebook import CodebookLinear
+from kernels.lowrank import LowRank, quantise_lowrank
+from kernels.packed import PackedLinear
+from methods.codecs.kmeans import nearest
+from methods.codecs.lowrank import svd_factors
+from methods.codecs.vector import absmax_scales, fit_codebook, from_vectors, to_vectors
+
+
+def compress_data_free(
+    weight_OI: Tensor, packed: PackedLinear, *, rounds: int, tolerance: float, seed: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Buffers of `packed` (a laid out CodebookLinear), and {rounds, relative_error}."""
+    assert isinstance(packed, CodebookLinear)
+    norm = float(weight_OI.norm()) or 1.0
+    quantised_OI = torch.zeros_like(weight_OI)
+    best: dict[str, Tensor] = {}
+    best_error, done = float("inf"), 0
+    codebook_KD: Tensor | None = None
+    for done in range(1, (rounds if packed.rank else 1) + 1):
+        tensors, lowrank_OI = lowrank_part(weight_OI - quantised_OI, packed, None, seed)
+        rest_OI = weight_OI - lowrank_OI
+        scales = absmax_scales(rest_OI, packed.block, packed.scales.kind)
+        square_OI = scales.scale_OI.square()  # an error of a scaled entry costs scale^2
+        unit_OI = rest_OI / scales.scale_OI
+        codebook_KD = fit_codebook(unit_OI, square_OI, packed.dim, 2**packed.index_bits, seed, codebook_KD)
+        vector_VID, weight_VID = to_vectors(unit_OI, packed.dim), to_vectors(square_OI, packed.dim)
+        code_N = nearest(vector_VID.reshape(-1, packed.dim), weight_VID.reshape(-1, packed.dim), codebook_KD)
+        code_VI = code_N.view(vector_VID.shape[:2])
+        quantised_OI = from_vectors(codebook_KD[code_VI], weight_OI.shape[0]) * scales.scale_OI
+        error = float((rest_OI - quantised_OI).norm()) / norm
+        gain, previous = best_error - error, best_error
+        if error < best_error:
+            best_error = error
+            best = tensors | codebook_tensors(packed, code_VI, codebook_KD, scales.stored)
+        if not gain > tolerance * previous and done > 1:
+            break
+    return best, {"rounds": done, "relative_error": best_error}
+
+
+def lowrank_part(matrix_OI: Tensor, packed: CodebookLinear, whitener_II: Tensor | None, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Stored buffers of the low-rank branch fitted to `matrix_OI`, and what they decode to (zeros at rank 0)."""
+    if packed.lowrank is None:
+        return {}, torch.zeros_like(matrix_OI)
+    stored = quantise_lowrank(*svd_factors(matrix_OI, packed.rank, whitener_II, seed), packed.lowrank.bits)
+    decoder = LowRank(packed.in_features, packed.out_features, packed.rank, packed.lowrank.bits)
+    for name, tensor in stored.items():
+        setattr(decoder, name, tensor)
+    return {f"lowrank.{name}": tensor for name, tensor in stored.items()}, decoder.decode()
+
+
+def codebook_tensors(packed: CodebookLinear, code_VI: Tensor, codebook_KD: Tensor, scales: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stored buffers of the quantised part."""
+    return {
+        "codes": pack(code_VI, packed.index_bits),
+        "codebook": codebook_KD.half(),
+        **{f"scales.{name}": tensor for name, tensor in scales.items()},
+    }
