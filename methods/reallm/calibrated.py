@@ -17,16 +17,16 @@ from torch import Tensor
 
 from kernels.codebook import CodebookLinear
 from kernels.packed import PackedLinear
-from methods.codecs.error_feedback import Feedback, layer_error, prepare, run
+from methods.codecs.error_feedback import Feedback, prepare, run
 from methods.codecs.kmeans import nearest
-from methods.codecs.vector import absmax_scales, fit_codebook, from_vectors, refit_codebook
+from methods.codecs.vector import absmax_scales, fit_codebook, refit_codebook
 from methods.reallm.data_free import codebook_tensors, lowrank_part
 
 
 def compress_calibrated(
     weight_OI: Tensor, hessian_II: Tensor, packed: PackedLinear, *, act_order: bool, damp: float, refit: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Buffers of `packed` (a laid out CodebookLinear), and {dead_columns, damp, layer_error}."""
+    """Buffers of `packed` (a laid out CodebookLinear), and {dead_columns, damp}."""
     assert isinstance(packed, CodebookLinear)
     feedback = prepare(hessian_II, act_order=act_order, damp=damp)
     damped_II = hessian_II.clone()
@@ -40,13 +40,7 @@ def compress_calibrated(
     codebook_KD = fit_codebook(rest_OI / scales.scale_OI, importance_OI, packed.dim, 2**packed.index_bits, seed)
     code_VI = assign(rest_OI, scales.scale_OI, codebook_KD, feedback)
     if refit:
-        candidate_KD = refit_codebook(rest_OI, scales.scale_OI, code_VI, codebook_KD, damped_II, refit)
-        errors = [
-            layer_error(rest_OI, from_vectors(entries_KD[code_VI], weight_OI.shape[0]) * scales.scale_OI, damped_II)
-            for entries_KD in (codebook_KD, candidate_KD)
-        ]
-        if errors[1] < errors[0]:  # rounding to fp16 may undo a gain that was nothing
-            codebook_KD = candidate_KD
+        codebook_KD = refit_codebook(rest_OI, scales.scale_OI, code_VI, codebook_KD, damped_II, refit)
     report = {"dead_columns": feedback.dead, "damp": feedback.damp}
     return adapters | codebook_tensors(packed, code_VI, codebook_KD, scales.stored), report
 

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness.assets import DEFAULT_MODEL, TEXTS, fetch, resolve_model
+from harness.files import CACHE_VARIABLE, cache_dir
+
+Harness = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def assets_cache() -> Path:
+    """The user's own cache, filled: what tests share and never write results to."""
+    resolve_model(DEFAULT_MODEL)
+    for file in TEXTS.values():
+        fetch(file)
+    return cache_dir().resolve()
+
+
+def linked_cache(assets: Path, folder: Path) -> Path:
+    """A cache with the same assets and no results."""
+    folder.mkdir(parents=True)
+    for name in ("files", "models", "sha256"):
+        (folder / name).symlink_to(assets / name)
+    return folder
+
+
+@pytest.fixture
+def cache(assets_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = linked_cache(assets_cache, tmp_path / "cache")
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    return folder
+
+
+def run_harness(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m harness ...` as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "harness", *arguments], capture_output=True, text=True, cwd=cwd, env=os.environ | environment, timeout=900
+    )
+
+
+def read_rows(folder: Path) -> dict[str, dict[str, str]]:
+    """Rows of a leaderboard by "method:variant budget"."""
+    with open(folder / "leaderboard.csv", newline="") as handle:
+        return {f"{r['method']}{':' + r['variant'] if r['variant'] else ''} {r['budget_bpw']}".strip(): r for r in csv.DictReader(handle)}

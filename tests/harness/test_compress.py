@@ -1,0 +1,183 @@
+"""The block loop and the checkpoint, on the first blocks of the real model and on other architectures."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from harness.allocate import BudgetError, uniform
+from harness.calibration import BlockInputs, BlockRun
+from harness.compress import compress_model
+from harness.compressed import CompressedModel
+from harness.ledger import parse_budget, payload_bytes, planned
+from harness.model import decoder_blocks, inventory, load_reference, read_config, skeleton
+from kernels.packed import PackedLinear
+from methods import parse_method
+from methods.base import Compressed
+
+METHODS = ["fp16", "rtn", "rtn:offset=zero", "gptq", "gptq:static_groups=false", "reallm", "reallm:data-free,rounds=2"]
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer) -> torch.Tensor:
+    from harness.protocol import calibration_windows, parse_calibration
+
+    return calibration_windows(parse_calibration("c4-mini@128x8"), tokenizer, seed=0).tokens_NL
+
+
+def compress(folder, method, tokens, path, budget=Fraction(13, 4), seed=0):
+    model = load_reference(path, "cpu", torch.float32)
+    parsed = parse_method(method)
+    allocation = uniform(parsed, inventory(model), budget)
+    return compress_model(model, parsed, allocation.layers, tokens, seed, folder / "blocks")[0], allocation
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ledger_is_the_bytes_on_disk_and_the_reload_is_the_model(method, truncated, tokens, tmp_path):
+    compressed, allocation = compress(tmp_path, method, tokens, truncated.path)
+    compressed.save(tmp_path / "artifact")
+    ledger = compressed.ledger()
+    assert 8 * payload_bytes(tmp_path / "artifact" / "packed.safetensors") == ledger.stored_bits == allocation.ledger.stored_bits
+    assert method == "fp16" or ledger.fits(Fraction(13, 4))
+    reloaded = CompressedModel.load(tmp_path / "artifact", "cpu", torch.float32)
+    assert reloaded.ledger() == ledger and reloaded.kind == ("dense" if method == "fp16" else "decode-per-call")
+    compressed.model.to(torch.float32)
+    with torch.no_grad():
+        for name, layer in compressed.packed.items():
+            assert torch.equal(layer.decode(), reloaded.packed[name].decode())
+        assert torch.equal(compressed.model(tokens[:2, :64]).logits, reloaded.model(tokens[:2, :64]).logits)
+
+
+@pytest.mark.parametrize("method", ["gptq", "reallm"])
+def test_a_resumed_compression_stores_the_same_bytes(method, truncated, tokens, tmp_path):
+    whole, _ = compress(tmp_path / "whole", method, tokens, truncated.path)
+    blocks = tmp_path / "part" / "blocks"
+    blocks.mkdir(parents=True)
+    for index in (0, 1):
+        name = f"block_{index:04d}.safetensors"
+        (blocks / name).write_bytes((tmp_path / "whole" / "blocks" / name).read_bytes())
+    part, _ = compress(tmp_path / "part", method, tokens, truncated.path)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, part.model.state_dict()[name]), name
+
+
+def test_true_sequential_inputs_are_those_of_the_packed_prefix(truncated, tokens):
+    """Hessians from paused passes equal those of fresh hooks on the block as it stands."""
+    model = load_reference(truncated.path, "cpu", torch.float32)
+    stock = inventory(model)
+    inputs = BlockInputs(model, tokens)
+    module = decoder_blocks(model)[1][0]
+    rtn = parse_method("rtn")
+    plan = uniform(rtn, stock, Fraction(13, 4)).layers
+    with BlockRun(model, stock.blocks[0], module, inputs.hidden_NTH, inputs.kwargs[0]) as block:
+        assert [[n.rpartition(".")[2] for n in stage] for stage in block.stages()] == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+        for stage in block.stages():
+            got = block.hessian(stage[0])
+            seen = []
+            slot = model.get_submodule(stage[0])
+            hook = slot.layer.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
+            with torch.no_grad():
+                block._forward(inputs.hidden_NTH)
+            hook.remove()
+            x = seen[0].reshape(-1, got.shape[0])
+            assert torch.allclose(got, x.T @ x, rtol=1e-4, atol=1e-4 * got.diagonal().max())
+            for name in stage:
+                block.install(name, rtn.compress(block.weight(name), None, block.layers[name], plan[name], 0))
+        behind = block.outputs()
+    with torch.no_grad():
+        assert torch.equal(behind, block._forward(inputs.hidden_NTH))
+    assert isinstance(model.get_submodule(stage[0]), PackedLinear)
+
+
+def test_a_method_that_looks_again_gets_a_fresh_pass(truncated, tokens):
+    """Asking for an earlier stage, or replacing a layer the pass has gone through, restarts it."""
+    model = load_reference(truncated.path, "cpu", torch.float32)
+    stock = inventory(model)
+    inputs = BlockInputs(model, tokens)
+    with BlockRun(model, stock.blocks[0], decoder_blocks(model)[1][0], inputs.hidden_NTH, inputs.kwargs[0]) as block:
+        q, down = block.stages()[0][0], block.stages()[3][0]
+        first = block.hessian(q)
+        before = block.hessian(down)
+        assert torch.equal(block.hessian(q), first)
+        block.hessian(down)
+        config = parse_method("rtn:bits=2,group=64,offset=symmetric").candidates(block.layers[q])[0]
+        block.install(q, Compressed(parse_method("rtn").compress(block.weight(q), None, block.layers[q], config, 0).packed))
+        assert not torch.allclose(block.hessian(down), before)
+
+
+def test_an_error_inside_a_block_reaches_the_caller(truncated, tokens):
+    model = load_reference(truncated.path, "cpu", torch.float32)
+    stock = inventory(model)
+    inputs = BlockInputs(model, tokens)
+    module = decoder_blocks(model)[1][0]
+    with pytest.raises(RuntimeError, match="broken"), BlockRun(model, stock.blocks[0], module, inputs.hidden_NTH, inputs.kwargs[0]) as block:
+
+        def broken(*_):
+            raise RuntimeError("broken")
+
+        module.mlp.act_fn.forward = broken
+        block.hessian(block.stages()[3][0])
+
+
+TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+ARCHITECTURES = {
+    "qwen2": TINY,  # biases on q, k, v
+    "gemma3_text": TINY | dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"]),  # masks differ by block
+    "phi3": TINY | dict(pad_token_id=0),  # fused qkv and gate-up
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["gptq", "reallm"])
+def test_other_architectures_run_through(name, method, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **ARCHITECTURES[name])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer.bias is not None:
+            torch.nn.init.normal_(layer.bias)
+    model.save_pretrained(tmp_path / "model")
+    tokens = torch.randint(0, 512, (4, 48))
+    compressed, _ = compress(tmp_path, method, tokens, tmp_path / "model", budget=Fraction(6))
+    compressed.save(tmp_path / "artifact")
+    reloaded = CompressedModel.load(tmp_path / "artifact", "cpu", torch.float32)
+    with torch.no_grad():
+        expected, got = compressed.model(tokens).logits, reloaded.model(tokens).logits
+        reference = model(tokens).logits
+    assert torch.equal(expected, got)
+    assert float((got - reference).norm() / reference.norm()) < 0.5
+
+
+def test_block_weights_that_are_no_linear_layer_count_at_sixteen_bits():
+    config = AutoConfig.for_model("mixtral", **TINY, num_local_experts=2)
+    stock = inventory(skeleton(config))
+    assert any("experts" in name for name in stock.uncovered)
+    with pytest.raises(BudgetError, match="at least"):
+        uniform(parse_method("gptq"), stock, Fraction(4))
+
+
+@pytest.mark.parametrize("method, bits", [("gptq:bits=4,group=128,offset=zero", 4.156), ("gptq:bits=3,group=128,offset=zero", 3.148), ("rtn:bits=4,group=0,offset=zero", 4.004)])
+def test_published_sizes_of_llama2_7b(method, bits):
+    stock = inventory(skeleton(read_config("llama2-7b")))
+    assert stock.weights == 6_476_005_376
+    assert uniform(parse_method(method), stock, Fraction(5)).ledger.stored_bpw == pytest.approx(bits, abs=1.5e-3)  # zeros are padded to words
+
+
+def test_budgets_are_exact():
+    stock = inventory(skeleton(read_config("smollm2-135m")))
+    method = parse_method("gptq")
+    allocation = uniform(method, stock, Fraction(13, 4))
+    assert allocation.ledger.stored_bits * 4 == 13 * stock.weights  # 3.25 to the bit
+    smaller = uniform(method, stock, Fraction(13, 4) - Fraction(1, stock.weights))
+    assert smaller.ledger.stored_bits < allocation.ledger.stored_bits
+    least = min(planned({x.name: c for x in stock.layers}, stock.layers, 0, stock.weights).stored_bits for c in method.candidates(stock.layers[0]))
+    assert uniform(method, stock, Fraction(least, stock.weights)).ledger.stored_bits == least
+    with pytest.raises(BudgetError, match=f"{least / stock.weights:.4f}"):
+        uniform(method, stock, Fraction(least - 1, stock.weights))
+
+
+@pytest.mark.parametrize("text", ["three", "", "0", "-1", "17", "nan", "1/0"])
+def test_a_wrong_budget_is_refused(text):
+    with pytest.raises(ValueError, match="bits per weight"):
+        parse_budget(text)

@@ -1,0 +1,142 @@
+"""`run` and `plan` as a user types them, on the first blocks of the real model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from harness.files import CACHE_VARIABLE
+from harness.report.leaderboard import TIME_COLUMNS
+from tests.harness.conftest import linked_cache, read_rows, run_harness
+
+SMALL = ("--calibration", "c4-mini@128x4", "--protocols", "wiki-mini@128/4,c4-mini@128/4")
+COLUMNS = (
+    "model,method,variant,track,kind,status,budget_bpw,stored_bpw,code_bpw,resident_bpw,checkpoint_bytes,weights_gib,"
+    "ppl_wiki-mini@128/4,ppl_c4-mini@128/4,compress_s,eval_s,peak_ram_gib,seed,harness_version,cell,reason,model_note"
+)
+
+
+def steady(rows):
+    return {label: {k: v for k, v in row.items() if k not in TIME_COLUMNS} for label, row in rows.items()}
+
+
+def test_a_run_reuses_what_is_finished_and_writes_the_same_leaderboard(truncated, cache, tmp_path):
+    arguments = ("run", "--model", str(truncated.path), "--methods", "rtn,gptq", "--bits", "2.25,3.25", *SMALL)
+    first = run_harness(*arguments, "--out", str(tmp_path / "first"))
+    assert first.returncode == 0, first.stderr
+    rows = read_rows(tmp_path / "first")
+    assert list(rows) [0] == "fp16" and set(rows) == {"fp16", "rtn 2.25", "rtn 3.25", "gptq 2.25", "gptq 3.25"}
+    assert (tmp_path / "first" / "leaderboard.csv").read_text().splitlines()[0] == COLUMNS
+    assert all(row["status"] == "ok" for row in rows.values())
+    assert float(rows["gptq 3.25"]["stored_bpw"]) == 3.25 and float(rows["gptq 3.25"]["code_bpw"]) == 3
+    for row in rows.values():
+        record = json.loads((tmp_path / "first" / "cells" / f"{row['cell']}.json").read_text())
+        assert len(record["scores"]["wiki-mini@128/4"]["window_nll"]) == 4
+        assert record["artifact"]["environment"]["torch"]
+
+    again = run_harness(*arguments, "--out", str(tmp_path / "again"))
+    assert again.stderr.count("found, not repeated") == 5
+    assert (tmp_path / "again" / "leaderboard.csv").read_bytes() == (tmp_path / "first" / "leaderboard.csv").read_bytes()
+
+    fewer = run_harness("run", "--model", str(truncated.path), "--methods", "rtn", *SMALL, cwd=tmp_path, PYTHONPATH=os.getcwd())
+    assert fewer.stderr.count("found, not repeated") == 2
+    assert len(list((tmp_path / "results").iterdir())) == 1
+
+    fresh = run_harness(*arguments, "--out", str(tmp_path / "fresh"), "--fresh")
+    assert "found" not in fresh.stderr
+    assert steady(read_rows(tmp_path / "fresh")) == steady(rows)
+
+
+def test_killed_anywhere_the_same_command_goes_on(truncated, assets_cache, tmp_path):
+    arguments = [sys.executable, "-m", "harness", "run", "--model", str(truncated.path), "--methods", "gptq,reallm", *SMALL]
+    caches = {name: linked_cache(assets_cache, tmp_path / name) for name in ("whole", "killed")}
+
+    def environment(name):
+        return os.environ | {CACHE_VARIABLE: str(caches[name])}
+
+    whole = subprocess.run([*arguments, "--out", str(tmp_path / "a")], env=environment("whole"), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+
+    process = subprocess.Popen([*arguments, "--out", str(tmp_path / "b")], env=environment("killed"), start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not list(caches["killed"].glob("cells/*/blocks/block_0001.safetensors")):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "b").exists()
+    blocks = {path: path.stat().st_mtime_ns for path in caches["killed"].glob("cells/*/blocks/*.safetensors")}
+    assert blocks
+
+    resumed = subprocess.run([*arguments, "--out", str(tmp_path / "b")], env=environment("killed"), capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert steady(read_rows(tmp_path / "b")) == steady(read_rows(tmp_path / "a"))
+
+
+def test_one_crash_is_one_failed_row(truncated, cache, tmp_path):
+    arguments = ["run", "--model", str(truncated.path), "--methods", "rtn,gptq", *SMALL, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, "-m", "harness", *arguments], stderr=subprocess.PIPE, text=True)
+    victim = None
+    deadline = time.time() + 300
+    while victim is None and time.time() < deadline:
+        time.sleep(0.02)
+        if list(cache.glob("cells/*/blocks/block_0000.safetensors")):
+            children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+            victim = next(iter(children), None)
+    os.kill(int(victim), signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 1, errors
+    rows = read_rows(tmp_path / "out")
+    assert sorted(row["status"] for row in rows.values()) == ["failed", "ok", "ok"]
+    assert "killed by SIGKILL" in next(row["reason"] for row in rows.values() if row["status"] == "failed")
+    assert run_harness(*arguments).returncode == 0  # the same command mends it
+
+
+def test_a_budget_out_of_reach_is_a_refused_row(truncated, cache, tmp_path):
+    done = run_harness("run", "--model", str(truncated.path), "--methods", "rtn:bits=4,gptq", "--bits", "3.25", *SMALL, "--out", str(tmp_path))
+    assert done.returncode == 1
+    rows = read_rows(tmp_path)
+    assert rows["rtn:bits=4 3.25"]["status"] == "refused" and "at least 4.0" in rows["rtn:bits=4 3.25"]["reason"]
+    assert rows["gptq 3.25"]["status"] == rows["fp16"]["status"] == "ok"
+
+
+def test_when_all_are_refused_nothing_is_loaded(truncated, cache, tmp_path):
+    done = run_harness("run", "--model", str(truncated.path), "--methods", "gptq", "--bits", "1.5", *SMALL, "--out", str(tmp_path))
+    assert done.returncode == 1 and "at least 2.0" in done.stderr
+    assert not list(cache.glob("cells/*/*"))
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (["--methods", "gtpq"], "did you mean 'gptq'"),
+        (["--methods", ""], "--methods reallm,gptq"),
+        (["--bits", "3,25x"], "not a number of bits"),
+        (["--model", "./nowhere"], "no folder"),
+        (["--protocols", "wikitext103@512"], "TEXT@CONTEXT"),
+        (["--calibration", "pile@512x4"], "TEXT@CONTEXTxSEQUENCES"),
+        (["--device", "cuda:7"], "try --device cpu"),
+        (["--calibration", "c4-mini@2048x500", "--model", "MODEL", "--methods", "gptq"], "holds 7[0-9] windows"),
+        (["--protocols", "wikitext2@512", "--data", "/nowhere", "--model", "MODEL"], "no wiki.test.raw"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_non_zero_exit(arguments, hint, truncated, cache, tmp_path):
+    arguments = [str(truncated.path) if a == "MODEL" else a for a in arguments]
+    done = run_harness("run", *arguments, "--out", str(tmp_path))
+    assert done.returncode != 0
+    import re
+
+    assert re.search(hint, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_counts_without_weights():
+    done = run_harness("plan", "--model", "llama2-7b", "--methods", "gptq:group=128,reallm", "--bits", "3.25", "--all")
+    assert done.returncode == 0, done.stderr
+    assert "6,476,005,376 weights" in done.stdout and "3.149" in done.stdout and "adapters" in done.stdout
+    refused = run_harness("plan", "--model", "smollm2-135m", "--methods", "gptq", "--bits", "1")
+    assert refused.returncode == 1 and "refused: gptq stores at least 2.0234" in refused.stdout

