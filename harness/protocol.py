@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class Protocol:
     def to_json(self) -> dict[str, Any]:
         return {"version": PROTOCOL_VERSION, "name": self.name, **asdict(self)}
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(**{key: value for key, value in data.items() if key not in ("version", "name")})
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -78,6 +82,10 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         return {"version": PROTOCOL_VERSION, "name": self.name, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(**{key: value for key, value in data.items() if key not in ("version", "name")})
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ def evaluation_windows(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, d
         windows_NL = windows_NL[torch.linspace(0, len(windows_NL) - 1, protocol.windows).round().long()]
     if not len(windows_NL):
         raise ValueError(f"{protocol.name}: the text is shorter than one window")
-    sha256 = _stream_sha256(windows_NL)
+    sha256 = stream_sha256(windows_NL)
     pinned = PINNED_STREAMS.get((protocol.name, len(tokenizer), protocol.bos))
     if pinned not in (None, sha256):
         raise ValueError(f"{protocol.name}: token stream {sha256[:16]} is not the pinned {pinned[:16]}; the text or the tokenizer changed")
@@ -148,7 +156,7 @@ def calibration_windows(calibration: Calibration, tokenizer: PreTrainedTokenizer
     windows_NL = windows_NL[: calibration.sequences]
     if reserved:
         windows_NL = _prepend_bos(windows_NL, tokenizer)
-    return Windows(windows_NL, _stream_sha256(windows_NL))
+    return Windows(windows_NL, stream_sha256(windows_NL))
 
 
 def parse_calibration(text: str) -> Calibration:
@@ -182,7 +190,7 @@ def _prepend_bos(windows_NL: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tens
     return torch.nn.functional.pad(windows_NL, (1, 0), value=tokenizer.bos_token_id)
 
 
-def _stream_sha256(windows_NL: Tensor) -> str:
+def stream_sha256(windows_NL: Tensor) -> str:
     return hashlib.sha256(windows_NL.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
 
 

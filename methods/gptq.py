@@ -37,7 +37,7 @@ class GPTQ(UniformGridMethod):
     act_order: bool = True
     static_groups: bool = True
     true_sequential: bool = True
-    damp: float = 0.01
+    damp: float = 0.05
 
     @property
     def track(self) -> Track:

@@ -26,7 +26,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     request = read_request(arguments)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     plan, stock, model = build_plan(arguments, request, lambda text: console.print(text, style="dim"), from_config=True)
     config = read_config(model.path).get_text_config()
     print(f"{model.name}: {len(stock.blocks)} blocks, {len(stock.layers)} linear layers, {stock.weights:,} weights; ", end="")

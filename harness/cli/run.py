@@ -11,15 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.assets import TEXTS, fetch
+from harness.assets import Say
 from harness.cli.options import add_plan_options, build_plan, read_request
 from harness.cli.progress import Display
 from harness.engine.local import run_cells
+from harness.model import read_config
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
 from harness.report.leaderboard import shown_table, write_leaderboard
 from harness.store import CellStore
-from harness.texts import PARTS, wikitext2_test
+from harness.streams import calibration_stream, evaluation_stream
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -31,7 +32,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     start = time.perf_counter()
     request = read_request(arguments)
     say = lambda text: console.print(text, style="dim")  # noqa: E731
@@ -42,7 +43,8 @@ def main(arguments: argparse.Namespace) -> int:
             console.print(f"refused: {cell.label} ({cell.refusal})", style="yellow")
     if all(cell.budget is None for cell in runnable):
         runnable = []  # nothing but the reference is left: do not load it
-    _fetch_texts(plan, arguments.data, say)
+    if runnable:
+        _prepare_texts(plan, model.to_json(), read_config(model.path).get_text_config().vocab_size, arguments.data, say)
     if arguments.fresh:
         for cell in runnable:
             CellStore(cell.key).forget()
@@ -70,14 +72,14 @@ def _finished(cell: Cell, plan: Plan) -> bool:
     return store.artifact() is not None and all(store.score(protocol_key(p)) for p in plan.protocols)
 
 
-def _fetch_texts(plan: Plan, data: str | None, say: Any) -> None:
-    """Before any cell starts: a missing text should cost seconds, not a finished compression."""
-    sources = {p.source for p in plan.protocols} | {cell.calibration.source for cell in plan.cells if cell.calibration}
-    for source in sources:
-        if source in PARTS:
-            fetch(TEXTS[source.removesuffix("-mini")], say)
-        else:
-            wikitext2_test(data)
+def _prepare_texts(plan: Plan, model: dict[str, str], vocabulary: int, data: str | None, say: Say) -> None:
+    """Cut every text before any cell starts: a missing or short one should cost seconds, not a finished compression."""
+    streams = [evaluation_stream(protocol, model, data, say) for protocol in plan.protocols]
+    calibrated = {(cell.calibration, cell.seed, cell.bos) for cell in plan.cells if cell.calibration and not cell.refusal}
+    streams += [calibration_stream(calibration, model, seed, bos, say) for calibration, seed, bos in calibrated if calibration]
+    largest = max(int(stream.tokens_NL.max()) for stream in streams)
+    if largest >= vocabulary:
+        raise ValueError(f"the tokenizer of {model['path']} yields token {largest}, the model knows {vocabulary}: they do not belong together")
 
 
 def _print_table(rows: list[dict[str, Any]], plan: Plan) -> None:

@@ -24,9 +24,10 @@ from harness.compress import compress_model
 from harness.compressed import CompressedModel
 from harness.evaluate.perplexity import perplexity
 from harness.ledger import parse_budget
-from harness.model import load_reference, load_tokenizer
-from harness.protocol import Calibration, Protocol, calibration_windows, evaluation_windows
+from harness.model import load_reference
+from harness.protocol import Calibration, Protocol
 from harness.store import CellStore
+from harness.streams import calibration_stream, evaluation_stream
 from methods import method_class
 from methods.base import LayerConfig
 
@@ -50,17 +51,15 @@ class Speaker:
 def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
     torch.set_num_threads(spec["threads"])
     dtype = getattr(torch, spec["dtype"])
-    tokenizer = load_tokenizer(Path(spec["model"]["path"]))
     if store.artifact() is None:
-        _compress(spec, store, speak, dtype, tokenizer)
+        _compress(spec, store, speak, dtype)
     wanted = {key: data for key, data in spec["protocols"].items() if store.score(key) is None}
     if not wanted:
         return
     speak("load", 0, 1)
     reloaded = CompressedModel.load(store.folder, spec["device"], dtype)
     for key, data in wanted.items():
-        protocol = Protocol(**{k: v for k, v in data.items() if k not in ("version", "name")})
-        windows = evaluation_windows(protocol, tokenizer, spec["data"])
+        windows = evaluation_stream(Protocol.from_json(data), spec["model"], spec["data"])
         start = time.perf_counter()
         result = perplexity(reloaded.model, windows.tokens_NL, lambda done, total, name=data["name"]: speak(name, done, total))
         seconds = time.perf_counter() - start
@@ -68,17 +67,14 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
         store.put_score(key, {"protocol": data, "tokens_sha256": windows.sha256, **result.to_json(), **run})
 
 
-def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: torch.dtype, tokenizer: Any) -> None:
+def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: torch.dtype) -> None:
     speak("load", 0, 1)
     options = {k: v for k, v in spec["method"].items() if k not in ("method", "version")}
     method = method_class(spec["method"]["method"])(**options)
     model = load_reference(Path(spec["model"]["path"]), spec["device"], dtype)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.get_input_embeddings().weight.shape[0]}: they do not belong together")
     calibration_sha256, tokens_NT = None, torch.zeros(1, 8, dtype=torch.long)
     if spec["calibration"]:
-        wanted = {k: v for k, v in spec["calibration"].items() if k not in ("version", "name")}
-        windows = calibration_windows(Calibration(**wanted), tokenizer, spec["seed"], spec["bos"])
+        windows = calibration_stream(Calibration.from_json(spec["calibration"]), spec["model"], spec["seed"], spec["bos"])
         calibration_sha256, tokens_NT = windows.sha256, windows.tokens_NL
     plan = {name: LayerConfig.from_json(config) for name, config in spec["plan"].items()}
     compressed, report = compress_model(model, method, plan, tokens_NT, spec["seed"], store.blocks, speak)

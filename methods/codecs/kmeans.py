@@ -24,7 +24,7 @@ def _argmin(distance_NK: Tensor) -> Tensor:
 
 
 def kmeans(
-    vector_ND: Tensor, weight_ND: Tensor, count: int, *, seed: int, iterations: int = 25, start_KD: Tensor | None = None
+    vector_ND: Tensor, weight_ND: Tensor, count: int, *, seed: int, iterations: int = 15, start_KD: Tensor | None = None
 ) -> Tensor:
     """A codebook [count, D] that locally minimises sum weight (vector - codebook[nearest])^2.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.scales import BlockScales, per_column, quantise_scales
 from methods.codecs.kmeans import kmeans
 
-SAMPLE = 16384  # vectors a codebook is fitted on, at least; and SAMPLE_PER_ENTRY for each of its entries
+SAMPLE = 8192  # vectors a codebook is fitted on, at least; and SAMPLE_PER_ENTRY for each of its entries
 SAMPLE_PER_ENTRY = 128
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from harness.cli import main
 from harness.files import CACHE_VARIABLE
 from harness.report.leaderboard import TIME_COLUMNS
 from tests.harness.conftest import linked_cache, read_rows, run_harness
@@ -124,14 +126,18 @@ def test_when_all_are_refused_nothing_is_loaded(truncated, cache, tmp_path):
         (["--protocols", "wikitext2@512", "--data", "/nowhere", "--model", "MODEL"], "no wiki.test.raw"),
     ],
 )
-def test_bad_input_is_one_line_and_a_non_zero_exit(arguments, hint, truncated, cache, tmp_path):
+def test_bad_input_is_one_line_and_a_non_zero_exit(arguments, hint, truncated, cache, tmp_path, capsys):
     arguments = [str(truncated.path) if a == "MODEL" else a for a in arguments]
-    done = run_harness("run", *arguments, "--out", str(tmp_path))
-    assert done.returncode != 0
-    import re
+    assert main(["run", *arguments, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(hint, error.splitlines()[-1]), error
+    assert not list(tmp_path.glob("*.csv"))
 
-    assert re.search(hint, done.stderr), done.stderr
-    assert "Traceback" not in done.stderr
+
+def test_an_unknown_verb_or_option_is_refused(capsys):
+    for arguments in (["rum"], ["run", "--bitz", "3"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
 
 
 def test_plan_counts_without_weights():

@@ -1,0 +1,39 @@
+"""Token streams, cut once per text and model and kept in the cache: the plan checks them, every cell reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from harness.assets import TEXTS, Say
+from harness.files import atomic_path, cache_dir, digest
+from harness.model import load_tokenizer
+from harness.protocol import Calibration, Protocol, Windows, calibration_windows, evaluation_windows, stream_sha256
+from harness.texts import WIKITEXT2_SHA256
+
+TEXT_SHA256 = {f"{name}-mini": file.sha256 for name, file in TEXTS.items()} | {"wikitext2": WIKITEXT2_SHA256}
+
+
+def evaluation_stream(protocol: Protocol, model: dict[str, str], data: str | None, say: Say = lambda _: None) -> Windows:
+    """`model` has a path and a fingerprint. Raises ValueError as harness.protocol.evaluation_windows does."""
+    key = [protocol.to_json(), TEXT_SHA256[protocol.source], model["fingerprint"]]
+    return _remembered(key, lambda: evaluation_windows(protocol, load_tokenizer(Path(model["path"])), data, say))
+
+
+def calibration_stream(calibration: Calibration, model: dict[str, str], seed: int, bos: str, say: Say = lambda _: None) -> Windows:
+    key = [calibration.to_json(), TEXT_SHA256[calibration.source], model["fingerprint"], seed, bos]
+    return _remembered(key, lambda: calibration_windows(calibration, load_tokenizer(Path(model["path"])), seed, bos, say))
+
+
+def _remembered(key: Any, make: Callable[[], Windows]) -> Windows:
+    path = cache_dir("streams", digest(key)[:24] + ".safetensors")
+    if not path.exists():
+        windows = make()
+        with atomic_path(path) as temporary:
+            save_file({"tokens": windows.tokens_NL}, temporary)
+        return windows
+    tokens_NL = load_file(path)["tokens"]
+    return Windows(tokens_NL, stream_sha256(tokens_NL))
