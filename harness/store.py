@@ -1,17 +1,19 @@
 """Results by content key: one folder per artifact, every file in it whole or absent.
 
-    <key>/blocks/            finished blocks of an unfinished compression
-    <key>/packed.safetensors ... packed.json      harness.compressed
-    <key>/artifact.json      written last: the artifact is complete
-    <key>/ppl_<protocol key>.json                 one per protocol
-    <key>/log.txt            what the cell's process said
+<key>/blocks/            finished blocks of an unfinished compression
+<key>/packed.safetensors ... packed.json      harness.compressed
+<key>/artifact.json      written last: the artifact is complete
+<key>/score_<protocol key>.json               one per protocol
+<key>/states_<protocol key>.safetensors       the reference only: what divergences are taken from
+<key>/failure.json       why the last attempt ended early
+<key>/log.txt            what the cell's process said
 """
 
 from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,10 +51,28 @@ class CellStore:
         shutil.rmtree(self.blocks, ignore_errors=True)  # only now are they no longer needed
 
     def score(self, protocol_key: str) -> dict[str, Any] | None:
-        return self._read(f"ppl_{protocol_key}.json")
+        return self._read(f"score_{protocol_key}.json")
 
     def put_score(self, protocol_key: str, data: dict[str, Any]) -> None:
-        write_json(self.folder / f"ppl_{protocol_key}.json", data)
+        write_json(self.folder / f"score_{protocol_key}.json", data)
+
+    def states(self, protocol_key: str) -> Path:
+        return self.folder / f"states_{protocol_key}.safetensors"
+
+    def failure(self) -> str:
+        return (self._read("failure.json") or {}).get("error", "")
+
+    def put_failure(self, error: str) -> None:
+        """An empty error clears it."""
+        if error:
+            write_json(self.folder / "failure.json", {"error": error})
+        else:
+            (self.folder / "failure.json").unlink(missing_ok=True)
+
+    def finished(self, protocol_keys: Iterable[str], divergence: bool) -> bool:
+        """Compressed and scored, with a divergence from the reference where one is due."""
+        scores = [self.score(key) for key in protocol_keys]
+        return self.artifact() is not None and all(score and (score["divergence"] or not divergence) for score in scores)
 
     def forget(self) -> None:
         """Drop everything this cell has stored."""

@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from harness.assets import TEXTS, Say, fetch
@@ -45,7 +45,7 @@ def mini_documents(source: str, part: str, say: Say = lambda _: None) -> list[st
     return [text for _, text in sorted(chosen)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _distinct(source: str, say: Say) -> list[tuple[float, str]]:
     """(position in [0, 1), text) of every document that is long enough and no near copy of an earlier one."""
     raw = fetch(TEXTS[source.removesuffix("-mini")], say).read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ class StoredBits:
     def total(self) -> int:
         return self.codes + self.scales + self.tables + self.adapters
 
-    def __add__(self, other: "StoredBits") -> "StoredBits":
+    def __add__(self, other: StoredBits) -> StoredBits:
         return StoredBits(*(getattr(self, part) + getattr(other, part) for part in PARTS))
 
 
@@ -65,7 +65,7 @@ class StoredModule(nn.Module):
         return StoredBits(**bits)
 
 
-FORMATS: dict[str, type["PackedLinear"]] = {}
+FORMATS: dict[str, type[PackedLinear]] = {}
 
 
 class PackedLinear(StoredModule):
@@ -93,7 +93,7 @@ class PackedLinear(StoredModule):
         return {"format": self.format, **self._hyper}
 
     @staticmethod
-    def from_spec(spec: dict[str, Any], device: str | torch.device = "meta") -> "PackedLinear":
+    def from_spec(spec: dict[str, Any], device: str | torch.device = "meta") -> PackedLinear:
         import kernels.formats  # noqa: F401  registers the formats; they import this module
 
         hyper = dict(spec)

@@ -13,6 +13,7 @@ from methods.base import Method
 REGISTRY: dict[str, str] = {
     "fp16": "methods.fp16:Half",
     "rtn": "methods.rtn:RoundToNearest",
+    "nf": "methods.nf:NormalFloat",
     "gptq": "methods.gptq:GPTQ",
     "reallm": "methods.reallm:ReALLM",
 }

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -85,7 +85,7 @@ class LayerConfig:
         return f"{self.format}({', '.join(f'{k}={v}' for k, v in self.hyper)})"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stored_bits(config: LayerConfig, out_features: int, in_features: int) -> StoredBits:
     return config.layout(LayerSpec("", "", out_features, in_features, bias=False)).stored_bits()
 
@@ -104,7 +104,7 @@ class Block(Protocol):
     def hessian(self, name: str) -> Tensor:
         """fp32 [I, I]: sum of x x^T over calibration tokens, x computed by the block as it is now."""
 
-    def install(self, name: str, packed: "Compressed") -> None:
+    def install(self, name: str, packed: Compressed) -> None:
         """Replace the layer; everything later in the block now runs on the packed one."""
 
 
@@ -138,6 +138,11 @@ class Method(ABC):
     @property
     def budgeted(self) -> bool:
         """False for a reference, which runs once, outside any budget."""
+        return True
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed can change a byte: through calibration text, or through the method's own draws."""
         return True
 
     @abstractmethod

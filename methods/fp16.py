@@ -28,6 +28,10 @@ class Half(Method):
             raise ValueError(f"dtype={self.dtype} is not one of {', '.join(HALF_DTYPES)}")
 
     @property
+    def seeded(self) -> bool:
+        return False
+
+    @property
     def track(self) -> Track:
         return Track.DATA_FREE
 

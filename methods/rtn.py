@@ -55,6 +55,10 @@ class RoundToNearest(UniformGridMethod):
     version: ClassVar[int] = 1
 
     @property
+    def seeded(self) -> bool:
+        return False
+
+    @property
     def track(self) -> Track:
         return Track.DATA_FREE
 

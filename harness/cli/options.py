@@ -21,7 +21,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", default="reallm,gptq", help="comma list; NAME, NAME:variant or NAME:key=value,... (default: %(default)s)")
+    parser.add_argument(
+        "--methods", default="reallm,gptq", help="comma list; NAME, NAME:variant or NAME:key=value,... (default: %(default)s)"
+    )
     parser.add_argument("--bits", default="3.25", help="stored bits per weight, comma list (default: %(default)s)")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="pinned name, local folder or hub id (default: %(default)s)")
     parser.add_argument("--revision", help="revision of a hub id")
@@ -31,7 +33,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="folder with wiki.test.raw, for wikitext2 (default: $HARNESS_DATA, else the hub)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: float32 on a CPU, the checkpoint's 16-bit type on a GPU)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seeds", default="0", help="comma list; each draws its own calibration text (default: %(default)s)")
     parser.add_argument("--jobs", type=int, help="cells at once (default: 2 on a CPU with 2 cores or more, else 1)")
 
 
@@ -43,6 +45,7 @@ class Request:
     budgets: list[Budget]
     protocols: list[str]
     calibration: Calibration
+    seeds: list[int]
     jobs: int
 
 
@@ -62,10 +65,19 @@ def read_request(arguments: argparse.Namespace) -> Request:
     jobs = arguments.jobs or (2 if arguments.device == "cpu" and cores() >= 2 else 1)
     if jobs < 1:
         raise ValueError("--jobs must be at least 1")
-    return Request(methods, budgets, protocols, calibration, jobs)
+    return Request(methods, budgets, protocols, calibration, _read_seeds(arguments.seeds), jobs)
 
 
-def build_plan(arguments: argparse.Namespace, request: Request, say: Say, from_config: bool = False) -> tuple[Plan, Inventory, ResolvedModel]:
+def _read_seeds(text: str) -> list[int]:
+    seeds = [part.strip() for part in text.split(",") if part.strip()]
+    if not seeds or not all(seed.isdecimal() for seed in seeds):
+        raise ValueError(f"'{text}' is no list of seeds; write for example --seeds 0,1,2")
+    return [int(seed) for seed in seeds]
+
+
+def build_plan(
+    arguments: argparse.Namespace, request: Request, say: Say, from_config: bool = False
+) -> tuple[Plan, Inventory, ResolvedModel]:
     """Resolve the model and lay the plan out; `from_config` takes presets and folders without weights too."""
     if from_config and (arguments.model in PRESETS or arguments.model not in MODELS):
         model = ResolvedModel(arguments.model, arguments.model, "")  # shapes are enough; nothing is fetched
@@ -75,12 +87,12 @@ def build_plan(arguments: argparse.Namespace, request: Request, say: Say, from_c
     stock = inventory(skeleton(config))
     methods = request.methods
     reference = ("fp16", Half(dtype=half_dtype(config)))
-    methods = [m for m in methods if m[1].name != "fp16"] + [reference]  # last: the shortest cell fills the gap at the end
+    methods = [reference] + [m for m in methods if m[1].name != "fp16"]  # first: the others' divergences need its states
     bos = bos_policy(config.model_type)
     protocols: list[Protocol] = [parse_protocol(text, bos) for text in request.protocols]
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else half_dtype(config))
     compute = Compute(arguments.device, dtype, max(1, cores() // request.jobs))
-    plan = make_plan(methods, request.budgets, model, stock, protocols, request.calibration, arguments.seed, compute, bos)
+    plan = make_plan(methods, request.budgets, model, stock, protocols, request.calibration, request.seeds, compute, bos)
     return plan, stock, model
 
 

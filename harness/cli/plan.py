@@ -57,5 +57,3 @@ def _print_cell(cell: Cell, stock: Inventory, everything: bool) -> None:
 def _columns(ledger: Ledger) -> str:
     parts = (ledger.bits.codes, ledger.bits.scales, ledger.bits.tables, ledger.bits.adapters)
     return f"{ledger.stored_bpw:8.4f} " + " ".join(f"{ledger.bpw(bits):8.4f}" for bits in parts)
-
-

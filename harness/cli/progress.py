@@ -15,11 +15,17 @@ class Display:
     def __init__(self, console: Console, labels: dict[str, str]) -> None:
         self.console, self.labels = console, labels
         self._lock, self._phase = threading.Lock(), dict.fromkeys(labels, "")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[phase]}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[phase]}"),
+            TimeElapsedColumn(),
+        )
         self._bars = Progress(*columns, console=console) if console.is_terminal else None
         self._tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> Display:
         if self._bars:
             self._bars.start()
             self._tasks = {key: self._bars.add_task(label, total=None, phase="waiting", start=False) for key, label in self.labels.items()}

@@ -18,7 +18,8 @@ from harness.engine.local import run_cells
 from harness.model import read_config
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
-from harness.report.leaderboard import shown_table, write_leaderboard
+from harness.report.leaderboard import write_leaderboard
+from harness.report.table import shown_table
 from harness.store import CellStore
 from harness.streams import calibration_stream, evaluation_stream
 
@@ -57,19 +58,15 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console: Console) -> dict[str, Any]:
-    todo = [cell for cell in runnable if not _finished(cell, plan)]
+    keys = [protocol_key(p) for p in plan.protocols]
+    todo = [cell for cell in runnable if not CellStore(cell.key).finished(keys, divergence=True)]
     for cell in runnable:
         if cell not in todo:
             console.print(f"{cell.label}: found, not repeated", style="dim")
     if not todo:
         return {}
     with Display(console, {cell.key: cell.label for cell in todo}) as display:
-        return run_cells([cell.to_json(plan.protocols, data) for cell in todo], jobs, display.message)
-
-
-def _finished(cell: Cell, plan: Plan) -> bool:
-    store = CellStore(cell.key)
-    return store.artifact() is not None and all(store.score(protocol_key(p)) for p in plan.protocols)
+        return run_cells([cell.to_json(plan.protocols, data, plan.reference.key) for cell in todo], jobs, display.message)
 
 
 def _prepare_texts(plan: Plan, model: dict[str, str], vocabulary: int, data: str | None, say: Say) -> None:
@@ -79,11 +76,13 @@ def _prepare_texts(plan: Plan, model: dict[str, str], vocabulary: int, data: str
     streams += [calibration_stream(calibration, model, seed, bos, say) for calibration, seed, bos in calibrated if calibration]
     largest = max(int(stream.tokens_NL.max()) for stream in streams)
     if largest >= vocabulary:
-        raise ValueError(f"the tokenizer of {model['path']} yields token {largest}, the model knows {vocabulary}: they do not belong together")
+        raise ValueError(
+            f"the tokenizer of {model['path']} yields token {largest}, the model knows {vocabulary}: they do not belong together"
+        )
 
 
 def _print_table(rows: list[dict[str, Any]], plan: Plan) -> None:
-    header, cells = shown_table(rows, [f"ppl_{p.name}" for p in plan.protocols])
+    header, cells = shown_table(rows, [p.name for p in plan.protocols])
     if sys.stdout.isatty():
         table = Table(*header)
         for line in cells:

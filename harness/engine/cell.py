@@ -22,7 +22,7 @@ import torch
 from harness import __version__
 from harness.compress import compress_model
 from harness.compressed import CompressedModel
-from harness.evaluate.perplexity import perplexity
+from harness.evaluate.score import noise_floor, score
 from harness.ledger import parse_budget
 from harness.model import load_reference
 from harness.protocol import Calibration, Protocol
@@ -53,18 +53,40 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
     dtype = getattr(torch, spec["dtype"])
     if store.artifact() is None:
         _compress(spec, store, speak, dtype)
-    wanted = {key: data for key, data in spec["protocols"].items() if store.score(key) is None}
+    is_reference = spec["reference"] == spec["key"]
+    wanted = {key: data for key, data in spec["protocols"].items() if not _scored(store.score(key))}
     if not wanted:
         return
     speak("load", 0, 1)
     reloaded = CompressedModel.load(store.folder, spec["device"], dtype)
     for key, data in wanted.items():
-        windows = evaluation_stream(Protocol.from_json(data), spec["model"], spec["data"])
+        tokens = evaluation_stream(Protocol.from_json(data), spec["model"], spec["data"])
+        states = store.states(key) if is_reference else _reference_states(spec["reference"], key, speak)
         start = time.perf_counter()
-        result = perplexity(reloaded.model, windows.tokens_NL, lambda done, total, name=data["name"]: speak(name, done, total))
+        result = score(
+            reloaded.model, tokens.tokens_NL, None if is_reference else states, states if is_reference else None,
+            lambda done, total, name=data["name"]: speak(name, done, total),
+        ).to_json()  # fmt: skip
         seconds = time.perf_counter() - start
+        if is_reference and states:
+            result["divergence"] = noise_floor(reloaded.model, tokens.tokens_NL, states)
         run = {"seconds": seconds, "peak_ram_gib": peak_ram_gib(), "kind": reloaded.kind, "resident_bpw": reloaded.resident_bpw}
-        store.put_score(key, {"protocol": data, "tokens_sha256": windows.sha256, **result.to_json(), **run})
+        store.put_score(key, {"protocol": data, "tokens_sha256": tokens.sha256, **result, **run})
+
+
+def _scored(result: dict[str, Any] | None) -> bool:
+    return bool(result and result["divergence"])
+
+
+def _reference_states(reference: str, protocol_key: str, speak: Speaker) -> Path | None:
+    """The reference's states, once its cell has scored this protocol; None when that cell failed."""
+    store = CellStore(reference)
+    while store.score(protocol_key) is None:
+        if store.failure():
+            return None
+        speak.say(phase="waiting for the reference", done=0, total=1)  # also how a cell notices that its parent is gone
+        time.sleep(0.5)
+    return store.states(protocol_key)
 
 
 def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: torch.dtype) -> None:

@@ -44,11 +44,10 @@ def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[
 def _run_one(spec: dict[str, Any], watch: Watch, running: list[subprocess.Popen[str]]) -> Outcome:
     store = CellStore(spec["key"])
     store.folder.mkdir(parents=True, exist_ok=True)
+    store.put_failure("")
     # Passive waiting: threads of two cells share the cores, and a spinning one would steal from the other.
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(spec["threads"]), "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    # glibc otherwise returns every large activation to the kernel and faults it in again: 5 % of a scoring run.
-    environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
     error = ""
     with open(store.log, "a") as log:
         process = subprocess.Popen(
@@ -70,5 +69,6 @@ def _run_one(spec: dict[str, Any], watch: Watch, running: list[subprocess.Popen[
         error = f"killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "") + f"; log: {store.log}"
     elif code and not error:
         error = f"exit code {code}; log: {store.log}"
+    store.put_failure(error)  # cells that wait for this one go on without it
     watch(spec["key"], {"ended": True, "error": error})
     return Outcome(spec["key"], error)

@@ -39,7 +39,9 @@ def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
     diagonal_I = hessian_II.diagonal()
     dead_I = diagonal_I == 0
     diagonal_I[dead_I] = 1
-    order_I = torch.argsort(diagonal_I, descending=True, stable=True) if act_order else torch.arange(len(diagonal_I), device=hessian_II.device)
+    order_I = (
+        torch.argsort(diagonal_I, descending=True, stable=True) if act_order else torch.arange(len(diagonal_I), device=hessian_II.device)
+    )
     mean = diagonal_I[~dead_I].mean().item() if not bool(dead_I.all()) else 1.0
     if not bool(torch.isfinite(hessian_II).all()):
         raise ValueError("the Hessian of this layer is not finite: the model or an earlier packed layer overflows on the calibration text")

@@ -8,14 +8,17 @@ from torch import Tensor
 CHUNK = 1 << 22  # distances held at once
 
 
-def nearest(vector_ND: Tensor, weight_ND: Tensor, codebook_KD: Tensor) -> Tensor:
-    """argmin_k sum_d weight (vector - codebook)^2, int64 [N]. The term without k is left out."""
-    square_DK, cross_DK = codebook_KD.square().t(), codebook_KD.t()
-    if len(vector_ND) * len(codebook_KD) <= CHUNK:
-        return _argmin(torch.addmm(weight_ND @ square_DK, weight_ND * vector_ND, cross_DK, alpha=-2))
+def nearest(square_ND: Tensor, cross_ND: Tensor, codebook_KD: Tensor) -> Tensor:
+    """argmin_k sum_d (square c_k^2 - 2 cross c_k), int64 [N]: the nearest entry under weights w for square = w, cross = w v.
+
+    A weight that comes of a scale, w = s^2 and v = x / s, needs no division this way: cross = s x.
+    """
+    square_DK, entry_DK = codebook_KD.square().t(), codebook_KD.t()
     step = max(1, CHUNK // len(codebook_KD))
-    pairs = zip(vector_ND.split(step), weight_ND.split(step), strict=True)
-    return torch.cat([_argmin(torch.addmm(w @ square_DK, w * v, cross_DK, alpha=-2)) for v, w in pairs])
+    if len(square_ND) <= step:
+        return _argmin(torch.addmm(square_ND @ square_DK, cross_ND, entry_DK, alpha=-2))
+    pairs = zip(square_ND.split(step), cross_ND.split(step), strict=True)
+    return torch.cat([_argmin(torch.addmm(w @ square_DK, c, entry_DK, alpha=-2)) for w, c in pairs])
 
 
 def _argmin(distance_NK: Tensor) -> Tensor:
@@ -23,9 +26,7 @@ def _argmin(distance_NK: Tensor) -> Tensor:
     return distance_NK.argmin(dim=1) if distance_NK.is_cuda else torch.from_numpy(distance_NK.numpy().argmin(axis=1))
 
 
-def kmeans(
-    vector_ND: Tensor, weight_ND: Tensor, count: int, *, seed: int, iterations: int = 15, start_KD: Tensor | None = None
-) -> Tensor:
+def kmeans(vector_ND: Tensor, weight_ND: Tensor, count: int, *, seed: int, iterations: int = 15, start_KD: Tensor | None = None) -> Tensor:
     """A codebook [count, D] that locally minimises sum weight (vector - codebook[nearest])^2.
 
     Starts from `start_KD`, or from k-means++ (Arthur & Vassilvitskii, SODA 2007). Clusters that lose all
@@ -34,8 +35,9 @@ def kmeans(
     generator = torch.Generator(device="cpu").manual_seed(seed)
     codebook_KD = _plus_plus(vector_ND, weight_ND, count, generator) if start_KD is None else start_KD.clone()
     previous_N: Tensor | None = None
+    cross_ND = weight_ND * vector_ND
     for _ in range(iterations):
-        code_N = nearest(vector_ND, weight_ND, codebook_KD)
+        code_N = nearest(weight_ND, cross_ND, codebook_KD)
         if previous_N is not None and torch.equal(code_N, previous_N):
             break
         previous_N = code_N

@@ -42,9 +42,7 @@ class Grid:
         return torch.round((weight_OI - base_OI) / scale_OI).clamp_(0, 2**self.bits - 1).to(torch.int32)
 
 
-def fit_grid(
-    weight_OI: Tensor, *, bits: int, group: int, offset: str, search: str = "minmax", importance_I: Tensor | None = None
-) -> Grid:
+def fit_grid(weight_OI: Tensor, *, bits: int, group: int, offset: str, search: str = "minmax", importance_I: Tensor | None = None) -> Grid:
     """Place a grid for every group of `group` columns (the last may be ragged).
 
     `search`: "minmax" spans the group (GPTQ's default), "mse" also tries shrunken ranges and keeps the one with the least

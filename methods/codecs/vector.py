@@ -14,8 +14,9 @@ from torch import Tensor
 from kernels.scales import BlockScales, per_column, quantise_scales
 from methods.codecs.kmeans import kmeans
 
-SAMPLE = 8192  # vectors a codebook is fitted on, at least; and SAMPLE_PER_ENTRY for each of its entries
+SAMPLE = 16384  # vectors a codebook is fitted on, at least; and SAMPLE_PER_ENTRY for each of its entries
 SAMPLE_PER_ENTRY = 128
+TINY = 2.0**-20  # an all-zero block still needs a scale to divide by
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,20 @@ class Scales:
     scale_OI: Tensor
 
 
-def absmax_scales(weight_OI: Tensor, block: int, kind: str) -> Scales:
-    """Largest magnitude per block of consecutive columns of a row, rounded to its stored form."""
+def block_absmax(weight_OI: Tensor, block: int) -> Tensor:
+    """Largest magnitude per block of consecutive columns of a row, [O, G]; the last block may be ragged."""
     rows, columns = weight_OI.shape
-    blocks_OGS = torch.nn.functional.pad(weight_OI, (0, -columns % block)).view(rows, -1, block)
-    absmax_OG = blocks_OGS.abs().amax(dim=2).clamp_min(2.0**-20)  # an all-zero block still needs a scale to divide by
+    return torch.nn.functional.pad(weight_OI, (0, -columns % block)).view(rows, -1, block).abs().amax(dim=2).clamp_min(TINY)
+
+
+def absmax_scales(weight_OI: Tensor, block: int, kind: str) -> Scales:
+    """Absmax block scales, rounded to their stored form."""
+    absmax_OG = block_absmax(weight_OI, block)
     stored = quantise_scales(absmax_OG, kind)
-    decoder = BlockScales(rows, absmax_OG.shape[1], kind).to(weight_OI.device)
+    decoder = BlockScales(*absmax_OG.shape, kind).to(weight_OI.device)
     for name, tensor in stored.items():
         setattr(decoder, name, tensor)
-    return Scales(stored, per_column(decoder.decode(), block, columns))
+    return Scales(stored, per_column(decoder.decode(), block, weight_OI.shape[1]))
 
 
 def to_vectors(matrix_OI: Tensor, dim: int) -> Tensor:

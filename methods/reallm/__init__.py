@@ -43,7 +43,7 @@ class ReALLM(Method):
     tolerance: float = 1e-3  # data-free: stop at a smaller relative gain
     act_order: bool = True  # calibrated
     damp: float = 0.01  # calibrated
-    refit: int = 8  # calibrated: conjugate-gradient steps on the codebook
+    refit: int = 6  # calibrated: conjugate-gradient steps on the codebook
 
     def __post_init__(self) -> None:
         if (self.dim is None) != (self.index_bits is None):

@@ -50,16 +50,17 @@ def assign(target_OI: Tensor, scale_OI: Tensor, codebook_KD: Tensor, feedback: F
     rows, columns = target_OI.shape
     dim = codebook_KD.shape[1]
     pad = -rows % dim
-    # Transposed and padded, so that a column of the weight is a contiguous run of whole vectors; padding weighs nothing.
-    scale_IP = torch.nn.functional.pad(scale_OI.t(), (0, pad), value=1.0).contiguous()
-    square_IP = torch.nn.functional.pad(scale_OI.square().t(), (0, pad)).contiguous()
+    # Transposed and padded, so that a column of the weight is a contiguous run of whole vectors; padding has scale 0.
+    scale_IP = torch.nn.functional.pad(scale_OI.t(), (0, pad)).contiguous()
+    square_IP = scale_IP.square()
     code_IV = torch.empty(columns, (rows + pad) // dim, dtype=torch.int64, device=target_OI.device)
 
     def quantise(position: int, column: int, values_O: Tensor) -> Tensor:
         scale_P = scale_IP[column]
         values_P = torch.nn.functional.pad(values_O, (0, pad)) if pad else values_O
-        code_IV[column] = nearest((values_P / scale_P).view(-1, dim), square_IP[column].view(-1, dim), codebook_KD)
-        return (codebook_KD[code_IV[column]].view(-1) * scale_P)[:rows]
+        code_V = nearest(square_IP[column].view(-1, dim), (scale_P * values_P).view(-1, dim), codebook_KD)
+        code_IV[column] = code_V
+        return (codebook_KD[code_V].view(-1) * scale_P)[:rows]
 
     run(target_OI, feedback, quantise)
     return code_IV.t().contiguous()

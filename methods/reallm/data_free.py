@@ -35,11 +35,10 @@ def compress_data_free(
         rest_OI = weight_OI - lowrank_OI
         scales = absmax_scales(rest_OI, packed.block, packed.scales.kind)
         square_OI = scales.scale_OI.square()  # an error of a scaled entry costs scale^2
-        unit_OI = rest_OI / scales.scale_OI
-        codebook_KD = fit_codebook(unit_OI, square_OI, packed.dim, 2**packed.index_bits, seed, codebook_KD)
-        vector_VID, weight_VID = to_vectors(unit_OI, packed.dim), to_vectors(square_OI, packed.dim)
-        code_N = nearest(vector_VID.reshape(-1, packed.dim), weight_VID.reshape(-1, packed.dim), codebook_KD)
-        code_VI = code_N.view(vector_VID.shape[:2])
+        codebook_KD = fit_codebook(rest_OI / scales.scale_OI, square_OI, packed.dim, 2**packed.index_bits, seed, codebook_KD)
+        square_VID, cross_VID = to_vectors(square_OI, packed.dim), to_vectors(scales.scale_OI * rest_OI, packed.dim)
+        code_N = nearest(square_VID.reshape(-1, packed.dim), cross_VID.reshape(-1, packed.dim), codebook_KD)
+        code_VI = code_N.view(square_VID.shape[:2])
         quantised_OI = from_vectors(codebook_KD[code_VI], weight_OI.shape[0]) * scales.scale_OI
         error = float((rest_OI - quantised_OI).norm()) / norm
         gain, previous = best_error - error, best_error

@@ -71,7 +71,12 @@ def test_true_sequential_inputs_are_those_of_the_packed_prefix(truncated, tokens
     rtn = parse_method("rtn")
     plan = uniform(rtn, stock, Fraction(13, 4)).layers
     with BlockRun(model, stock.blocks[0], module, inputs.hidden_NTH, inputs.kwargs[0]) as block:
-        assert [[n.rpartition(".")[2] for n in stage] for stage in block.stages()] == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+        assert [[n.rpartition(".")[2] for n in stage] for stage in block.stages()] == [
+            ["q_proj", "k_proj", "v_proj"],
+            ["o_proj"],
+            ["gate_proj", "up_proj"],
+            ["down_proj"],
+        ]
         for stage in block.stages():
             got = block.hessian(stage[0])
             seen = []
@@ -111,7 +116,10 @@ def test_an_error_inside_a_block_reaches_the_caller(truncated, tokens):
     stock = inventory(model)
     inputs = BlockInputs(model, tokens)
     module = decoder_blocks(model)[1][0]
-    with pytest.raises(RuntimeError, match="broken"), BlockRun(model, stock.blocks[0], module, inputs.hidden_NTH, inputs.kwargs[0]) as block:
+    with (
+        pytest.raises(RuntimeError, match="broken"),
+        BlockRun(model, stock.blocks[0], module, inputs.hidden_NTH, inputs.kwargs[0]) as block,
+    ):
 
         def broken(*_):
             raise RuntimeError("broken")
@@ -120,7 +128,9 @@ def test_an_error_inside_a_block_reaches_the_caller(truncated, tokens):
         block.hessian(block.stages()[3][0])
 
 
-TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+TINY = dict(
+    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+)
 ARCHITECTURES = {
     "qwen2": TINY,  # biases on q, k, v
     "gemma3_text": TINY | dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"]),  # masks differ by block
@@ -157,11 +167,16 @@ def test_block_weights_that_are_no_linear_layer_count_at_sixteen_bits():
         uniform(parse_method("gptq"), stock, Fraction(4))
 
 
-@pytest.mark.parametrize("method, bits", [("gptq:bits=4,group=128,offset=zero", 4.156), ("gptq:bits=3,group=128,offset=zero", 3.148), ("rtn:bits=4,group=0,offset=zero", 4.004)])
+@pytest.mark.parametrize(
+    "method, bits",
+    [("gptq:bits=4,group=128,offset=zero", 4.156), ("gptq:bits=3,group=128,offset=zero", 3.148), ("rtn:bits=4,group=0,offset=zero", 4.004)],
+)
 def test_published_sizes_of_llama2_7b(method, bits):
     stock = inventory(skeleton(read_config("llama2-7b")))
     assert stock.weights == 6_476_005_376
-    assert uniform(parse_method(method), stock, Fraction(5)).ledger.stored_bpw == pytest.approx(bits, abs=1.5e-3)  # zeros are padded to words
+    assert uniform(parse_method(method), stock, Fraction(5)).ledger.stored_bpw == pytest.approx(
+        bits, abs=1.5e-3
+    )  # zeros are padded to words
 
 
 def test_budgets_are_exact():
@@ -171,7 +186,9 @@ def test_budgets_are_exact():
     assert allocation.ledger.stored_bits * 4 == 13 * stock.weights  # 3.25 to the bit
     smaller = uniform(method, stock, Fraction(13, 4) - Fraction(1, stock.weights))
     assert smaller.ledger.stored_bits < allocation.ledger.stored_bits
-    least = min(planned({x.name: c for x in stock.layers}, stock.layers, 0, stock.weights).stored_bits for c in method.candidates(stock.layers[0]))
+    least = min(
+        planned({x.name: c for x in stock.layers}, stock.layers, 0, stock.weights).stored_bits for c in method.candidates(stock.layers[0])
+    )
     assert uniform(method, stock, Fraction(least, stock.weights)).ledger.stored_bits == least
     with pytest.raises(BudgetError, match=f"{least / stock.weights:.4f}"):
         uniform(method, stock, Fraction(least - 1, stock.weights))

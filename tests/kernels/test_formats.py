@@ -58,7 +58,9 @@ def test_uniform_decodes_by_its_definition():
     q = torch.randint(0, 8, (5, 70), generator=generator)
     scales = torch.rand(5, 2, generator=generator).half()  # group 64: a full group and a ragged one of 6
     zeros = torch.randint(0, 8, (5, 2), generator=generator)
-    layer = PackedLinear.from_spec(dict(format="uniform", bits=3, group=64, offset="zero", out_features=5, in_features=70, bias=False), "cpu")
+    layer = PackedLinear.from_spec(
+        dict(format="uniform", bits=3, group=64, offset="zero", out_features=5, in_features=70, bias=False), "cpu"
+    )
     layer.fill(codes=pack(q, 3), scales=scales, zeros=pack(zeros, 3))
     for o in range(5):
         for i in range(70):
@@ -80,12 +82,27 @@ def test_permuted_groups_return_to_their_columns():
 def test_codebook_decodes_by_its_definition():
     generator = torch.Generator().manual_seed(0)
     layer = PackedLinear.from_spec(
-        dict(format="codebook", dim=4, index_bits=5, block=16, scales="double", rank=2, adapter_bits=8, out_features=10, in_features=40, bias=False),
+        dict(
+            format="codebook",
+            dim=4,
+            index_bits=5,
+            block=16,
+            scales="double",
+            rank=2,
+            adapter_bits=8,
+            out_features=10,
+            in_features=40,
+            bias=False,
+        ),
         "cpu",
     )
     codes = torch.randint(0, 32, (3, 40), generator=generator)  # 10 rows are padded to 3 vectors of 4
     book = torch.randn(32, 4, generator=generator).half()
-    step, offset, scale_codes = torch.tensor([0.01]), torch.tensor([0.5]), torch.randint(0, 256, (10, 3), generator=generator).to(torch.uint8)
+    step, offset, scale_codes = (
+        torch.tensor([0.01]),
+        torch.tensor([0.5]),
+        torch.randint(0, 256, (10, 3), generator=generator).to(torch.uint8),
+    )
     left, right = (torch.randint(-127, 128, s, generator=generator).to(torch.int8) for s in ((10, 2), (2, 40)))
     left_scale, right_scale = torch.rand(2, generator=generator).half(), torch.rand(2, generator=generator).half()
     layer.fill(codes=pack(codes, 5), codebook=book)

@@ -21,6 +21,7 @@ def test_arrows_go_one_way():
     code = "import sys, kernels.formats; print([m for m in sys.modules if m.split('.')[0] in ('methods', 'harness')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    code = "import sys, methods.gptq, methods.reallm, methods.rtn, methods.fp16; print([m for m in sys.modules if m.split('.')[0] == 'harness'])"
+    every = "import sys, methods; [methods.method_class(name) for name in methods.REGISTRY]; "
+    code = every + "print([m for m in sys.modules if m.split('.')[0] == 'harness'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

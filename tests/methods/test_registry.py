@@ -10,7 +10,7 @@ from methods.base import LayerConfig, LayerSpec
     "text, hint",
     [
         ("gtpq", "did you mean 'gptq'"),
-        ("nonsense", "choose from fp16, rtn, gptq, reallm"),
+        ("nonsense", "choose from fp16, rtn, nf, gptq, reallm"),
         ("gptq:grup=64", "did you mean 'group'"),
         ("gptq:group=many", "group=many is not int or none"),
         ("gptq:act_order=3", "is not true/false"),
@@ -29,7 +29,11 @@ def test_overrides_and_variants():
     assert parse_method("gptq:group=64,act_order=false") == dataclasses.replace(parse_method("gptq"), group=64, act_order=False)
     assert parse_method("reallm:data-free,rank=3").calibrated is False
     assert parse_method("reallm").variant == "calibrated" and parse_method("reallm:rank=3").variant == ""
-    assert split_methods("reallm:data-free,rank=3,gptq:group=64,act_order=false,rtn") == ["reallm:data-free,rank=3", "gptq:group=64,act_order=false", "rtn"]
+    assert split_methods("reallm:data-free,rank=3,gptq:group=64,act_order=false,rtn") == [
+        "reallm:data-free,rank=3",
+        "gptq:group=64,act_order=false",
+        "rtn",
+    ]
 
 
 @pytest.mark.parametrize("name", REGISTRY)

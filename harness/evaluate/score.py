@@ -1,0 +1,179 @@
+"""One pass over a protocol's windows: loss of every window, and the divergence from the uncompressed reference.
+
+The reference's *hidden states* in front of the head are kept (tokens x width), never its logits (tokens x vocabulary): the head
+is the same 16-bit tensor for every method, so the scored model's own head turns both into logits, a few hundred tokens at a time.
+
+KL(reference || model) per token in nats. What it can resolve is bounded by arithmetic: the reference's row carries a *noise
+floor*, its divergence from itself when every block output is multiplied by 1 + u, |u| <= 2**-11, one rounding unit of fp16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from harness.files import atomic_path
+from harness.model import decoder_blocks, swapped_module
+
+BODY_TOKENS = 8192  # tokens through the decoder at once
+HEAD_LOGITS = 1 << 25  # logits held at once (128 MiB in fp32), for the model and once more for the reference
+NOISE_UNIT = 2.0**-11
+NOISE_WINDOWS = 4
+PERCENTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+@dataclass
+class Divergence:
+    """Per-token KL(reference || model) in nats, and how often the model ranks the reference's first token first."""
+
+    kld_N: list[Tensor] = field(default_factory=list)
+    same_top_N: list[Tensor] = field(default_factory=list)
+
+    def add(self, reference_NV: Tensor, reference_top_N: Tensor, model_NV: Tensor, model_lse_N: Tensor) -> None:
+        """sum p (a - b) - lse(a) + lse(b) for logits a, b and p = softmax(a): two passes fewer than through log_softmax.
+        Overwrites `reference_NV`."""
+        reference_lse_N = reference_NV.logsumexp(dim=-1)
+        difference_NV = reference_NV - model_NV
+        p_NV = reference_NV.sub_(reference_lse_N[:, None]).exp_()
+        kld_N = torch.linalg.vecdot(p_NV, difference_NV) - reference_lse_N + model_lse_N
+        self.kld_N.append(kld_N.double().cpu())
+        first_N = model_NV.gather(1, reference_top_N[:, None]).squeeze(1)
+        self.same_top_N.append((first_N == model_NV.amax(dim=-1)).cpu())  # amax: argmax over a vocabulary is ten times slower
+
+    def to_json(self, windows: int) -> dict[str, Any]:
+        kld_N = torch.cat(self.kld_N)
+        finite_N = kld_N[kld_N.isfinite()]
+        quantiles = {name: finite_N.quantile(q).item() if len(finite_N) else math.nan for name, q in PERCENTILES.items()}
+        return {
+            "kld": kld_N.mean().item(), **{f"kld_{name}": value for name, value in quantiles.items()},
+            "top1": torch.cat(self.same_top_N).double().mean().item(), "nonfinite_tokens": len(kld_N) - len(finite_N),
+            "window_kld": kld_N.view(windows, -1).mean(dim=1).tolist(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Score:
+    """`window_nll`: mean loss of every window, nats per token. A loss that is not a number is flagged, never averaged away."""
+
+    window_nll: list[float]
+    scored_tokens: int
+    divergence: dict[str, Any] | None
+
+    @property
+    def nonfinite(self) -> int:
+        return sum(not math.isfinite(value) for value in self.window_nll)
+
+    @property
+    def ppl(self) -> float:
+        mean = math.fsum(self.window_nll) / len(self.window_nll) if not self.nonfinite else math.nan
+        return math.exp(mean) if not mean > 700 else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {"nonfinite_windows": self.nonfinite, "scored_tokens": self.scored_tokens}
+        return {"ppl": self.ppl, **counts, "window_nll": self.window_nll, "divergence": self.divergence}
+
+
+class _Given(nn.Module):
+    """Stands in for the decoder: hands out hidden states computed before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+@contextmanager
+def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
+    """hidden [N, H] -> logits [N, V] in fp32 through the model's own forward, so that whatever an architecture does to its
+    logits (soft caps, scales) is done."""
+    given = _Given()
+
+    def head(hidden_NH: Tensor) -> Tensor:
+        given.hidden = hidden_NH[None]
+        return model(input_ids=torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)).logits[0].float()
+
+    with swapped_module(model, model.base_model_prefix, given):
+        yield head
+
+
+def hidden_states(model: PreTrainedModel, tokens_BL: Tensor) -> Tensor:
+    """States in front of the head that predict a token of the window: [B * (L - 1), H]."""
+    hidden_BLH = model.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state
+    return hidden_BLH[:, :-1].reshape(-1, hidden_BLH.shape[-1])
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel,
+    tokens_NL: Tensor,
+    reference: Path | None = None,
+    keep: Path | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Score:
+    """Score windows [N, L]. `reference` is a file of the reference's states to diverge from, `keep` one to write them to."""
+    device = next(model.parameters()).device
+    count, length = tokens_NL.shape
+    losses: list[float] = []
+    divergence = Divergence() if reference else None
+    kept: dict[str, list[Tensor]] = {"states": [], "top": []}
+    chunk = max(1, HEAD_LOGITS // model.config.get_text_config().vocab_size)
+    for batch_BL in tokens_NL.to(device).split(max(1, BODY_TOKENS // length)):
+        hidden_NH = hidden_states(model, batch_BL)
+        target_N = batch_BL[:, 1:].reshape(-1)
+        known = _read_states(reference, len(losses) * (length - 1), len(target_N), hidden_NH) if reference else None
+        nll_N = []
+        with head_of(model) as head:
+            for start in range(0, len(target_N), chunk):
+                part = slice(start, start + chunk)
+                logits_NV = head(hidden_NH[part])
+                lse_N = logits_NV.logsumexp(dim=-1)
+                nll_N.append((lse_N - logits_NV.gather(1, target_N[part, None]).squeeze(1)).double().cpu())
+                if divergence is not None and known is not None:
+                    divergence.add(head(known[0][part]), known[1][part], logits_NV, lse_N)
+                if keep is not None:
+                    kept["top"].append(logits_NV.argmax(dim=-1).cpu())
+        losses += torch.cat(nll_N).view(len(batch_BL), length - 1).mean(dim=1).tolist()
+        if keep is not None:
+            kept["states"].append(hidden_NH.cpu())
+        progress(len(losses), count)
+    if keep is not None:
+        with atomic_path(keep) as path:
+            save_file({name: torch.cat(parts).contiguous() for name, parts in kept.items()}, path)
+    return Score(losses, count * (length - 1), divergence.to_json(count) if divergence else None)
+
+
+@torch.inference_mode()
+def noise_floor(model: PreTrainedModel, tokens_NL: Tensor, reference: Path) -> dict[str, Any]:
+    """Divergence of the reference from itself under one rounding unit of noise, on the first NOISE_WINDOWS windows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        noise = torch.rand(out.shape, generator=generator).mul_(2 * NOISE_UNIT).sub_(NOISE_UNIT)
+        return out * (1 + noise.to(out))
+
+    hooks = [block.register_forward_hook(disturb) for block in decoder_blocks(model)[1]]
+    try:
+        return score(model, tokens_NL[:NOISE_WINDOWS], reference).divergence or {}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _read_states(file: Path, first: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(states [count, H], first-ranked token of each [count]) on the device and in the dtype of `like`."""
+    with safe_open(file, framework="pt") as handle:
+        states, top = (handle.get_slice(name)[first : first + count] for name in ("states", "top"))
+    return states.to(like), top.to(like.device)

@@ -1,0 +1,60 @@
+"""Ranks within a track, and means over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from harness.stats import shared_ranks
+
+Losses = Mapping[str, Mapping[str, list[float]]]  # cell -> protocol -> loss of every window
+
+
+def add_ranks(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str]) -> None:
+    """Set `rank_<protocol>` within every budget, track and seed. A row no seed can change stands in every seed's ranking, and
+    shows its rank among the first seed's rows."""
+    ranked = [row for row in rows if row["budget_bpw"] and row["status"] in ("ok", "underspent")]
+    for seed in sorted({row["seed"] for row in ranked}, reverse=True):
+        present = {_who(row): row for row in ranked if row["seed"] == 0} | {_who(row): row for row in ranked if row["seed"] == seed}
+        for group in _groups(list(present.values()), lambda row: (row["budget_bpw"], row["track"])):
+            for name in names:
+                ranks = shared_ranks([losses[row["cell"]][name] for row in group])
+                for row, rank in zip(group, ranks, strict=True):
+                    row[f"rank_{name}"] = rank
+
+
+def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per method and budget: mean perplexity over its seeds, `_sd` between them, ranks from losses averaged over seeds."""
+    summary, averaged = [], {}
+    for group in _groups([row for row in rows if row["status"] in ("ok", "underspent")], lambda row: (_who(row), row["budget_bpw"])):
+        first = group[0]
+        row = {key: first[key] for key in ("model", "method", "variant", "track", "status", "budget_bpw", "stored_bpw", "code_bpw")}
+        row |= {"seeds": len(group), "cell": "|".join(member["cell"] for member in group), "reason": "", "seed": 0}
+        averaged[row["cell"]] = {name: _average([losses[member["cell"]][name] for member in group]) for name in names}
+        for name in names:
+            for column in (f"ppl_{name}", f"kld_{name}", f"top1_{name}"):
+                values = [member[column] for member in group if member[column] != ""]
+                row[column] = statistics.fmean(values) if values else ""
+            perplexities = [member[f"ppl_{name}"] for member in group]
+            row[f"ppl_{name}_sd"] = statistics.stdev(perplexities) if len(group) > 1 else ""
+            row[f"rank_{name}"] = ""
+        summary.append(row)
+    add_ranks(summary, averaged, names)
+    return summary
+
+
+def _who(row: dict[str, Any]) -> tuple[str, str, str]:
+    return (row["method"], row["variant"], row["budget_bpw"])
+
+
+def _groups(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[list[dict[str, Any]]]:
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return list(found.values())
+
+
+def _average(window_nll: Sequence[list[float]]) -> list[float]:
+    return [math.fsum(values) / len(values) for values in zip(*window_nll, strict=True)]

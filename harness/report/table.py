@@ -1,0 +1,59 @@
+"""The table people read; every column that is not here is in the CSV."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+HEAD = {"method": "method", "budget_bpw": "budget", "stored_bpw": "stored"}
+TAIL = {
+    "kind": "kind",
+    "track": "track",
+    "weights_gib": "GiB",
+    "compress_s": "compress s",
+    "eval_s": "eval s",
+    "peak_ram_gib": "peak GiB",
+    "status": "status",
+}
+FORMATS = {"stored_bpw": "{:.4f}", "weights_gib": "{:.3f}", "compress_s": "{:.0f}", "eval_s": "{:.0f}", "peak_ram_gib": "{:.1f}"}
+
+
+def shown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """(header, cells) as text."""
+    protocols = [(kind, name) for name in names for kind in ("ppl", "rank", "kld")]
+    tail = {column: title for column, title in TAIL.items() if column in rows[0]}
+    header = [*HEAD.values(), *(f"{kind} {name}" if kind == "ppl" else kind for kind, name in protocols), *tail.values()]
+    cells = []
+    for row in rows:
+        middle = [_perplexity(row, name) if kind == "ppl" else _text(row, f"{kind}_{name}") for kind, name in protocols]
+        cells.append([*(_text(row, column) for column in HEAD), *middle, *(_text(row, column) for column in tail)])
+    return header, cells
+
+
+def _perplexity(row: dict[str, Any], name: str) -> str:
+    """Value with its spread over seeds (a summary), else with its 95 % interval."""
+    text = _text(row, f"ppl_{name}")
+    if row.get(f"ppl_{name}_sd"):
+        return f"{text} ± {row[f'ppl_{name}_sd']:.2f}"
+    low, high = row.get(f"ppl_{name}_lo"), row.get(f"ppl_{name}_hi")
+    return f"{text} [{low:.1f}, {high:.1f}]" if isinstance(low, float) else text
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    value = row.get(column, "")
+    if column == "method":
+        seed = f" seed {row['seed']}" if row["seed"] else ""
+        return (f"{value}:{row['variant']}" if row["variant"] else value) + seed
+    if column == "status" and row["reason"]:
+        return f"{value}: {row['reason']}"
+    if isinstance(value, float):
+        pattern = ("{:.4f}" if value >= 0.001 else "{:.1e}") if column.startswith("kld") else FORMATS.get(column, "{:.2f}")
+        return pattern.format(value) if math.isfinite(value) else str(value)
+    return str(value)
+
+
+def markdown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    header, cells = shown_table(rows, names)
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(" --- " for _ in header) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in cells]) + "\n"

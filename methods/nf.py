@@ -1,0 +1,67 @@
+"""NormalFloat with double-quantised scales: the frozen base of QLoRA (Dettmers et al., NeurIPS 2023, arXiv 2305.14314, sec. 3).
+
+Weights are divided by the absmax of 64 consecutive entries and rounded to the nearest of 2**b quantiles of a normal
+distribution; the absmax values are stored in 8 bits. NF4 with blocks of 64 takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits. QLoRA's
+adapters start at zero, so this *is* QLoRA before training; the row is called `nf` until there is some.
+
+Codes, scales and decoding are those of bitsandbytes' NF4 where 64 divides the rows (its blocks run across rows; here each row
+starts one), but for the few scale codes in a thousand that its CPU kernel does not round to the nearest level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.bitpack import pack
+from kernels.normal_float import nf_levels
+from kernels.scales import per_column, quantise_scales
+from methods.base import Compressed, LayerConfig, LayerSpec, Method, Track
+from methods.codecs.vector import block_absmax
+
+BITS = (2, 3, 4)
+BLOCKS = (8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalFloat(Method):
+    name: ClassVar[str] = "nf"
+    version: ClassVar[int] = 1
+
+    bits: int | None = None
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in (None, *BITS):
+            raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}")
+        if self.block is not None and self.block < 1:
+            raise ValueError("block must be at least 1")
+
+    @property
+    def seeded(self) -> bool:
+        return False
+
+    @property
+    def track(self) -> Track:
+        return Track.DATA_FREE
+
+    def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        return [
+            LayerConfig.of("codebook", dim=1, index_bits=bits, block=block, scales="dynamic", table="nf")
+            for bits in (BITS if self.bits is None else (self.bits,))
+            for block in (BLOCKS if self.block is None else (self.block,))
+        ]
+
+    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+        packed = config.layout(layer, weight_OI.device)
+        absmax_OG = block_absmax(weight_OI, packed.block)
+        # Codes are chosen with the exact absmax, as bitsandbytes does; only then are the scales rounded.
+        unit_OI = weight_OI / per_column(absmax_OG, packed.block, packed.in_features)
+        levels = nf_levels(packed.index_bits).to(weight_OI.device)
+        codes_OI = torch.bucketize(unit_OI, (levels[1:] + levels[:-1]) / 2)
+        scales = quantise_scales(absmax_OG, packed.scales.kind)
+        packed.fill(codes=pack(codes_OI, packed.index_bits), **{f"scales.{name}": tensor for name, tensor in scales.items()})
+        return Compressed(packed)
