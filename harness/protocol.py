@@ -26,12 +26,28 @@ SOURCES = (*PARTS, "wikitext2")
 MINI_TOKENS = 8000  # the mini texts score at least this many tokens
 BOS_POLICIES = ("text", "window")
 
-# sha256 of the windows' token ids for tokenizers we have seen: (protocol, tokenizer vocabulary size, bos) -> stream hash.
-PINNED_STREAMS: dict[tuple[str, int, str], str] = {}
+# sha256 of the windows' token ids, for vocabularies (sha256 of their sorted entries) whose streams were once checked.
+_SMOLLM2 = "d59adeae1bb1c383e51bcf30fd8ad05a2b82f7e752f72106f0f94c324cdb44b6"
+PINNED_STREAMS: dict[tuple[str, str], str] = {
+    ("wiki-mini@512", _SMOLLM2): "cd0ad9ab107a023896d5c3c405a436eb2f28dc4b7413893143a7b61a4ecf3174",
+    ("c4-mini@512", _SMOLLM2): "000ea1ccb52c62ffc43d3773ccbff38194754376acc45195080c13f8153e7f40",
+    ("wikitext2@2048", _SMOLLM2): "0d9fcd3556b69838121dcddbe585e60b89fa58f6135893be48159ee95111f92f",
+}
+
+
+class _Named:
+    """A frozen dataclass with a name, as JSON: the version and the name go out with the fields and are ignored on the way in."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": PROTOCOL_VERSION, "name": self.name, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(**{key: value for key, value in data.items() if key not in ("version", "name")})
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(_Named):
     """`bos` says where a beginning-of-sequence token stands: "text", wherever the tokenizer puts it when it reads the whole
     text once (usually nowhere, or once at the very start), or "window", in front of every window (Gemma needs it)."""
 
@@ -46,13 +62,6 @@ class Protocol:
         count = f"/{self.windows}" if self.windows and self.windows != _default_windows(self.source, self.context) else ""
         part = "" if self.part == "evaluation" else f":{self.part}"
         return f"{self.source}{part}@{self.context}{count}" + ("+bos" if self.bos == "window" else "")
-
-    def to_json(self) -> dict[str, Any]:
-        return {"version": PROTOCOL_VERSION, "name": self.name, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(**{key: value for key, value in data.items() if key not in ("version", "name")})
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(_Named):
     """What calibrated methods look at: `sequences` windows of `context` tokens from a text's calibration part, chosen by seed."""
 
     source: str
@@ -79,13 +88,6 @@ class Calibration:
     @property
     def name(self) -> str:
         return f"{self.source}:calibration@{self.context}x{self.sequences}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"version": PROTOCOL_VERSION, "name": self.name, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(**{key: value for key, value in data.items() if key not in ("version", "name")})
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def evaluation_windows(
     if not len(windows_NL):
         raise ValueError(f"{protocol.name}: the text is shorter than one window")
     sha256 = stream_sha256(windows_NL)
-    pinned = PINNED_STREAMS.get((protocol.name, len(tokenizer), protocol.bos))
+    pinned = PINNED_STREAMS.get((protocol.name, vocabulary_sha256(tokenizer)))
     if pinned not in (None, sha256):
         raise ValueError(f"{protocol.name}: token stream {sha256[:16]} is not the pinned {pinned[:16]}; the text or the tokenizer changed")
     return Windows(windows_NL, sha256)
@@ -194,6 +196,10 @@ def _prepend_bos(windows_NL: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tens
 
 def stream_sha256(windows_NL: Tensor) -> str:
     return hashlib.sha256(windows_NL.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    return digest(sorted(tokenizer.get_vocab().items()))
 
 
 def protocol_key(protocol: Protocol) -> str:

@@ -122,9 +122,9 @@ class Method(ABC):
     version: ClassVar[int]  # part of every key: bump it when the same configuration would store other bytes
     variants: ClassVar[dict[str, dict[str, Any]]] = {}  # name -> field overrides
 
-    @property
-    @abstractmethod
-    def track(self) -> Track: ...
+    track: ClassVar[Track]  # a property where it depends on the configuration
+    budgeted: ClassVar[bool] = True  # False for a reference, which runs once, outside any budget
+    seeded: ClassVar[bool] = True  # whether the seed can change a byte: through calibration text, or the method's own draws
 
     @property
     def needs(self) -> Needs:
@@ -134,16 +134,6 @@ class Method(ABC):
     def variant(self) -> str:
         """The named variant this configuration is, or "" for the default or any other configuration."""
         return next((name for name, over in self.variants.items() if type(self)(**over) == self), "")
-
-    @property
-    def budgeted(self) -> bool:
-        """False for a reference, which runs once, outside any budget."""
-        return True
-
-    @property
-    def seeded(self) -> bool:
-        """Whether the seed can change a byte: through calibration text, or through the method's own draws."""
-        return True
 
     @abstractmethod
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:

@@ -20,24 +20,15 @@ from methods.base import Compressed, LayerConfig, LayerSpec, Method, Track
 class Half(Method):
     name: ClassVar[str] = "fp16"
     version: ClassVar[int] = 1
+    track: ClassVar[Track] = Track.DATA_FREE
+    seeded: ClassVar[bool] = False
+    budgeted: ClassVar[bool] = False
 
     dtype: str = "float16"
 
     def __post_init__(self) -> None:
         if self.dtype not in HALF_DTYPES:
             raise ValueError(f"dtype={self.dtype} is not one of {', '.join(HALF_DTYPES)}")
-
-    @property
-    def seeded(self) -> bool:
-        return False
-
-    @property
-    def track(self) -> Track:
-        return Track.DATA_FREE
-
-    @property
-    def budgeted(self) -> bool:
-        return False
 
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         return [LayerConfig.of("dense", dtype=self.dtype)]

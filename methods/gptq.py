@@ -32,16 +32,13 @@ from methods.rtn import UniformGridMethod
 class GPTQ(UniformGridMethod):
     name: ClassVar[str] = "gptq"
     version: ClassVar[int] = 1
+    track: ClassVar[Track] = Track.CALIBRATED
 
     grid: str = "hessian"
     act_order: bool = True
     static_groups: bool = True
     true_sequential: bool = True
     damp: float = 0.05
-
-    @property
-    def track(self) -> Track:
-        return Track.CALIBRATED
 
     @property
     def needs(self) -> Needs:

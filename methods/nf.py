@@ -30,6 +30,8 @@ BLOCKS = (8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 256)
 class NormalFloat(Method):
     name: ClassVar[str] = "nf"
     version: ClassVar[int] = 1
+    track: ClassVar[Track] = Track.DATA_FREE
+    seeded: ClassVar[bool] = False
 
     bits: int | None = None
     block: int | None = None
@@ -39,14 +41,6 @@ class NormalFloat(Method):
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}")
         if self.block is not None and self.block < 1:
             raise ValueError("block must be at least 1")
-
-    @property
-    def seeded(self) -> bool:
-        return False
-
-    @property
-    def track(self) -> Track:
-        return Track.DATA_FREE
 
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         return [

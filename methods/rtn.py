@@ -53,14 +53,8 @@ class UniformGridMethod(Method):
 class RoundToNearest(UniformGridMethod):
     name: ClassVar[str] = "rtn"
     version: ClassVar[int] = 1
-
-    @property
-    def seeded(self) -> bool:
-        return False
-
-    @property
-    def track(self) -> Track:
-        return Track.DATA_FREE
+    track: ClassVar[Track] = Track.DATA_FREE
+    seeded: ClassVar[bool] = False
 
     def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
         packed = config.layout(layer, weight_OI.device)

@@ -14,7 +14,7 @@ from rich.table import Table
 from harness.assets import Say
 from harness.cli.options import add_plan_options, build_plan, read_request
 from harness.cli.progress import Display
-from harness.engine.local import run_cells
+from harness.engine.local import Outcome, run_cells
 from harness.model import read_config
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
@@ -42,14 +42,16 @@ def main(arguments: argparse.Namespace) -> int:
     for cell in plan.cells:
         if cell.refusal:
             console.print(f"refused: {cell.label} ({cell.refusal})", style="yellow")
-    if all(cell.budget is None for cell in runnable):
-        runnable = []  # nothing but the reference is left: do not load it
+    if len(runnable) < len(plan.cells) and all(cell.budget is None for cell in runnable):
+        runnable = []  # everything asked for was refused: the reference is not loaded for nothing
     if runnable:
         _prepare_texts(plan, model.to_json(), read_config(model.path).get_text_config().vocab_size, arguments.data, say)
     if arguments.fresh:
         for cell in runnable:
             CellStore(cell.key).forget()
     outcomes = _run(plan, runnable, arguments.data, request.jobs, console)
+    if not runnable:
+        outcomes = {plan.reference.key: Outcome(plan.reference.key, "everything else was refused", skipped=True)}
     folder = arguments.out or Path("results") / plan.key
     rows = write_leaderboard(plan, outcomes, folder)
     _print_table(rows, plan)
@@ -57,7 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0 if all(row["status"] in ("ok", "underspent") for row in rows) else 1
 
 
-def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console: Console) -> dict[str, Any]:
+def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console: Console) -> dict[str, Outcome]:
     keys = [protocol_key(p) for p in plan.protocols]
     todo = [cell for cell in runnable if not CellStore(cell.key).finished(keys, divergence=True)]
     for cell in runnable:

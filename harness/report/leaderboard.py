@@ -76,7 +76,7 @@ def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, A
     row: dict[str, Any] = dict.fromkeys((*COLUMNS_BEFORE, *protocol_columns([p.name for p in plan.protocols]), *COLUMNS_AFTER), "")
     row |= {
         "model": cell.model.name, "method": cell.method.name, "variant": cell.method.variant or cell.method_text.partition(":")[2],
-        "track": str(cell.method.track), "status": _status(cell, artifact, scores, error),
+        "track": str(cell.method.track), "status": "skipped" if outcome and outcome.skipped else _status(cell, artifact, scores, error),
         "budget_bpw": cell.budget.text if cell.budget else "", "seed": cell.seed, "harness_version": __version__, "cell": cell.key,
         "reason": error, "model_note": cell.model.note,
     }  # fmt: skip

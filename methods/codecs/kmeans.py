@@ -26,7 +26,7 @@ def _argmin(distance_NK: Tensor) -> Tensor:
     return distance_NK.argmin(dim=1) if distance_NK.is_cuda else torch.from_numpy(distance_NK.numpy().argmin(axis=1))
 
 
-def kmeans(vector_ND: Tensor, weight_ND: Tensor, count: int, *, seed: int, iterations: int = 15, start_KD: Tensor | None = None) -> Tensor:
+def kmeans(vector_ND: Tensor, weight_ND: Tensor, count: int, *, seed: int, iterations: int = 25, start_KD: Tensor | None = None) -> Tensor:
     """A codebook [count, D] that locally minimises sum weight (vector - codebook[nearest])^2.
 
     Starts from `start_KD`, or from k-means++ (Arthur & Vassilvitskii, SODA 2007). Clusters that lose all

@@ -16,6 +16,7 @@ from methods.codecs.kmeans import kmeans
 
 SAMPLE = 16384  # vectors a codebook is fitted on, at least; and SAMPLE_PER_ENTRY for each of its entries
 SAMPLE_PER_ENTRY = 128
+COLD_ITERATIONS, WARM_ITERATIONS = 15, 4  # of Lloyd's algorithm, from k-means++ and from the codebook of a similar matrix
 TINY = 2.0**-20  # an all-zero block still needs a scale to divide by
 
 
@@ -65,7 +66,8 @@ def fit_codebook(unit_OI: Tensor, importance_OI: Tensor, dim: int, count: int, s
     if len(vector_ND) > sample:
         chosen = torch.randint(len(vector_ND), (sample,), generator=generator).to(unit_OI.device)
         vector_ND, weight_ND = vector_ND[chosen], weight_ND[chosen]
-    return kmeans(vector_ND, weight_ND, count, seed=seed, start_KD=start_KD).half().float()
+    iterations = COLD_ITERATIONS if start_KD is None else WARM_ITERATIONS
+    return kmeans(vector_ND, weight_ND, count, seed=seed, iterations=iterations, start_KD=start_KD).half().float()
 
 
 def refit_codebook(

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from harness.assets import DEFAULT_MODEL, TEXTS, fetch, resolve_model
 from harness.files import CACHE_VARIABLE, cache_dir
-
-Harness = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +40,3 @@ def run_harness(*arguments: str, cwd: Path | None = None, **environment: str) ->
     return subprocess.run(
         [sys.executable, "-m", "harness", *arguments], capture_output=True, text=True, cwd=cwd, env=os.environ | environment, timeout=900
     )
-
-
-def read_rows(folder: Path) -> dict[str, dict[str, str]]:
-    """Rows of a leaderboard by "method:variant budget"."""
-    with open(folder / "leaderboard.csv", newline="") as handle:
-        return {f"{r['method']}{':' + r['variant'] if r['variant'] else ''} {r['budget_bpw']}".strip(): r for r in csv.DictReader(handle)}

@@ -12,8 +12,9 @@ import pytest
 
 from harness.cli import main
 from harness.files import CACHE_VARIABLE
+from harness.report.check import read_rows
 from harness.report.leaderboard import TIME_COLUMNS
-from tests.harness.conftest import linked_cache, read_rows, run_harness
+from tests.harness.conftest import linked_cache, run_harness
 
 SMALL = ("--calibration", "c4-mini@128x4", "--protocols", "wiki-mini@128/4,c4-mini@128/4")
 # The columns the first version had: later ones may be added, none renamed.

@@ -11,7 +11,15 @@ from harness import assets, texts
 from harness.assets import TEXTS, WheelFile, fetch
 from harness.evaluate.score import score
 from harness.model import load_reference
-from harness.protocol import PROFILES, calibration_windows, evaluation_windows, parse_calibration, parse_protocol
+from harness.protocol import (
+    PINNED_STREAMS,
+    PROFILES,
+    calibration_windows,
+    evaluation_windows,
+    parse_calibration,
+    parse_protocol,
+    vocabulary_sha256,
+)
 from harness.texts import PARTS, mini_documents
 from tests.harness.conftest import run_harness
 
@@ -35,7 +43,8 @@ def test_parts_share_no_document_and_hardly_a_phrase(assets_cache):
 def test_streams_of_the_default_model_are_pinned(tokenizer):
     for profile in PROFILES.values():
         for name in profile.protocols:
-            windows = evaluation_windows(parse_protocol(name), tokenizer)
+            windows = evaluation_windows(parse_protocol(name), tokenizer)  # refuses any other stream than the pinned one
+            assert (name, vocabulary_sha256(tokenizer)) in PINNED_STREAMS
             assert windows.scored_tokens >= 8000 and windows.tokens_NL.shape[1] == int(name.partition("@")[2])
         calibration = profile.calibration
         assert calibration.context * calibration.sequences >= 12_000
@@ -46,7 +55,7 @@ def test_streams_of_the_default_model_are_pinned(tokenizer):
 def test_a_changed_stream_is_refused(tokenizer, monkeypatch):
     from harness import protocol
 
-    monkeypatch.setattr(protocol, "PINNED_STREAMS", {("wiki-mini@512", len(tokenizer), "text"): "0" * 64})
+    monkeypatch.setattr(protocol, "PINNED_STREAMS", {("wiki-mini@512", protocol.vocabulary_sha256(tokenizer)): "0" * 64})
     with pytest.raises(ValueError, match="is not the pinned 0000"):
         evaluation_windows(parse_protocol("wiki-mini@512"), tokenizer)
 
