@@ -143,7 +143,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 def fingerprint(path: Path) -> str:
     """sha256 over the configuration, tokenizer and weight files of a folder; big files are hashed once and remembered."""
-    files = sorted(p for pattern in ("config.json", "token*", "*.safetensors", "*.model", "vocab*", "merges*") for p in path.glob(pattern))
+    files = sorted(p for pattern in ("config.json", "*token*", "*.safetensors", "*.model", "vocab*", "merges*") for p in path.glob(pattern))
     if not any(p.suffix == ".safetensors" for p in files):
         raise ValueError(f"{path} holds no *.safetensors: convert the weights with save_pretrained() first")
     return digest([[p.name, _remembered_sha256(p)] for p in files])

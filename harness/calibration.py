@@ -168,7 +168,10 @@ class BlockRun:
         return self._stages
 
     def weight(self, name: str) -> Tensor:
-        return self._slots[name].layer.weight.detach().float()
+        weight_OI = self._slots[name].layer.weight.detach().float()
+        if not bool(torch.isfinite(weight_OI).all()):
+            raise ValueError(f"{name} holds weights that are not finite: the model itself is broken")
+        return weight_OI
 
     @torch.no_grad()
     def hessian(self, name: str) -> Tensor:

@@ -21,6 +21,7 @@ from harness.calibration import BlockInputs, BlockRun
 from harness.compressed import CompressedModel, install, round_rest
 from harness.files import atomic_path
 from harness.model import decoder_blocks, inventory
+from kernels.dense import HALF_DTYPES
 from kernels.packed import PackedLinear
 from methods.base import LayerConfig, Method
 
@@ -34,11 +35,15 @@ def compress_model(
     tokens_NT: Tensor,
     seed: int,
     folder: Path,
+    half: str = "float16",
     progress: Progress = lambda *_: None,
 ) -> tuple[CompressedModel, dict[str, Any]]:
-    """Compress every block in place. `folder` keeps finished blocks; returns the model and {layer: report} plus seconds."""
+    """Compress every block in place; returns the model and {"layers": {name: report}, "seconds"}.
+
+    `folder` keeps finished blocks, `half` is the 16-bit type of everything that is not packed.
+    """
     stock = inventory(model)
-    round_rest(model, stock)
+    round_rest(model, stock, HALF_DTYPES[half])
     _, modules = decoder_blocks(model)
     # A data-free method sees no activation, but runs through the same loop on a single short window.
     needs_data = method.needs.hessian
@@ -61,7 +66,7 @@ def compress_model(
         reports |= done["reports"]
         seconds += done["seconds"]
         progress("compress", index + 1, len(stock.blocks))
-    return CompressedModel(model, stock), {"layers": reports, "seconds": seconds}
+    return CompressedModel(model, stock, half), {"layers": reports, "seconds": seconds}
 
 
 def _save_block(model: PreTrainedModel, layers: tuple, file: Path, done: dict[str, Any]) -> None:

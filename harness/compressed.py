@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness.files import atomic_path, read_json, write_json
 from harness.ledger import Ledger, payload_bytes
-from harness.model import Inventory, half_dtype, inventory
+from harness.model import Inventory, inventory
 from kernels.dense import HALF_DTYPES
 from kernels.dispatch import kind
 from kernels.packed import PackedLinear, StoredBits
@@ -30,6 +30,7 @@ KINDS = ("dense", "fused", "decode-per-call", "decode-on-load")  # a model is of
 class CompressedModel:
     model: PreTrainedModel
     inventory: Inventory
+    half: str  # 16-bit type of everything that is not packed: "float16" or "bfloat16"
 
     @property
     def packed(self) -> dict[str, PackedLinear]:
@@ -53,7 +54,7 @@ class CompressedModel:
         """Write the four files, each whole or absent; `packed.json` comes last and marks the folder as complete."""
         stored_names = {f"{name}.{leaf}" for name, layer in self.packed.items() for leaf in layer.stored_parts()}
         stored_names |= set(self.inventory.uncovered)
-        half = HALF_DTYPES[half_dtype(self.model.config)]
+        half = HALF_DTYPES[self.half]
         packed: dict[str, Tensor] = {}
         rest: dict[str, Tensor] = {}
         seen: set[tuple[int, ...]] = set()
@@ -71,7 +72,9 @@ class CompressedModel:
             with atomic_path(folder / f"{name}.safetensors") as path:
                 save_file(contiguous, path)
         self.model.config.save_pretrained(folder)
-        write_json(folder / "packed.json", {"version": 1, "layers": {n: layer.spec() for n, layer in self.packed.items()}})
+        write_json(
+            folder / "packed.json", {"version": 1, "half": self.half, "layers": {n: layer.spec() for n, layer in self.packed.items()}}
+        )
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: torch.dtype) -> CompressedModel:
@@ -82,7 +85,8 @@ class CompressedModel:
         with init_empty_weights(include_buffers=False):  # non-persistent buffers (rotary frequencies) must be real
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         stock = inventory(model)
-        for name, spec in read_json(folder / "packed.json")["layers"].items():
+        description = read_json(folder / "packed.json")
+        for name, spec in description["layers"].items():
             model.set_submodule(name, PackedLinear.from_spec(spec))
         packed = load_file(folder / "packed.safetensors")
         rest = load_file(folder / "rest.safetensors")
@@ -94,7 +98,7 @@ class CompressedModel:
         still_empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         if unexpected or still_empty:
             raise ValueError(f"{folder} does not match its own packed.json ({(unexpected + still_empty)[0]}): delete it and run again")
-        loaded = cls(model.to(device).eval(), stock)
+        loaded = cls(model.to(device).eval(), stock, description["half"])
         assert 8 * payload_bytes(folder / "packed.safetensors") == loaded.ledger().stored_bits, "payload and ledger disagree"
         return loaded
 
@@ -106,9 +110,8 @@ def install(model: nn.Module, name: str, packed: PackedLinear) -> None:
     model.set_submodule(name, packed)
 
 
-def round_rest(model: PreTrainedModel, stock: Inventory) -> None:
+def round_rest(model: PreTrainedModel, stock: Inventory, half: torch.dtype) -> None:
     """Round everything that is not a block linear to its stored 16 bits, so that calibration sees what scoring will see."""
-    half = HALF_DTYPES[half_dtype(model.config)]
     linear_weights = {f"{layer.name}.weight" for layer in stock.layers}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

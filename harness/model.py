@@ -82,15 +82,17 @@ def inventory(model: PreTrainedModel) -> Inventory:
     return Inventory(tuple(blocks), uncovered, rest)
 
 
-def read_config(source: str | Path) -> PretrainedConfig:
-    """A preset name, or the config.json of a folder."""
+def read_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """A preset name, or the config.json of a folder or hub id."""
     if str(source) in PRESETS:
         values = dict(PRESETS[str(source)])
         return AutoConfig.for_model(values.pop("model_type"), **values)
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(str(source), revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{source}/config.json is no configuration transformers can read: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"no configuration of '{source}' can be read ({str(error).splitlines()[0]}): presets are {', '.join(PRESETS)}"
+        ) from error
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -100,12 +102,19 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def half_dtype(config: PretrainedConfig) -> str:
-    """The 16-bit type the uncompressed tensors are kept in: the checkpoint's own, fp16 for an fp32 one."""
+    """The 16-bit type the uncompressed tensors are kept in: the checkpoint's own, fp16 for an fp32 one.
+
+    `config` must be the file's (read_config): a loaded model's says what it was loaded as.
+    """
     return "bfloat16" if config.dtype == torch.bfloat16 else "float16"
 
 
 def load_reference(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    """Raises ValueError when the folder lacks a tensor: transformers would go on with random numbers in its place."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{path} lacks {len(missing)} tensors of its own config.json ({missing[0]} first): its weights are incomplete")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{path} is already quantised: give the unquantised model")
     return model.to(device).eval()

@@ -1,6 +1,6 @@
 """What a run is: cells, each keyed by everything that decides its bytes, and the protocols they are scored by.
 
-artifact key   method with its configuration and version, model, budget, calibration, seed, compute dtype
+artifact key   method with its configuration and version, model, budget, calibration, seed, compute dtype, kind of device
 result key     artifact key + protocol
 """
 
@@ -34,7 +34,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in what arithmetic a cell runs. The dtype is part of its key, the rest is recorded."""
+    """Where and in what arithmetic a cell runs. Dtype and kind of device are part of its key, threads are recorded."""
 
     device: str
     dtype: str
@@ -53,6 +53,7 @@ class Cell:
     seed: int
     compute: Compute
     bos: str
+    half: str = "float16"  # 16-bit type of everything that is not packed
     allocation: Allocation | None = None
     refusal: str = ""
 
@@ -68,6 +69,7 @@ class Cell:
                 "bos": self.bos if self.calibration else None,
                 "seed": self.seed,
                 "dtype": self.compute.dtype,
+                "device": self.compute.device.partition(":")[0],
             }
         )[:16]
 
@@ -87,6 +89,7 @@ class Cell:
             "budget": self.budget.text if self.budget else None,
             "calibration": self.calibration.to_json() if self.calibration else None,
             "bos": self.bos,
+            "half": self.half,
             "seed": self.seed,
             "device": self.compute.device,
             "dtype": self.compute.dtype,
@@ -123,6 +126,7 @@ def make_plan(
     seeds: Sequence[int],
     compute: Compute,
     bos: str,
+    half: str,
 ) -> Plan:
     """A cell for every method, budget and seed; a method outside any budget has one, and so has one that no seed can change."""
     cells: dict[str, Cell] = {}
@@ -135,7 +139,7 @@ def make_plan(
             except BudgetError as error:
                 refusal = str(error)
             for seed in seeds if method.seeded else (0,):
-                cell = Cell(method, text, model, budget, looks, seed, compute, bos, allocation, refusal)
+                cell = Cell(method, text, model, budget, looks, seed, compute, bos, half, allocation, refusal)
                 cells.setdefault(cell.key, cell)
     return Plan(tuple(cells.values()), tuple(protocols))
 

@@ -23,6 +23,7 @@ from harness.texts import PARTS, mini_documents, wikitext2_test
 
 PROTOCOL_VERSION = 1  # part of every result key
 SOURCES = (*PARTS, "wikitext2")
+MAX_CONTEXT = 1 << 20
 MINI_TOKENS = 8000  # the mini texts score at least this many tokens
 BOS_POLICIES = ("text", "window")
 
@@ -108,8 +109,8 @@ def parse_protocol(text: str, bos: str = "text") -> Protocol:
     source, part, context = match[1], match[2] or "evaluation", int(match[3])
     if part != "evaluation" and part not in PARTS.get(source, ()):
         raise ValueError(f"unknown part '{part}' of {source}")
-    if context < 2:
-        raise ValueError(f"protocol '{text}': a window needs at least 2 tokens")
+    if not 2 <= context <= MAX_CONTEXT:
+        raise ValueError(f"protocol '{text}': a window holds 2 to {MAX_CONTEXT} tokens")
     windows = int(match[4]) if match[4] else _default_windows(source, context)
     if windows is not None and windows < 1:
         raise ValueError(f"protocol '{text}': at least one window")
@@ -166,7 +167,7 @@ def calibration_windows(
 def parse_calibration(text: str) -> Calibration:
     match = re.fullmatch(r"([\w-]+)@(\d+)x(\d+)", text.strip())
     sources = [name for name, parts in PARTS.items() if "calibration" in parts]
-    if not match or match[1] not in sources or int(match[2]) < 2 or int(match[3]) < 1:
+    if not match or match[1] not in sources or not 2 <= int(match[2]) <= MAX_CONTEXT or int(match[3]) < 1:
         raise ValueError(f"unknown calibration '{text}': write TEXT@CONTEXTxSEQUENCES, TEXT one of {', '.join(sources)}")
     return Calibration(match[1], int(match[2]), int(match[3]))
 

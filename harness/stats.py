@@ -1,6 +1,6 @@
 """Which differences are real: bootstrap intervals over windows, paired between rows, and ranks that methods may share.
 
-The unit of resampling is the scored window (a block of 511 or more consecutive tokens): tokens of one window depend on each
+The unit of resampling is the scored window (a block of consecutive tokens): tokens of one window depend on each
 other, windows of the same text spread over it much less. Two rows of one protocol scored the same windows, so their losses are
 compared window by window; what makes a window hard for everyone cancels.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 RESAMPLES = 10_000
 COVERAGE = 0.95
+MIN_WINDOWS = 3  # fewer say nothing about their own spread
 _SEED = 20_260_101  # the resamples are part of the protocol, not of a run
 
 
@@ -42,6 +43,8 @@ def perplexity_interval(window_nll: Sequence[float]) -> tuple[float, float]:
 def distinguishable(first_nll: Sequence[float], second_nll: Sequence[float]) -> bool:
     """Whether the paired 95 % interval of the mean difference excludes zero."""
     differences = [a - b for a, b in zip(first_nll, second_nll, strict=True)]
+    if len(differences) < MIN_WINDOWS:
+        return False
     low, high = interval(resampled_means(differences))
     return low > 0 or high < 0
 

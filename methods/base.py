@@ -91,7 +91,7 @@ def _stored_bits(config: LayerConfig, out_features: int, in_features: int) -> St
 
 
 class Block(Protocol):
-    """One decoder block as a method sees it (harness.compress provides it)."""
+    """One decoder block as a method sees it (harness.calibration provides it)."""
 
     layers: Mapping[str, LayerSpec]
 

@@ -37,5 +37,7 @@ class Half(Method):
         packed = config.layout(layer, weight_OI.device)
         packed.fill(weight=weight_OI.to(HALF_DTYPES[config["dtype"]]))
         if not bool(torch.isfinite(packed.weight).all()):
-            raise ValueError(f"{layer.name} has weights beyond {config['dtype']}; use fp16:dtype=bfloat16")
+            raise ValueError(
+                f"{layer.name} has weights beyond {config['dtype']}: save the model as bfloat16, and its reference will be that"
+            )
         return Compressed(packed)

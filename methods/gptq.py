@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Block, Compressed, LayerConfig, LayerSpec, Needs, Track
-from methods.codecs.error_feedback import Feedback, prepare, run
+from methods.codecs.error_feedback import Feedback, check_damp, prepare, run
 from methods.codecs.uniform_grid import Grid, fit_grid, uniform_tensors
 from methods.rtn import UniformGridMethod
 
@@ -39,6 +39,10 @@ class GPTQ(UniformGridMethod):
     static_groups: bool = True
     true_sequential: bool = True
     damp: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_damp(self.damp)
 
     @property
     def needs(self) -> Needs:

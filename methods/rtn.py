@@ -56,6 +56,11 @@ class RoundToNearest(UniformGridMethod):
     track: ClassVar[Track] = Track.DATA_FREE
     seeded: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grid == "hessian":
+            raise ValueError("grid=hessian needs data; rtn has minmax and mse")
+
     def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
         packed = config.layout(layer, weight_OI.device)
         grid = fit_grid(weight_OI, bits=packed.bits, group=packed.group, offset=packed.offset, search=self.grid)

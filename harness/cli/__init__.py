@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.main(arguments)
-    except ValueError as error:  # bad input: one line that says what to type next
+    except (ValueError, OSError) as error:  # bad input, or a folder that cannot be written: one line that says what to type next
         print(f"harness {arguments.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -20,8 +20,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
 def main(arguments: argparse.Namespace) -> int:
     rows = read_rows(arguments.leaderboard)
     if arguments.update:
-        write_baseline(rows, arguments.baseline)
-        print(f"{arguments.baseline}: {len(rows)} rows written")
+        print(f"{arguments.baseline}: {write_baseline(rows, arguments.baseline)} rows written")
         return 0
     if not arguments.tolerance > 0:
         raise ValueError(f"--tolerance {arguments.tolerance} leaves no number unchanged; write for example --tolerance 0.05")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -58,11 +59,10 @@ def read_request(arguments: argparse.Namespace) -> Request:
         raise ValueError("no budget given: write for example --bits 3.25")
     profile = PROFILES[arguments.profile]
     protocols = [p.strip() for p in arguments.protocols.split(",") if p.strip()] if arguments.protocols else list(profile.protocols)
-    for text in protocols:
-        parse_protocol(text)
+    protocols = list(dict.fromkeys(parse_protocol(text).name for text in protocols))
     calibration = parse_calibration(arguments.calibration) if arguments.calibration else profile.calibration
     _check_device(arguments.device)
-    jobs = arguments.jobs or (2 if arguments.device == "cpu" and cores() >= 2 else 1)
+    jobs = arguments.jobs if arguments.jobs is not None else (2 if arguments.device == "cpu" and cores() >= 2 else 1)
     if jobs < 1:
         raise ValueError("--jobs must be at least 1")
     return Request(methods, budgets, protocols, calibration, _read_seeds(arguments.seeds), jobs)
@@ -79,25 +79,36 @@ def build_plan(
     arguments: argparse.Namespace, request: Request, say: Say, from_config: bool = False
 ) -> tuple[Plan, Inventory, ResolvedModel]:
     """Resolve the model and lay the plan out; `from_config` takes presets and folders without weights too."""
-    if from_config and (arguments.model in PRESETS or arguments.model not in MODELS):
-        model = ResolvedModel(arguments.model, arguments.model, "")  # shapes are enough; nothing is fetched
+    if from_config and (arguments.model in PRESETS or not _has_weights(arguments.model)):
+        model = ResolvedModel(arguments.model, Path(arguments.model), "")  # shapes are enough; its cells have no keys
     else:
         model = resolve_model(arguments.model, arguments.revision, say)
-    config = read_config(model.path)
+    config = read_config(model.path, arguments.revision)
     stock = inventory(skeleton(config))
     methods = request.methods
     reference = ("fp16", Half(dtype=half_dtype(config)))
+    if any(m[1].name == "fp16" and m[1] != Half() for m in methods):
+        raise ValueError("fp16 takes its type from the checkpoint; write --methods fp16 without options")
     methods = [reference] + [m for m in methods if m[1].name != "fp16"]  # first: the others' divergences need its states
     bos = bos_policy(config.model_type)
     protocols: list[Protocol] = [parse_protocol(text, bos) for text in request.protocols]
-    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else half_dtype(config))
+    half = half_dtype(config)
+    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else half)
+    if dtype not in ("float32", half):
+        raise ValueError(f"--dtype {dtype} would round a {half} checkpoint before anything is compressed: use {half} or float32")
     compute = Compute(arguments.device, dtype, max(1, cores() // request.jobs))
-    plan = make_plan(methods, request.budgets, model, stock, protocols, request.calibration, request.seeds, compute, bos)
+    plan = make_plan(methods, request.budgets, model, stock, protocols, request.calibration, request.seeds, compute, bos, half)
     return plan, stock, model
+
+
+def _has_weights(name: str) -> bool:
+    return name in MODELS or any(Path(name).expanduser().glob("*.safetensors"))
 
 
 def _check_device(name: str) -> None:
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} is not usable here ({str(error).splitlines()[0]}): try --device cpu") from None

@@ -28,15 +28,16 @@ def main(arguments: argparse.Namespace) -> int:
     request = read_request(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     plan, stock, model = build_plan(arguments, request, lambda text: console.print(text, style="dim"), from_config=True)
-    config = read_config(model.path).get_text_config()
+    config = read_config(model.path, arguments.revision).get_text_config()
     print(f"{model.name}: {len(stock.blocks)} blocks, {len(stock.layers)} linear layers, {stock.weights:,} weights; ", end="")
     print(f"{2 * stock.rest_weights / 2**30:.3f} GiB of embeddings, head and norms at 16 bits")
     for name, count in list(stock.uncovered.items())[:4]:
         print(f"  not covered by any method, counted at 16 bits: {name} ({count:,} weights)")
     for cell in plan.cells:
         peak = predicted_peak_gib(stock, cell.calibration, config.hidden_size, config.vocab_size, DTYPE_BYTES[cell.compute.dtype])
+        key = f"  [{cell.key}]" if model.fingerprint else ""
         budget = f"under {cell.budget.text}" if cell.budget else "no budget"
-        print(f"\n{cell.method_text} {budget}  [{cell.key}]  predicted peak {peak:.1f} GiB")
+        print(f"\n{cell.method_text} {budget}{key}  predicted peak {peak:.1f} GiB")
         _print_cell(cell, stock, arguments.all)
     return 1 if any(cell.refusal for cell in plan.cells) else 0
 

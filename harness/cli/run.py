@@ -36,6 +36,8 @@ def main(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     start = time.perf_counter()
     request = read_request(arguments)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written should cost seconds, not a run
     say = lambda text: console.print(text, style="dim")  # noqa: E731
     plan, _, model = build_plan(arguments, request, say)
     runnable = [cell for cell in plan.cells if not cell.refusal]

@@ -61,7 +61,7 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
     reloaded = CompressedModel.load(store.folder, spec["device"], dtype)
     for key, data in wanted.items():
         tokens = evaluation_stream(Protocol.from_json(data), spec["model"], spec["data"])
-        states = store.states(key) if is_reference else _reference_states(spec["reference"], key, speak)
+        states = store.states(key) if is_reference else _reference_states(spec, key, speak)
         start = time.perf_counter()
         result = score(
             reloaded.model, tokens.tokens_NL, None if is_reference else states, states if is_reference else None,
@@ -78,11 +78,11 @@ def _scored(result: dict[str, Any] | None) -> bool:
     return bool(result and result["divergence"])
 
 
-def _reference_states(reference: str, protocol_key: str, speak: Speaker) -> Path | None:
-    """The reference's states, once its cell has scored this protocol; None when that cell failed."""
-    store = CellStore(reference)
+def _reference_states(spec: dict[str, Any], protocol_key: str, speak: Speaker) -> Path | None:
+    """The reference's states, once its cell has scored this protocol; None when that cell ended without doing so."""
+    store = CellStore(spec["reference"])
     while store.score(protocol_key) is None:
-        if store.failure():
+        if Path(spec["reference_over"]).exists() and store.score(protocol_key) is None:
             return None
         speak.say(phase="waiting for the reference", done=0, total=1)  # also how a cell notices that its parent is gone
         time.sleep(0.5)
@@ -99,7 +99,7 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
         windows = calibration_stream(Calibration.from_json(spec["calibration"]), spec["model"], spec["seed"], spec["bos"])
         calibration_sha256, tokens_NT = windows.sha256, windows.tokens_NL
     plan = {name: LayerConfig.from_json(config) for name, config in spec["plan"].items()}
-    compressed, report = compress_model(model, method, plan, tokens_NT, spec["seed"], store.blocks, speak)
+    compressed, report = compress_model(model, method, plan, tokens_NT, spec["seed"], store.blocks, spec["half"], speak)
     ledger = compressed.ledger()
     if spec["budget"] and not ledger.fits(parse_budget(spec["budget"])):
         raise ValueError(f"stores {ledger.stored_bpw:.6f} bits per weight, over the budget of {spec['budget']}: refused")

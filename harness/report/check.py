@@ -28,8 +28,9 @@ def read_rows(path: Path) -> Rows:
         raise ValueError(f"no {path}: give a leaderboard.csv, or the folder a run wrote")
     with open(path, newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
-    if not rows or "method" not in rows[0] or not any(column.startswith("ppl_") for column in rows[0]):
-        raise ValueError(f"{path} is no leaderboard: it needs a column 'method' and perplexities")
+    needed = {"method", "variant", "budget_bpw", "seed", "stored_bpw"}
+    if not rows or not needed <= rows[0].keys() or not any(column.startswith("ppl_") for column in rows[0]):
+        raise ValueError(f"{path} is no leaderboard: it needs rows with {', '.join(sorted(needed))} and perplexities")
     return {label(row): row for row in rows}
 
 
@@ -60,18 +61,21 @@ def compare(rows: Rows, baseline: Rows, tolerance: float = TOLERANCE) -> list[st
             if column not in now:
                 problems.append(f"{name}: no {column}; run with the baseline's --protocols")
             elif not _close(now[column], before[column], allowed):
-                side = "worse" if not float(now[column] or "nan") < float(before[column]) else "better, which needs an explanation"
+                side = "worse" if not float(now[column] or "nan") < float(before[column] or "nan") else "better, which needs an explanation"
                 problems.append(f"{name}: {column} is {now[column]}, the baseline {before[column]} (±{allowed:.1%}): {side}")
     return problems
 
 
-def write_baseline(rows: Rows, path: Path) -> None:
+def write_baseline(rows: Rows, path: Path) -> int:
+    """Rows that have numbers; returns how many."""
     columns = ["method", "variant", "budget_bpw", "seed", "stored_bpw", *perplexity_columns(rows)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row for row in rows.values() if row.get("status", "ok") in ("ok", "underspent"))
+    kept = [row for row in rows.values() if row.get("status", "ok") in ("ok", "underspent")]
+    writer.writerows(kept)
     write_text(path, text.getvalue())
+    return len(kept)
 
 
 def _close(now: str, before: str, tolerance: float) -> bool:

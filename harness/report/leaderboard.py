@@ -11,6 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ COLUMNS_BEFORE = (
     "model", "method", "variant", "track", "kind", "status", "budget_bpw", "stored_bpw", "code_bpw", "resident_bpw",
     "checkpoint_bytes", "weights_gib",
 )  # fmt: skip
-COLUMNS_AFTER = ("compress_s", "eval_s", "peak_ram_gib", "seed", "harness_version", "cell", "reason", "model_note")
+COLUMNS_AFTER = ("compress_s", "eval_s", "peak_ram_gib", "device", "seed", "harness_version", "cell", "reason", "model_note")
 TIME_COLUMNS = ("compress_s", "eval_s", "peak_ram_gib")  # the only ones two identical runs may differ in
 
 
@@ -53,12 +54,12 @@ def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path)
         losses[cell.key] = {name: score["window_nll"] for name, score in record["scores"].items() if score}
         write_json(folder / "cells" / f"{cell.key}.json", record)
         rows.append(row)
-    add_ranks(rows, losses, names)
+    add_ranks(rows, losses, names, {cell.key for cell in plan.cells if not cell.method.seeded})
     rows.sort(key=lambda row: _order(row, names))
     _write_csv(folder / "leaderboard.csv", [*COLUMNS_BEFORE, *protocol_columns(names), *COLUMNS_AFTER], rows)
     text = markdown_table(rows, names)
-    if len({cell.seed for cell in plan.cells}) > 1:
-        summary = summarise(rows, losses, names)
+    summary = summarise(rows, losses, names)
+    if any(row["seeds"] > 1 for row in summary):
         _write_csv(folder / "summary.csv", list(summary[0]), summary)
         text = markdown_table(summary, names) + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
     note = rows[0]["model_note"]
@@ -77,11 +78,12 @@ def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, A
     row |= {
         "model": cell.model.name, "method": cell.method.name, "variant": cell.method.variant or cell.method_text.partition(":")[2],
         "track": str(cell.method.track), "status": "skipped" if outcome and outcome.skipped else _status(cell, artifact, scores, error),
-        "budget_bpw": cell.budget.text if cell.budget else "", "seed": cell.seed, "harness_version": __version__, "cell": cell.key,
-        "reason": error, "model_note": cell.model.note,
+        "budget_bpw": cell.budget.text if cell.budget else "", "seed": cell.seed, "device": cell.compute.device,
+        "harness_version": __version__, "cell": cell.key, "reason": error, "model_note": cell.model.note,
     }  # fmt: skip
     if artifact:
         row |= {name: artifact[name] for name in ("stored_bpw", "code_bpw", "checkpoint_bytes", "compress_s")}
+        row["harness_version"] = artifact["environment"]["harness"]
         row["weights_gib"] = artifact["checkpoint_bytes"] / 2**30
         row["peak_ram_gib"] = max([artifact["peak_ram_gib"], *(score["peak_ram_gib"] for score in done)])
     if done:
@@ -116,7 +118,7 @@ def _order(row: dict[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
     """The reference first, then by budget; inside a budget the better first perplexity first, rows without one last."""
     first = row[f"ppl_{names[0]}"] if names else ""
     value = first if isinstance(first, float) and math.isfinite(first) else math.inf
-    return (float(row["budget_bpw"] or 0), value, row["method"], row["variant"], row["seed"])
+    return (Fraction(row["budget_bpw"] or 0), value, row["method"], row["variant"], row["seed"])
 
 
 def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:

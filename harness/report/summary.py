@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from harness.stats import shared_ranks
@@ -12,13 +12,14 @@ from harness.stats import shared_ranks
 Losses = Mapping[str, Mapping[str, list[float]]]  # cell -> protocol -> loss of every window
 
 
-def add_ranks(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str]) -> None:
-    """Set `rank_<protocol>` within every budget, track and seed. A row no seed can change stands in every seed's ranking, and
-    shows its rank among the first seed's rows."""
+def add_ranks(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], unseeded: Container[str] = ()) -> None:
+    """Set `rank_<protocol>` within every budget, track and seed. A row no seed can change (its cell is in `unseeded`) stands in
+    every seed's ranking, and shows its rank in the first."""
     ranked = [row for row in rows if row["budget_bpw"] and row["status"] in ("ok", "underspent")]
-    for seed in sorted({row["seed"] for row in ranked}, reverse=True):
-        present = {_who(row): row for row in ranked if row["seed"] == 0} | {_who(row): row for row in ranked if row["seed"] == seed}
-        for group in _groups(list(present.values()), lambda row: (row["budget_bpw"], row["track"])):
+    seeds = sorted({row["seed"] for row in ranked if row["cell"] not in unseeded}, reverse=True) or [0]
+    for seed in seeds:
+        present = [row for row in ranked if row["seed"] == seed or row["cell"] in unseeded]
+        for group in _groups(present, lambda row: (row["budget_bpw"], row["track"])):
             for name in names:
                 ranks = shared_ranks([losses[row["cell"]][name] for row in group])
                 for row, rank in zip(group, ranks, strict=True):

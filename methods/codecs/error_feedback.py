@@ -7,6 +7,7 @@ quantised can partly cancel; with U the upper Cholesky factor of H^-1, the optim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,10 +28,15 @@ class Feedback:
     damp: float  # damping that made H positive definite, as a fraction of mean diag(H)
 
 
+def check_damp(damp: float) -> None:
+    if not 0 < damp < math.inf:
+        raise ValueError(f"damp={damp} must be a positive share of the mean of diag(H); write for example damp=0.01")
+
+
 def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
     """Damp, order and factor a Hessian (any scale, fp32 [I, I]).
 
-    A column without input has H_ii = 1 and otherwise zeros: it neither gives nor takes error. (GPTQ's code also sets its
+    A column without input gets the mean of diag(H) and otherwise zeros: it neither gives nor takes error. (GPTQ's code also sets its
     weights to zero; ours keeps them, since a dead channel of a small calibration set may live elsewhere.)
 
     Raises ValueError when no step of the damping ladder makes H positive definite, i.e. when it is not finite.
@@ -38,11 +44,11 @@ def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
     hessian_II = hessian_II.clone()
     diagonal_I = hessian_II.diagonal()
     dead_I = diagonal_I == 0
-    diagonal_I[dead_I] = 1
+    mean = diagonal_I[~dead_I].mean().item() if not bool(dead_I.all()) else 1.0
+    diagonal_I[dead_I] = mean
     order_I = (
         torch.argsort(diagonal_I, descending=True, stable=True) if act_order else torch.arange(len(diagonal_I), device=hessian_II.device)
     )
-    mean = diagonal_I[~dead_I].mean().item() if not bool(dead_I.all()) else 1.0
     if not bool(torch.isfinite(hessian_II).all()):
         raise ValueError("the Hessian of this layer is not finite: the model or an earlier packed layer overflows on the calibration text")
     for attempt in range(DAMP_LADDER):

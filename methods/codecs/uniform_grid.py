@@ -92,7 +92,7 @@ def uniform_tensors(codes_OI: Tensor, grid: Grid) -> dict[str, Tensor]:
     """The buffers of a `UniformLinear`: packed codes, scales, and packed zeros or minima."""
     stored = dict(grid.stored)
     if "zeros" in stored:
-        stored["zeros"] = pack(stored["zeros"], grid.bits)
+        stored["zeros"] = pack(stored["zeros"].reshape(1, -1), grid.bits)
     return {"codes": pack(codes_OI, grid.bits), **stored}
 
 

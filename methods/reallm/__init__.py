@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.packed import StoredBits
 from methods.base import Compressed, LayerConfig, LayerSpec, Method, Needs, Track
+from methods.codecs.error_feedback import check_damp
 from methods.reallm.calibrated import compress_calibrated
 from methods.reallm.data_free import compress_data_free
 
@@ -50,6 +51,9 @@ class ReALLM(Method):
             raise ValueError("give dim and index_bits together")
         if self.dim is not None and (self.dim not in (1, 2, 4, 8) or not 1 <= (self.index_bits or 0) <= 12):
             raise ValueError("dim must be 1, 2, 4 or 8 and index_bits 1 to 12")
+        if self.rounds < 1 or self.refit < 0:
+            raise ValueError("rounds must be at least 1, refit not negative")
+        check_damp(self.damp)
         if self.rank is not None and self.rank < 0:
             raise ValueError("rank must not be negative")
         if self.block < 1:

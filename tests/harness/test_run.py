@@ -135,9 +135,12 @@ def test_a_budget_out_of_reach_is_a_refused_row(truncated, cache, tmp_path):
 
 
 def test_when_all_are_refused_nothing_is_loaded(truncated, cache, tmp_path):
-    done = run_harness("run", "--model", str(truncated.path), "--methods", "gptq", "--bits", "1.5", *SMALL, "--out", str(tmp_path))
+    done = run_harness(
+        "run", "--model", str(truncated.path), "--methods", "gptq", "--bits", "3/2", "--seeds", "1", *SMALL, "--out", str(tmp_path)
+    )
     assert done.returncode == 1 and "at least 2.0" in done.stderr
     assert not list(cache.glob("cells/*/*"))
+    assert {row["status"] for row in read_rows(tmp_path).values()} == {"refused", "skipped"}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +153,11 @@ def test_when_all_are_refused_nothing_is_loaded(truncated, cache, tmp_path):
         (["--protocols", "wikitext103@512"], "TEXT@CONTEXT"),
         (["--calibration", "pile@512x4"], "TEXT@CONTEXTxSEQUENCES"),
         (["--device", "cuda:7"], "try --device cpu"),
+        (["--device", "meta"], "try --device cpu"),
+        (["--dtype", "bfloat16", "--model", "MODEL"], "use float16 or float32"),
+        (["--seeds", "a"], "--seeds 0,1,2"),
+        (["--jobs", "0"], "at least 1"),
+        (["--methods", "fp16:dtype=bfloat16", "--model", "MODEL"], "takes its type from the checkpoint"),
         (["--calibration", "c4-mini@2048x500", "--model", "MODEL", "--methods", "gptq"], "holds 7[0-9] windows"),
         (["--protocols", "wikitext2@512", "--data", "/nowhere", "--model", "MODEL"], "no wiki.test.raw"),
     ],
@@ -171,6 +179,6 @@ def test_an_unknown_verb_or_option_is_refused(capsys):
 def test_plan_counts_without_weights():
     done = run_harness("plan", "--model", "llama2-7b", "--methods", "gptq:group=128,reallm", "--bits", "3.25", "--all")
     assert done.returncode == 0, done.stderr
-    assert "6,476,005,376 weights" in done.stdout and "3.149" in done.stdout and "adapters" in done.stdout
+    assert "6,476,005,376 weights" in done.stdout and "3.148" in done.stdout and "adapters" in done.stdout
     refused = run_harness("plan", "--model", "smollm2-135m", "--methods", "gptq", "--bits", "1")
     assert refused.returncode == 1 and "refused: gptq stores at least 2.0234" in refused.stdout

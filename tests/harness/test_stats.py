@@ -3,6 +3,7 @@ import random
 
 import pytest
 
+from harness.report.summary import add_ranks
 from harness.stats import distinguishable, interval, perplexity_interval, resampled_means, shared_ranks
 
 
@@ -37,5 +38,18 @@ def test_ranks_are_shared_and_skip():
 def test_resampling_is_the_same_everywhere():
     assert resampled_means([1.0, 2.0, 3.0])[:3].tolist() == resampled_means([1.0, 2.0, 3.0])[:3].tolist()
     assert interval(resampled_means([2.0] * 5)) == (2.0, 2.0)
+    assert not distinguishable([1.0], [1.0 + 1e-7])  # one window says nothing about its own spread
     with pytest.raises(ValueError):
         distinguishable([1.0], [1.0, 2.0])
+
+
+def row(method, seed, cell, budget="3.25"):
+    return {"method": method, "variant": "", "track": "data-free", "budget_bpw": budget, "seed": seed, "cell": cell, "status": "ok"}
+
+
+def test_a_row_no_seed_can_change_is_ranked_among_those_of_the_first_seed():
+    base = windows(3.0, 0.1)
+    losses = {"r": {"p": [v + 1 for v in base]}, "a1": {"p": base}, "a2": {"p": [v + 2 for v in base]}}
+    rows = [row("rtn", 0, "r"), row("a", 1, "a1"), row("a", 2, "a2")]
+    add_ranks(rows, losses, ["p"], unseeded={"r"})
+    assert [r["rank_p"] for r in rows] == [2, 1, 2]

@@ -50,7 +50,9 @@ def test_moving_and_casting_never_changes_a_stored_dtype():
 def test_fill_refuses_another_shape_or_dtype():
     layer = PackedLinear.from_spec(UNIFORM | dict(out_features=4, in_features=64, bias=False), "cpu")
     with pytest.raises(AssertionError, match="laid out as"):
-        layer.fill(scales=torch.zeros(4, 1))
+        layer.fill(codes=layer.codes, scales=torch.zeros(4, 1))
+    with pytest.raises(AssertionError, match="left without a value"):
+        layer.fill(scales=layer.scales)
 
 
 def test_uniform_decodes_by_its_definition():
@@ -61,7 +63,7 @@ def test_uniform_decodes_by_its_definition():
     layer = PackedLinear.from_spec(
         dict(format="uniform", bits=3, group=64, offset="zero", out_features=5, in_features=70, bias=False), "cpu"
     )
-    layer.fill(codes=pack(q, 3), scales=scales, zeros=pack(zeros, 3))
+    layer.fill(codes=pack(q, 3), scales=scales, zeros=pack(zeros.reshape(1, -1), 3))
     for o in range(5):
         for i in range(70):
             assert layer.decode()[o, i] == scales[o, i // 64].float() * (q[o, i] - zeros[o, i // 64])
@@ -105,9 +107,10 @@ def test_codebook_decodes_by_its_definition():
     )
     left, right = (torch.randint(-127, 128, s, generator=generator).to(torch.int8) for s in ((10, 2), (2, 40)))
     left_scale, right_scale = torch.rand(2, generator=generator).half(), torch.rand(2, generator=generator).half()
-    layer.fill(codes=pack(codes, 5), codebook=book)
-    layer.scales.codes, layer.scales.steps, layer.scales.offset = scale_codes, step, offset
-    layer.fill(**{"lowrank.left": left, "lowrank.right": right, "lowrank.left_scale": left_scale, "lowrank.right_scale": right_scale})
+    layer.fill(
+        **{"codes": pack(codes, 5), "codebook": book, "scales.codes": scale_codes, "scales.steps": step, "scales.offset": offset},
+        **{"lowrank.left": left, "lowrank.right": right, "lowrank.left_scale": left_scale, "lowrank.right_scale": right_scale},
+    )
     decoded = layer.decode()
     for o, i in [(0, 0), (3, 15), (4, 16), (9, 39), (7, 20)]:
         scale = scale_codes[o, i // 16].float() * 0.01 + 0.5

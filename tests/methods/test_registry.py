@@ -17,6 +17,9 @@ from methods.base import LayerConfig, LayerSpec
         ("gptq:offset=zebra", "not one of symmetric, zero, minimum"),
         ("reallm:data_free", "did you mean 'data-free'"),
         ("reallm:dim=2", "give dim and index_bits together"),
+        ("gptq:damp=nan", "must be a positive share"),
+        ("reallm:rounds=0", "rounds must be at least 1"),
+        ("rtn:grid=hessian", "needs data"),
         ("reallm:block=0", "block must be at least 1"),
     ],
 )
