@@ -85,14 +85,13 @@ def build_plan(
         model = resolve_model(arguments.model, arguments.revision, say)
     config = read_config(model.path, arguments.revision)
     stock = inventory(skeleton(config))
-    methods = request.methods
-    reference = ("fp16", Half(dtype=half_dtype(config)))
-    if any(m[1].name == "fp16" and m[1] != Half() for m in methods):
+    half = half_dtype(config)
+    if any(method.name == "fp16" and method != Half() for _, method in request.methods):
         raise ValueError("fp16 takes its type from the checkpoint; write --methods fp16 without options")
-    methods = [reference] + [m for m in methods if m[1].name != "fp16"]  # first: the others' divergences need its states
+    # The reference is always there, and first: the others' divergences need its states.
+    methods = [("fp16", Half(dtype=half)), *((text, method) for text, method in request.methods if method.name != "fp16")]
     bos = bos_policy(config.model_type)
     protocols: list[Protocol] = [parse_protocol(text, bos) for text in request.protocols]
-    half = half_dtype(config)
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else half)
     if dtype not in ("float32", half):
         raise ValueError(f"--dtype {dtype} would round a {half} checkpoint before anything is compressed: use {half} or float32")
