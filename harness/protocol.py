@@ -1,9 +1,9 @@
 """Evaluation and calibration protocols: named, versioned, hashed.
 
-`wiki-mini@512`, `c4-mini@512`, `wikitext2@2048`, `wikitext2@2048/20`: text @ context length / number of windows, spread evenly
-over the text (without a number: all windows; the mini texts have a number of their own). Tokens are cut into consecutive
-windows, the remainder dropped; a window of L tokens scores its last L - 1; perplexity is exp of the mean over windows of the
-mean negative log-likelihood (GPTQ's protocol). Two rows may share a column only if they share the protocol *and* the tokens.
+`wiki-mini@512`, `c4-mini@512`, `wikitext2@2048`, `wikitext2@2048/20`: text @ context length / number of windows. Without a number
+all windows are scored; the mini texts have a number of their own. A number takes every (n // N)-th of a published text's n
+windows, and spreads over the whole of a mini text. Tokens are cut into consecutive windows, the remainder dropped; a window of L
+tokens scores its last L - 1; perplexity is exp of the mean over windows of the mean negative log-likelihood (GPTQ's protocol). Two rows may share a column only if they share the protocol *and* the tokens.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _SMOLLM2 = "d59adeae1bb1c383e51bcf30fd8ad05a2b82f7e752f72106f0f94c324cdb44b6"
 PINNED_STREAMS: dict[tuple[str, str], str] = {
     ("wiki-mini@512", _SMOLLM2): "cd0ad9ab107a023896d5c3c405a436eb2f28dc4b7413893143a7b61a4ecf3174",
     ("c4-mini@512", _SMOLLM2): "000ea1ccb52c62ffc43d3773ccbff38194754376acc45195080c13f8153e7f40",
+    ("wikitext2@2048/20", _SMOLLM2): "23a80a388d04205b30bd33d2426c6b15a906f0dcffa4c4434b209932f1753ea5",
     ("wikitext2@2048", _SMOLLM2): "0d9fcd3556b69838121dcddbe585e60b89fa58f6135893be48159ee95111f92f",
 }
 
@@ -134,7 +135,9 @@ def evaluation_windows(
     if protocol.windows is not None:
         if protocol.windows > len(windows_NL):
             raise ValueError(f"{protocol.name}: the text has only {len(windows_NL)} windows of {protocol.context} tokens")
-        windows_NL = windows_NL[torch.linspace(0, len(windows_NL) - 1, protocol.windows).round().long()]
+        stride = len(windows_NL) // protocol.windows
+        last = len(windows_NL) - 1 if protocol.source in PARTS else stride * (protocol.windows - 1)
+        windows_NL = windows_NL[torch.linspace(0, last, protocol.windows).round().long()]
     if not len(windows_NL):
         raise ValueError(f"{protocol.name}: the text is shorter than one window")
     sha256 = stream_sha256(windows_NL)
