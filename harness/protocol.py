@@ -2,8 +2,11 @@
 
 `wiki-mini@512`, `c4-mini@512`, `wikitext2@2048`, `wikitext2@2048/20`: text @ context length / number of windows. Without a number
 all windows are scored; the mini texts have a number of their own. A number takes every (n // N)-th of a published text's n
-windows, and spreads over the whole of a mini text. Tokens are cut into consecutive windows, the remainder dropped; a window of L
-tokens scores its last L - 1; perplexity is exp of the mean over windows of the mean negative log-likelihood (GPTQ's protocol). Two rows may share a column only if they share the protocol *and* the tokens.
+windows, and spreads over the whole of a mini text.
+
+Tokens are cut into consecutive windows, the remainder dropped; a window of L tokens scores its last L - 1; perplexity is exp of
+the mean over windows of the mean negative log-likelihood (GPTQ's protocol). Two rows may share a column only if they share the
+protocol *and* the tokens.
 """
 
 from __future__ import annotations
