@@ -28,7 +28,6 @@ PROTOCOL_VERSION = 1  # part of every result key
 SOURCES = (*PARTS, "wikitext2")
 MAX_CONTEXT = 1 << 20
 MINI_TOKENS = 8000  # the mini texts score at least this many tokens
-BOS_POLICIES = ("text", "window")
 
 # sha256 of the windows' token ids, for vocabularies (sha256 of their sorted entries) whose streams were once checked.
 _SMOLLM2 = "d59adeae1bb1c383e51bcf30fd8ad05a2b82f7e752f72106f0f94c324cdb44b6"

@@ -59,10 +59,13 @@ class CellStore:
     def states(self, protocol_key: str) -> Path:
         return self.folder / f"states_{protocol_key}.safetensors"
 
-    def finished(self, protocol_keys: Iterable[str], divergence: bool) -> bool:
-        """Compressed and scored, with a divergence from the reference where one is due."""
-        scores = [self.score(key) for key in protocol_keys]
-        return self.artifact() is not None and all(score and (score["divergence"] or not divergence) for score in scores)
+    def scored(self, protocol_key: str) -> bool:
+        """Scored with a divergence from the reference; one that failed then may be there now."""
+        score = self.score(protocol_key)
+        return bool(score and score["divergence"])
+
+    def finished(self, protocol_keys: Iterable[str]) -> bool:
+        return self.artifact() is not None and all(self.scored(key) for key in protocol_keys)
 
     def forget(self) -> None:
         """Drop everything this cell has stored."""

@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console: Console) -> dict[str, Outcome]:
     keys = [protocol_key(p) for p in plan.protocols]
-    todo = [cell for cell in runnable if not CellStore(cell.key).finished(keys, divergence=True)]
+    todo = [cell for cell in runnable if not CellStore(cell.key).finished(keys)]
     for cell in runnable:
         if cell not in todo:
             console.print(f"{cell.label}: found, not repeated", style="dim")

@@ -54,7 +54,7 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
     if store.artifact() is None:
         _compress(spec, store, speak, dtype)
     is_reference = spec["reference"] == spec["key"]
-    wanted = {key: data for key, data in spec["protocols"].items() if not _scored(store.score(key))}
+    wanted = {key: data for key, data in spec["protocols"].items() if not store.scored(key)}
     if not wanted:
         return
     speak("load", 0, 1)
@@ -72,10 +72,6 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
             result["divergence"] = noise_floor(reloaded.model, tokens.tokens_NL, states)
         run = {"seconds": seconds, "peak_ram_gib": peak_ram_gib(), "kind": reloaded.kind, "resident_bpw": reloaded.resident_bpw}
         store.put_score(key, {"protocol": data, "tokens_sha256": tokens.sha256, **result, **run})
-
-
-def _scored(result: dict[str, Any] | None) -> bool:
-    return bool(result and result["divergence"])
 
 
 def _reference_states(spec: dict[str, Any], protocol_key: str, speak: Speaker) -> Path | None:
