@@ -1,13 +1,32 @@
-"""Choosing one configuration per layer so that a whole model fits a stored-bit budget."""
+"""Choosing a configuration per layer so that a whole model fits a stored-bit budget: one service for every method.
+
+`uniform` gives all layers the same configuration. `mixed` minimises the predicted divergence (harness.sensitivity) over all
+choices, a multiple-choice knapsack:
+
+    min sum_l cost_l(c_l)   subject to   sum_l bits_l(c_l) <= budget * weights
+
+solved as an integer programme by HiGHS. Two lower bounds say how far from the optimum a plan can be: the solver's own, and the
+Lagrangian dual, computed here without it (Kellerer, Pferschy, Pisinger, Knapsack Problems, ch. 11).
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
+
+import numpy as np
 
 from harness.ledger import Ledger, planned
 from harness.model import Inventory
-from methods.base import LayerConfig, Method
+from methods.base import LayerConfig, LayerSpec, Method
+
+MODES = ("ilp", "uniform")
+REACH = 2.0  # bits per weight from the budget beyond which a configuration is not considered for any layer
+TOLERANCE = 1e-6  # of the solver, relative to the cost of the plan
+NODES = 20_000  # of the branch-and-bound tree: a limit that cuts every machine off at the same plan, as seconds would not
 
 
 class BudgetError(ValueError):
@@ -18,12 +37,25 @@ class BudgetError(ValueError):
 class Allocation:
     layers: dict[str, LayerConfig]
     ledger: Ledger
+    predicted: float | None = None  # cost of the plan: nats per token for a calibrated method
+    bound: float | None = None  # no plan under the budget costs less
+
+    @property
+    def gap(self) -> float | None:
+        """Share of the cost by which the best possible plan may be better."""
+        if self.predicted is None or self.bound is None:
+            return None
+        return max(0.0, self.predicted - self.bound) / self.predicted if self.predicted > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        layers = {name: config.to_json() for name, config in self.layers.items()}
+        return {"layers": layers, "predicted": self.predicted, "bound": self.bound, "gap": self.gap}
 
 
-def candidates(method: Method, stock: Inventory) -> list[tuple[LayerConfig, Ledger]]:
+def common_candidates(method: Method, stock: Inventory) -> list[tuple[LayerConfig, Ledger]]:
     """Every configuration that all layers can take, with what the whole model would then store."""
     common: dict[LayerConfig, None] | None = None
-    for layer in {(x.out_features, x.in_features): x for x in stock.layers}.values():
+    for layer in _shapes(stock):
         own = dict.fromkeys(method.candidates(layer))
         common = own if common is None else {config: None for config in common if config in own}
     found = []
@@ -38,10 +70,153 @@ def uniform(method: Method, stock: Inventory, budget: Fraction | None) -> Alloca
 
     Raises BudgetError with the least the method reaches.
     """
-    found = candidates(method, stock)
+    found = common_candidates(method, stock)
     fitting = [(c, ledger) for c, ledger in found if budget is None or not method.budgeted or ledger.fits(budget)]
     if not fitting:
-        least = min((ledger.stored_bpw for _, ledger in found), default=float("inf"))
-        raise BudgetError(f"{method.name} stores at least {least:.4f} bits per weight on this model")
+        least = min((ledger.stored_bpw for _, ledger in found), default=math.inf)
+        raise _least(method, least)
     config, ledger = max(fitting, key=lambda item: method.preference(item[0], item[1].bits, item[1].weights))
     return Allocation({layer.name: config for layer in stock.layers}, ledger)
+
+
+def require_mixable(method: Method, stock: Inventory, budget: Fraction) -> None:
+    """Raises BudgetError when even the smallest configuration of every layer is too much together."""
+    least = {
+        (x.out_features, x.in_features): min((c.stored_bits(x).total for c in method.candidates(x)), default=math.inf)
+        for x in _shapes(stock)
+    }
+    bits = sum(least[layer.out_features, layer.in_features] for layer in stock.layers) + stock.uncovered_bits
+    if bits > budget * stock.weights:
+        raise _least(method, bits / stock.weights)
+
+
+def considered(method: Method, layer: LayerSpec, budget: Fraction) -> list[LayerConfig]:
+    """Configurations worth an estimate for this layer: near the budget, and always the smallest."""
+    configs = list(dict.fromkeys(method.mixed_candidates(layer)))
+    size = {config: config.stored_bits(layer).total for config in configs}
+    least = min(method.candidates(layer), key=lambda config: config.stored_bits(layer).total)
+    near = [config for config in configs if abs(size[config] - budget * layer.weights) <= REACH * layer.weights]
+    return near if least in near else [*near, least]
+
+
+def mixed(stock: Inventory, budget: Fraction, costs: Mapping[str, Mapping[LayerConfig, float]]) -> Allocation:
+    """The plan of least total cost under the budget. `costs` holds every layer's candidates."""
+    names = [layer.name for layer in stock.layers]
+    configs = [list(costs[name]) for name in names]
+    bits = [[config.stored_bits(layer).total for config in own] for layer, own in zip(stock.layers, configs, strict=True)]
+    capacity = math.floor(budget * stock.weights) - stock.uncovered_bits
+    picks, bound = choose(bits, [[costs[name][config] for config in own] for name, own in zip(names, configs, strict=True)], capacity)
+    plan = {name: own[pick] for name, own, pick in zip(names, configs, picks, strict=True)}
+    predicted = math.fsum(costs[name][config] for name, config in plan.items())
+    return Allocation(plan, planned(plan, stock.layers, stock.uncovered_bits, stock.weights), predicted, bound)
+
+
+def choose(bits: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], capacity: int) -> tuple[list[int], float]:
+    """One index per row, least total cost within `capacity` bits, and a lower bound on that cost.
+
+    Raises ValueError when nothing fits.
+    """
+    fronts = [_pareto(b, c) for b, c in zip(bits, costs, strict=True)]
+    spare = capacity - sum(row[front[0]] for row, front in zip(bits, fronts, strict=True))
+    if spare < 0:
+        raise ValueError("no choice fits the budget")
+    more = [np.array([row[i] - row[front[0]] for i in front]) for row, front in zip(bits, fronts, strict=True)]  # bits over the least
+    cost = [np.array([row[i] for i in front]) for row, front in zip(costs, fronts, strict=True)]
+    picks, bound, price = _lagrangian(more, cost, spare)
+    if _total(cost, picks) > bound:
+        solved = _highs(more, cost, spare, _in_question(more, cost, price, _total(cost, picks) - bound), _total(cost, picks))
+        if solved is not None:
+            bound = max(bound, solved[1])
+            picks = min(picks, solved[0], key=lambda p: _total(cost, p))
+    assert _total(more, picks) <= spare
+    return [front[pick] for front, pick in zip(fronts, picks, strict=True)], bound
+
+
+def _pareto(bits: Sequence[int], costs: Sequence[float]) -> list[int]:
+    """Indices by rising bits and strictly falling cost; the others are never part of a best plan."""
+    front: list[int] = []
+    for index in sorted(range(len(bits)), key=lambda i: (bits[i], costs[i])):
+        if not front or costs[index] < costs[front[-1]]:
+            front.append(index)
+    return front
+
+
+def _total(rows: Sequence[np.ndarray], picks: Sequence[int]) -> float:
+    return math.fsum(row[pick].item() for row, pick in zip(rows, picks, strict=True))
+
+
+def _lagrangian(bits: Sequence[np.ndarray], cost: Sequence[np.ndarray], spare: int) -> tuple[list[int], float, float]:
+    """(a feasible choice, the dual bound max over price >= 0 of sum min(cost + price * bits) - price * spare, that price)."""
+
+    def priced(price: float) -> list[int]:
+        return [int(np.argmin(c + price * b)) for b, c in zip(bits, cost, strict=True)]  # ties: fewer bits
+
+    def dual(price: float) -> float:
+        return math.fsum(float(np.min(c + price * b)) for b, c in zip(bits, cost, strict=True)) - price * spare
+
+    free = priced(0.0)
+    if _total(bits, free) <= spare:
+        return free, dual(0.0), 0.0
+    low, high = 0.0, 1.0
+    while _total(bits, priced(high)) > spare:
+        low, high = high, 2 * high
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (low, middle) if _total(bits, priced(middle)) <= spare else (middle, high)
+    best = max(low, high, key=dual)
+    return priced(high), dual(best), best
+
+
+def _in_question(bits: Sequence[np.ndarray], cost: Sequence[np.ndarray], price: float, gap: float) -> list[np.ndarray]:
+    """Indices per row that can still be in a better choice: any other costs, at this price, more than the gap there is."""
+    reduced = [c + price * b for b, c in zip(bits, cost, strict=True)]
+    return [np.flatnonzero(r - r.min() <= gap * (1 + 1e-9)) for r in reduced]
+
+
+def _highs(
+    bits: Sequence[np.ndarray], cost: Sequence[np.ndarray], spare: int, rows: Sequence[np.ndarray], unit: float
+) -> tuple[list[int], float] | None:
+    """(choice, bound) from the integer programme over the indices in `rows`; None when the solver finds nothing within its limits.
+
+    It works in floating point, on costs in `unit`s, and may overstep the budget by its tolerance; bits are counted again, and the
+    room it is given shrinks by what it overstepped until its plan fits exactly.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_matrix
+
+    sizes = [len(row) for row in rows]
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    flat_bits, flat_cost = (np.concatenate([v[row] for v, row in zip(values, rows, strict=True)]) for values in (bits, cost))
+    room, starts = spare, np.cumsum([0, *sizes[:-1]])
+    for _ in range(4):
+        solved = milp(
+            flat_cost / unit,
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(csr_matrix(flat_bits / max(1, spare)), -np.inf, room / max(1, spare)),
+            ],
+            options={"mip_rel_gap": TOLERANCE, "node_limit": NODES},
+        )
+        if solved.x is None:
+            return None
+        picks = [int(row[np.argmax(solved.x[start : start + len(row)])]) for start, row in zip(starts, rows, strict=True)]
+        over = int(_total(bits, picks)) - spare
+        if over <= 0:
+            # A bound proven with less room than there is would prove nothing.
+            return picks, (float(solved.mip_dual_bound) - TOLERANCE) * unit if room == spare else -math.inf
+        room -= over
+    return None
+
+
+def _shapes(stock: Inventory) -> list[LayerSpec]:
+    """One layer of every shape."""
+    return list({(x.out_features, x.in_features): x for x in stock.layers}.values())
+
+
+def _least(method: Method, bpw: float) -> BudgetError:
+    return BudgetError(f"{method.name} stores at least {bpw:.4f} bits per weight on this model")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,15 @@ from methods.base import Compressed, LayerSpec
 BATCH_TOKENS = 8192  # tokens pushed through a block at once: amortises decoding packed layers, bounds activations
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: notes its arguments and hands the hidden state on."""
+class BlockStub(nn.Module):
+    """Stands in for a block: notes its arguments and hands the hidden state on, or `replay`, if that is set, in its place."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "block", block)  # not a submodule: .to() and state_dict() must not see it twice
         self.hidden: list[Tensor] = []
         self.kwargs: dict[str, Any] = {}
+        self.replay: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks (attention_type)
         try:
@@ -38,9 +40,26 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert not args, "blocks are called with keyword arguments"
+        if self.replay is not None:
+            return self.replay
         self.hidden.append(hidden_states)
         self.kwargs = kwargs
         return hidden_states
+
+
+@contextmanager
+def stubbed_blocks(model: PreTrainedModel) -> Iterator[list[BlockStub]]:
+    """Inside, every decoder block of the model is a stub: a forward pass costs the embedding and the head alone."""
+    _, blocks = decoder_blocks(model)
+    originals = list(blocks)
+    stubs = [BlockStub(block) for block in originals]
+    try:
+        for index, stub in enumerate(stubs):
+            blocks[index] = stub
+        yield stubs
+    finally:
+        for index, original in enumerate(originals):
+            blocks[index] = original
 
 
 class BlockInputs:
@@ -48,21 +67,18 @@ class BlockInputs:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, tokens_NT: Tensor) -> None:
-        _, blocks = decoder_blocks(model)
-        originals = list(blocks)
-        recorders = [_Recorder(block) for block in originals]
         device = next(model.parameters()).device
-        try:
-            for index, recorder in enumerate(recorders):
-                blocks[index] = recorder
+        with stubbed_blocks(model) as stubs:
             # One window at a time, so that recorded masks and angles have batch 1 and broadcast over any batch.
             for row_T in tokens_NT:
                 model.base_model(input_ids=row_T[None].to(device), use_cache=False)
-        finally:
-            for index, original in enumerate(originals):
-                blocks[index] = original
-        self.hidden_NTH = torch.cat(recorders[0].hidden)
-        self.kwargs = [recorder.kwargs for recorder in recorders]
+        self.hidden_NTH = torch.cat(stubs[0].hidden)
+        self.kwargs = [stub.kwargs for stub in stubs]
+
+
+def run_block(module: nn.Module, hidden_NTH: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    out = module(hidden_NTH, **kwargs)
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def add_gram(gram_II: Tensor, x_NI: Tensor, strip: int = 256) -> None:
@@ -213,8 +229,7 @@ class BlockRun:
         self._passes, self._stale = [], False
 
     def _forward(self, hidden_NTH: Tensor) -> Tensor:
-        out = self.module(hidden_NTH, **self.kwargs)
-        return out if isinstance(out, Tensor) else out[0]
+        return run_block(self.module, hidden_NTH, self.kwargs)
 
     def _reached(self, name: str, x: Tensor) -> None:
         """A slot is about to run: note it while stages are being found, pause in front of the first layer of a stage."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,7 +33,7 @@ def compress_model(
     model: PreTrainedModel,
     method: Method,
     plan: Mapping[str, LayerConfig],
-    tokens_NT: Tensor,
+    tokens_NT: Tensor | None,
     seed: int,
     folder: Path,
     half: str = "float16",
@@ -40,14 +41,15 @@ def compress_model(
 ) -> tuple[CompressedModel, dict[str, Any]]:
     """Compress every block in place; returns the model and {"layers": {name: report}, "seconds"}.
 
-    `folder` keeps finished blocks, `half` is the 16-bit type of everything that is not packed.
+    `tokens_NT` may be None for a data-free method. `folder` keeps finished blocks, `half` is the 16-bit type of everything that is
+    not packed.
     """
     stock = inventory(model)
     round_rest(model, stock, HALF_DTYPES[half])
     _, modules = decoder_blocks(model)
-    # A data-free method sees no activation, but runs through the same loop on a single short window.
+    # A data-free method sees no activation, but runs through the same loop on a single short window of nothing.
     needs_data = method.needs.hessian
-    inputs = BlockInputs(model, tokens_NT if needs_data else tokens_NT[:1, :8])
+    inputs = BlockInputs(model, tokens_NT if needs_data else torch.zeros(1, 8, dtype=torch.long))
     hidden_NTH = inputs.hidden_NTH
     reports: dict[str, Any] = {}
     seconds = 0.0

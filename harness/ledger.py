@@ -44,9 +44,6 @@ class Ledger:
     def fits(self, budget: Fraction) -> bool:
         return self.stored_bits <= budget * self.weights
 
-    def underspent(self, budget: Fraction) -> bool:
-        return self.stored_bits < (budget - FILL_TOLERANCE) * self.weights
-
     def to_json(self) -> dict[str, Any]:
         parts = {part: self.bpw(getattr(self.bits, part)) for part in ("codes", "scales", "tables", "adapters")}
         return {"stored_bits": self.stored_bits, "weights": self.weights, "stored_bpw": self.stored_bpw, "bpw_by_part": parts}
@@ -58,6 +55,10 @@ def planned(plan: Mapping[str, LayerConfig], layers: Iterable[LayerSpec], uncove
     for layer in layers:
         total += plan[layer.name].stored_bits(layer)
     return Ledger(total, uncovered_bits, weights)
+
+
+def underspent(stored_bits: int, weights: int, budget: Fraction) -> bool:
+    return stored_bits < (budget - FILL_TOLERANCE) * weights
 
 
 def parse_budget(text: str) -> Fraction:

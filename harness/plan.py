@@ -1,6 +1,7 @@
 """What a run is: cells, each keyed by everything that decides its bytes, and the protocols they are scored by.
 
-artifact key   method with its configuration and version, model, budget, calibration, seed, compute dtype, kind of device
+artifact key   method with its configuration and version, model, budget, way of allocation, calibration, seed, compute dtype, kind
+               of device
 result key     artifact key + protocol
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from harness.allocate import Allocation, BudgetError, uniform
+from harness.allocate import Allocation, BudgetError, require_mixable, uniform
 from harness.assets import ResolvedModel
 from harness.files import digest
 from harness.ledger import parse_budget
@@ -19,7 +20,7 @@ from harness.model import Inventory
 from harness.protocol import Calibration, Protocol, protocol_key
 from methods.base import Method, Track
 
-ARTIFACT_VERSION = 1  # bump when the same cell would be written differently
+ARTIFACT_VERSION = 2  # bump when the same cell would be written differently
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Cell:
     compute: Compute
     bos: str
     half: str = "float16"  # 16-bit type of everything that is not packed
-    allocation: Allocation | None = None
+    allocate: str = "uniform"  # harness.allocate.MODES
+    allocation: Allocation | None = None  # None: refused, or made by the cell itself, which has the weights ("ilp")
     refusal: str = ""
 
     @property
@@ -65,6 +67,7 @@ class Cell:
                 "method": self.method.to_json(),
                 "model": self.model.fingerprint,
                 "budget": str(self.budget.bpw) if self.budget else None,
+                "allocate": self.allocate,
                 "calibration": self.calibration.to_json() if self.calibration else None,
                 "bos": self.bos if self.calibration else None,
                 "seed": self.seed,
@@ -90,6 +93,7 @@ class Cell:
             "calibration": self.calibration.to_json() if self.calibration else None,
             "bos": self.bos,
             "half": self.half,
+            "allocate": self.allocate,
             "seed": self.seed,
             "device": self.compute.device,
             "dtype": self.compute.dtype,
@@ -127,19 +131,24 @@ def make_plan(
     compute: Compute,
     bos: str,
     half: str,
+    allocate: str,
 ) -> Plan:
     """A cell for every method, budget and seed; a method outside any budget has one, and so has one that no seed can change."""
     cells: dict[str, Cell] = {}
     for text, method in methods:
         for budget in budgets if method.budgeted else (None,):
             looks = calibration if method.track != Track.DATA_FREE else None
+            mode = allocate if budget else "uniform"
             allocation, refusal = None, ""
             try:
-                allocation = uniform(method, stock, budget.bpw if budget else None)
+                if budget and mode == "ilp":
+                    require_mixable(method, stock, budget.bpw)
+                else:
+                    allocation = uniform(method, stock, budget.bpw if budget else None)
             except BudgetError as error:
                 refusal = str(error)
             for seed in seeds if method.seeded else (0,):
-                cell = Cell(method, text, model, budget, looks, seed, compute, bos, half, allocation, refusal)
+                cell = Cell(method, text, model, budget, looks, seed, compute, bos, half, mode, allocation, refusal)
                 cells.setdefault(cell.key, cell)
     return Plan(tuple(cells.values()), tuple(protocols))
 

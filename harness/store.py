@@ -1,5 +1,6 @@
 """Results by content key: one folder per artifact, every file in it whole or absent.
 
+<key>/plan.json          what every layer will be stored as, where the cell itself decided
 <key>/blocks/            finished blocks of an unfinished compression
 <key>/packed.safetensors ... packed.json      harness.compressed
 <key>/artifact.json      written last: the artifact is complete
@@ -11,14 +12,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from harness.files import cache_dir, read_json, write_json
+from harness.files import cache_dir, locked, read_json, write_json
 
 
 class CellStore:
@@ -26,14 +26,9 @@ class CellStore:
         self.key = key
         self.folder = cache_dir("cells", key)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One process at a time works on a cell; a second one waits, and then finds the work done. Freed by the kernel on death."""
-        path = cache_dir("cells", f"{self.key}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """One process at a time works on a cell; a second one waits, and then finds the work done."""
+        return locked(self.folder)
 
     @property
     def blocks(self) -> Path:
@@ -49,6 +44,12 @@ class CellStore:
     def put_artifact(self, data: dict[str, Any]) -> None:
         write_json(self.folder / "artifact.json", data)
         shutil.rmtree(self.blocks, ignore_errors=True)  # only now are they no longer needed
+
+    def plan(self) -> dict[str, Any] | None:
+        return self._read("plan.json")
+
+    def put_plan(self, data: dict[str, Any]) -> None:
+        write_json(self.folder / "plan.json", data)
 
     def score(self, protocol_key: str) -> dict[str, Any] | None:
         return self._read(f"score_{protocol_key}.json")

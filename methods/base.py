@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from kernels.packed import PackedLinear, StoredBits
+
+SAMPLE_BANDS, BAND_ROWS = 4, 8  # of rows, for estimates; a band holds whole vectors of every codebook length
 
 
 class Track(StrEnum):
@@ -90,6 +92,29 @@ def _stored_bits(config: LayerConfig, out_features: int, in_features: int) -> St
     return config.layout(LayerSpec("", "", out_features, in_features, bias=False)).stored_bits()
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What an error E [O, I] of a layer's weights costs: 1/2 sum_o row_o sum_i column_i E_oi^2 (harness.sensitivity)."""
+
+    row_O: Tensor
+    column_I: Tensor
+
+    def cost(self, error_OI: Tensor) -> float:
+        return 0.5 * float(self.row_O @ error_OI.square() @ self.column_I)
+
+    def sample(self, weight_OI: Tensor) -> tuple[Tensor, Sensitivity]:
+        """SAMPLE_BANDS evenly spaced bands of rows [R, I], and a sensitivity that stands for the whole matrix: the share of the
+        weights' own cost that the sample carries is the share of an error's cost it is taken to carry."""
+        rows = weight_OI.shape[0]
+        if rows <= SAMPLE_BANDS * BAND_ROWS:
+            return weight_OI, self
+        start_B = torch.linspace(0, rows - BAND_ROWS, SAMPLE_BANDS).long()
+        row_R = (start_B[:, None] + torch.arange(BAND_ROWS)).flatten().to(weight_OI.device)
+        sample_RI, seen = weight_OI[row_R], Sensitivity(self.row_O[row_R], self.column_I)
+        share = seen.cost(sample_RI) / (self.cost(weight_OI) or 1.0)
+        return sample_RI, Sensitivity(seen.row_O / share, self.column_I) if share > 0 else seen
+
+
 class Block(Protocol):
     """One decoder block as a method sees it (harness.calibration provides it)."""
 
@@ -138,6 +163,22 @@ class Method(ABC):
     @abstractmethod
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         """Configurations this method could store for the layer, from its shape alone."""
+
+    def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        """Those of `candidates` worth mixing over the layers of one model; fine steps in between are what mixing is for."""
+        return self.candidates(layer)
+
+    def expected_costs(
+        self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
+    ) -> list[float]:
+        """Predicted divergence (harness.sensitivity) of packing the layer with each configuration.
+
+        Here by packing a sample of its rows for real, with a diagonal Hessian; methods estimate what takes them longer.
+        """
+        sample_RI, seen = sensitivity.sample(weight_OI)
+        few = dataclasses.replace(layer, out_features=len(sample_RI))
+        hessian_II = sensitivity.column_I.diag() if self.needs.hessian else None
+        return [seen.cost(sample_RI - self.compress(sample_RI, hessian_II, few, config, seed).packed.decode()) for config in configs]
 
     def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
         """Order among configurations that serve a whole model of `weights` weights with `bits`: index bits, then all bits."""

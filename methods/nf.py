@@ -23,6 +23,7 @@ from methods.base import Compressed, LayerConfig, LayerSpec, Method, Track
 from methods.codecs.vector import block_absmax
 
 BITS = (2, 3, 4)
+MIXED_BLOCKS = (16, 32, 64, 128)
 BLOCKS = (8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 256)
 
 
@@ -48,6 +49,9 @@ class NormalFloat(Method):
             for bits in (BITS if self.bits is None else (self.bits,))
             for block in (BLOCKS if self.block is None else (self.block,))
         ]
+
+    def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        return [config for config in self.candidates(layer) if self.block is not None or config["block"] in MIXED_BLOCKS]
 
     def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
         packed = config.layout(layer, weight_OI.device)

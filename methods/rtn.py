@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from kernels.uniform import OFFSETS
-from methods.base import Compressed, LayerConfig, LayerSpec, Method, Track
+from methods.base import Compressed, LayerConfig, LayerSpec, Method, Sensitivity, Track
 from methods.codecs.uniform_grid import SEARCHES, fit_grid, uniform_tensors
 
 BITS = (2, 3, 4, 5, 6, 8)
+ESTIMATED_SHARES = (1.0, 0.8, 0.6)  # of a search, when only its outcome is wanted
+MIXED_GROUPS = (32, 64, 128, 0)
 GROUPS = (16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 512, 1024)
 
 
@@ -47,6 +50,24 @@ class UniformGridMethod(Method):
             for offset in offsets
             for group in groups
         ]
+
+    def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        return [config for config in self.candidates(layer) if self.group is not None or config["group"] in MIXED_GROUPS]
+
+    def expected_costs(
+        self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
+    ) -> list[float]:
+        """Plain rounding of a sample of rows: error feedback changes what is rounded, but hardly how far."""
+        sample_RI, seen = sensitivity.sample(weight_OI)
+        costs = []
+        for config in configs:
+            bits, group, offset = config["bits"], config["group"] or layer.in_features, config["offset"]
+            grid = fit_grid(
+                sample_RI, bits=bits, group=group, offset=offset, search=self.grid, importance_I=seen.column_I,
+                shares=ESTIMATED_SHARES, steps=(),
+            )  # fmt: skip
+            costs.append(seen.cost(sample_RI - grid.decode(grid.round(sample_RI))))
+        return costs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from harness.allocate import MODES
 from harness.assets import DEFAULT_MODEL, MODELS, ResolvedModel, Say, resolve_model
 from harness.engine.local import cores
 from harness.model import Inventory, half_dtype, inventory, read_config, skeleton
@@ -34,6 +35,11 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="folder with wiki.test.raw, for wikitext2 (default: $HARNESS_DATA, else the hub)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: float32 on a CPU, the checkpoint's 16-bit type on a GPU)")
+    parser.add_argument(
+        "--allocate", default="ilp", choices=MODES,
+        help="ilp: every matrix gets its own configuration, least predicted divergence under the budget; "
+        "uniform: one configuration for all (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seeds", default="0", help="comma list; each draws its own calibration text (default: %(default)s)")
     parser.add_argument("--jobs", type=int, help="cells at once (default: 2 on a CPU with 2 cores or more, else 1)")
 
@@ -96,7 +102,9 @@ def build_plan(
     if dtype not in ("float32", half):
         raise ValueError(f"--dtype {dtype} would round a {half} checkpoint before anything is compressed: use {half} or float32")
     compute = Compute(arguments.device, dtype, max(1, cores() // request.jobs))
-    plan = make_plan(methods, request.budgets, model, stock, protocols, request.calibration, request.seeds, compute, bos, half)
+    plan = make_plan(
+        methods, request.budgets, model, stock, protocols, request.calibration, request.seeds, compute, bos, half, arguments.allocate
+    )
     return plan, stock, model
 
 

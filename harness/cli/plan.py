@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from rich.console import Console
 
-from harness.allocate import candidates
+from harness.allocate import common_candidates
 from harness.cli.options import add_plan_options, build_plan, read_request
 from harness.ledger import Ledger
 from harness.model import Inventory, read_config
 from harness.plan import Cell, predicted_peak_gib
 from harness.presets import PRESETS
+from harness.store import CellStore
+from methods.base import LayerConfig
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -45,14 +48,26 @@ def main(arguments: argparse.Namespace) -> int:
 def _print_cell(cell: Cell, stock: Inventory, everything: bool) -> None:
     if cell.refusal:
         print(f"  refused: {cell.refusal}")
-    found = sorted(candidates(cell.method, stock), key=lambda item: item[1].stored_bits)
+    found = sorted(common_candidates(cell.method, stock), key=lambda item: item[1].stored_bits)
     chosen = next(iter(cell.allocation.layers.values())) if cell.allocation else None
     near = [item for item in found if item[0] == chosen or not cell.budget or abs(item[1].stored_bpw - cell.budget.bpw) <= 0.06]
     shown = found if everything else near or found[:3]
-    print(f"  {len(found)} candidates" + ("" if len(shown) == len(found) else f", {len(shown)} near the budget") + ":")
+    print(f"  {len(found)} candidates for a whole model" + ("" if len(shown) == len(found) else f", {len(shown)} near the budget") + ":")
     print(f"    {'stored':>8} {'codes':>8} {'scales':>8} {'tables':>8} {'adapters':>8}")
     for config, ledger in shown:
         print(f"  {'*' if config == chosen else ' '} {_columns(ledger)}  {config}")
+    if cell.allocate == "ilp" and not cell.refusal:
+        _print_mix(CellStore(cell.key).plan(), stock)
+
+
+def _print_mix(plan: dict[str, Any] | None, stock: Inventory) -> None:
+    if plan is None:
+        print("  mixed over the matrices by `run`, which has the weights; afterwards this shows the mix (or: --allocate uniform)")
+        return
+    print(f"  the mix: predicted divergence {plan['predicted']:.4g}, at most {plan['gap']:.2g} of it above the best possible")
+    for layer in stock.layers:
+        config = LayerConfig.from_json(plan["layers"][layer.name])
+        print(f"    {config.stored_bits(layer).total / layer.weights:8.4f}  {layer.name}  {config}")
 
 
 def _columns(ledger: Ledger) -> str:

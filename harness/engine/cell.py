@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from harness import __version__
+from harness.allocate import considered, mixed
 from harness.compress import compress_model
 from harness.compressed import CompressedModel
 from harness.evaluate.score import noise_floor, score
 from harness.ledger import parse_budget
-from harness.model import load_reference
+from harness.model import Inventory, inventory, load_reference
 from harness.protocol import Calibration, Protocol
+from harness.sensitivity import random_tokens, remembered_sensitivities
 from harness.store import CellStore
 from harness.streams import calibration_stream, evaluation_stream
 from methods import method_class
-from methods.base import LayerConfig
+from methods.base import LayerConfig, Method, Sensitivity, layer_seed
 
 
 class Speaker:
@@ -90,11 +94,16 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
     options = {k: v for k, v in spec["method"].items() if k not in ("method", "version")}
     method = method_class(spec["method"]["method"])(**options)
     model = load_reference(Path(spec["model"]["path"]), spec["device"], dtype)
-    calibration_sha256, tokens_NT = None, torch.zeros(1, 8, dtype=torch.long)
+    calibration_sha256, tokens_NT = None, None
     if spec["calibration"]:
         windows = calibration_stream(Calibration.from_json(spec["calibration"]), spec["model"], spec["seed"], spec["bos"])
         calibration_sha256, tokens_NT = windows.sha256, windows.tokens_NL
     plan = {name: LayerConfig.from_json(config) for name, config in spec["plan"].items()}
+    stock = inventory(model)
+    if spec["allocate"] == "ilp":
+        if store.plan() is None:
+            store.put_plan(_mix(spec, method, model, stock, tokens_NT, speak))
+        plan = {name: LayerConfig.from_json(config) for name, config in store.plan()["layers"].items()}
     compressed, report = compress_model(model, method, plan, tokens_NT, spec["seed"], store.blocks, spec["half"], speak)
     ledger = compressed.ledger()
     if spec["budget"] and not ledger.fits(parse_budget(spec["budget"])):
@@ -103,11 +112,43 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
     store.put_artifact(
         {
             "spec": spec, "ledger": ledger.to_json(), "code_bpw": ledger.code_bpw, "stored_bpw": ledger.stored_bpw,
+            "allocation": {k: v for k, v in (store.plan() or {}).items() if k != "layers"},
             "checkpoint_bytes": sum((store.folder / f"{n}.safetensors").stat().st_size for n in ("packed", "rest")),
-            "calibration_sha256": calibration_sha256, "compress_s": report["seconds"], "layers": report["layers"],
+            "calibration_sha256": calibration_sha256, "compress_s": report["seconds"],
+            "layers": {
+                layer.name: {
+                    "kind": layer.kind, "stored_bpw": plan[layer.name].stored_bits(layer).total / layer.weights,
+                    "config": plan[layer.name].to_json(), "report": report["layers"][layer.name],
+                }
+                for layer in stock.layers
+            },
             "peak_ram_gib": peak_ram_gib(), "environment": environment(spec["threads"]),
         }
     )  # fmt: skip
+
+
+def _mix(
+    spec: dict[str, Any], method: Method, model: PreTrainedModel, stock: Inventory, tokens_NT: Tensor | None, speak: Speaker
+) -> dict[str, Any]:
+    """The plan of least predicted divergence under the cell's budget."""
+    start = time.perf_counter()
+    budget, seed = parse_budget(spec["budget"]), spec["seed"]
+    if tokens_NT is None:
+        tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size), 0
+    key = [spec["model"]["fingerprint"], spec["dtype"], spec["device"].partition(":")[0]]
+    measured = remembered_sensitivities(
+        key, model, tokens_NT, seed, method.needs.hessian, lambda done, total: speak("measure layers", done, total)
+    )
+    costs: dict[str, dict[LayerConfig, float]] = {}
+    for index, layer in enumerate(stock.layers):
+        weight_OI = model.get_submodule(layer.name).weight.detach().float()
+        # A layer that no token reaches costs nothing, whatever it is stored as.
+        sensitivity = measured.get(layer.name) or Sensitivity(*(weight_OI.new_zeros(size) for size in weight_OI.shape))
+        configs = considered(method, layer, budget)
+        values = method.expected_costs(weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))
+        costs[layer.name] = dict(zip(configs, values, strict=True))
+        speak("estimate errors", index + 1, len(stock.layers))
+    return mixed(stock, budget, costs).to_json() | {"seconds": time.perf_counter() - start}
 
 
 def peak_ram_gib() -> float:

@@ -18,10 +18,11 @@ from typing import Any
 from harness import __version__
 from harness.engine.local import Outcome
 from harness.files import write_json, write_text
+from harness.ledger import underspent
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
 from harness.report.summary import add_ranks, summarise
-from harness.report.table import markdown_table
+from harness.report.table import markdown_table, plan_table
 from harness.stats import perplexity_interval
 from harness.store import CellStore
 
@@ -29,8 +30,11 @@ COLUMNS_BEFORE = (
     "model", "method", "variant", "track", "kind", "status", "budget_bpw", "stored_bpw", "code_bpw", "resident_bpw",
     "checkpoint_bytes", "weights_gib",
 )  # fmt: skip
-COLUMNS_AFTER = ("compress_s", "eval_s", "peak_ram_gib", "device", "seed", "harness_version", "cell", "reason", "model_note")
-TIME_COLUMNS = ("compress_s", "eval_s", "peak_ram_gib")  # the only ones two identical runs may differ in
+COLUMNS_AFTER = (
+    "allocate", "plan_cost", "plan_gap", "plan_s", "compress_s", "eval_s", "peak_ram_gib", "device",
+    "seed", "harness_version", "cell", "reason", "model_note",
+)  # fmt: skip
+TIME_COLUMNS = ("plan_s", "compress_s", "eval_s", "peak_ram_gib")  # the only ones two identical runs may differ in
 
 
 def protocol_columns(names: Sequence[str]) -> list[str]:
@@ -44,7 +48,7 @@ def protocol_columns(names: Sequence[str]) -> list[str]:
 def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path) -> list[dict[str, Any]]:
     """Write leaderboard.csv, leaderboard.md, cells/<key>.json and, with several seeds, summary.csv; returns the rows in order."""
     names = [protocol.name for protocol in plan.protocols]
-    rows, losses = [], {}
+    rows, losses, stored = [], {}, {}
     streams: dict[str, str] = {}
     for cell in plan.cells:
         row, record = row_of(cell, plan, outcomes.get(cell.key))
@@ -53,6 +57,8 @@ def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path)
                 raise ValueError(f"{name} was scored on two different token streams; run again with --fresh")
         losses[cell.key] = {name: score["window_nll"] for name, score in record["scores"].items() if score}
         write_json(folder / "cells" / f"{cell.key}.json", record)
+        if cell.allocate == "ilp" and record["artifact"]:
+            stored[cell.label] = record["artifact"]["layers"]
         rows.append(row)
     add_ranks(rows, losses, names, {cell.key for cell in plan.cells if not cell.method.seeded})
     rows.sort(key=lambda row: _order(row, names))
@@ -62,6 +68,9 @@ def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path)
     if any(row["seeds"] > 1 for row in summary):
         _write_csv(folder / "summary.csv", list(summary[0]), summary)
         text = markdown_table(summary, names) + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
+    if stored:
+        text += "\nStored bits per weight of each kind of matrix, mean (least to most); every matrix is in `cells/`:\n\n"
+        text += plan_table(stored)
     note = rows[0]["model_note"]
     write_text(folder / "leaderboard.md", text + (f"\nNote on {rows[0]['model']}: {note}.\n" if note else ""))
     return rows
@@ -79,11 +88,14 @@ def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, A
         "model": cell.model.name, "method": cell.method.name, "variant": cell.method.variant or cell.method_text.partition(":")[2],
         "track": str(cell.method.track), "status": "skipped" if outcome and outcome.skipped else _status(cell, artifact, scores, error),
         "budget_bpw": cell.budget.text if cell.budget else "", "seed": cell.seed, "device": cell.compute.device,
+        "allocate": cell.allocate if cell.budget else "",
         "harness_version": __version__, "cell": cell.key, "reason": error, "model_note": cell.model.note,
     }  # fmt: skip
     if artifact:
         row |= {name: artifact[name] for name in ("stored_bpw", "code_bpw", "checkpoint_bytes", "compress_s")}
         row["harness_version"] = artifact["environment"]["harness"]
+        if allocation := artifact["allocation"]:
+            row |= {"plan_cost": allocation["predicted"], "plan_gap": allocation["gap"], "plan_s": allocation["seconds"]}
         row["weights_gib"] = artifact["checkpoint_bytes"] / 2**30
         row["peak_ram_gib"] = max([artifact["peak_ram_gib"], *(score["peak_ram_gib"] for score in done)])
     if done:
@@ -110,8 +122,8 @@ def _status(cell: Cell, artifact: dict | None, scores: Mapping[str, dict | None]
         return "failed"
     if any(score["nonfinite_windows"] or not math.isfinite(score["ppl"]) for score in scores.values() if score):
         return "nonfinite"
-    assert cell.allocation is not None
-    return "underspent" if cell.budget and cell.allocation.ledger.underspent(cell.budget.bpw) else "ok"
+    ledger = artifact["ledger"]
+    return "underspent" if cell.budget and underspent(ledger["stored_bits"], ledger["weights"], cell.budget.bpw) else "ok"
 
 
 def _order(row: dict[str, Any], names: Sequence[str]) -> tuple[Any, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 HEAD = {"method": "method", "budget_bpw": "budget", "stored_bpw": "stored"}
@@ -54,6 +55,19 @@ def _text(row: dict[str, Any], column: str) -> str:
 
 
 def markdown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    header, cells = shown_table(rows, names)
+    return _markdown(*shown_table(rows, names))
+
+
+def plan_table(stored: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
+    """What the allocation gave each kind of matrix; `stored` is label -> layer -> its record in an artifact."""
+    kinds = list(dict.fromkeys(layer["kind"] for layers in stored.values() for layer in layers.values()))
+    cells = []
+    for label, layers in stored.items():
+        of_kind = {kind: [layer["stored_bpw"] for layer in layers.values() if layer["kind"] == kind] for kind in kinds}
+        cells.append([label, *(f"{fmean(v):.2f} ({min(v):.2f} to {max(v):.2f})" if v else "" for v in of_kind.values())])
+    return _markdown(["cell", *kinds], cells)
+
+
+def _markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(" --- " for _ in header) + "|"]
     return "\n".join(lines + ["| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in cells]) + "\n"

@@ -7,6 +7,7 @@ code is chosen, so codes are optimal for the grid that is decoded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +42,23 @@ class Grid:
         scale_OI, base_OI = (per_column(p, self.group, count) for p in (self.scale_OG, self.base_OG))
         return torch.round((weight_OI - base_OI) / scale_OI).clamp_(0, 2**self.bits - 1).to(torch.int32)
 
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        """fp32 [O, I]."""
+        scale_OI, base_OI = (per_column(p, self.group, codes_OI.shape[1]) for p in (self.scale_OG, self.base_OG))
+        return codes_OI * scale_OI + base_OI
 
-def fit_grid(weight_OI: Tensor, *, bits: int, group: int, offset: str, search: str = "minmax", importance_I: Tensor | None = None) -> Grid:
+
+def fit_grid(
+    weight_OI: Tensor,
+    *,
+    bits: int,
+    group: int,
+    offset: str,
+    search: str = "minmax",
+    importance_I: Tensor | None = None,
+    shares: Sequence[float] = COARSE,
+    steps: Sequence[float] = FINE,
+) -> Grid:
     """Place a grid for every group of `group` columns (the last may be ragged).
 
     `search`: "minmax" spans the group (GPTQ's default), "mse" also tries shrunken ranges and keeps the one with the least
@@ -54,17 +70,18 @@ def fit_grid(weight_OI: Tensor, *, bits: int, group: int, offset: str, search: s
     pad = -columns % group
     # Padding repeats the last column, which changes no minimum or maximum, and carries no error weight.
     weight_OGS = torch.cat([weight_OI, weight_OI[:, -1:].expand(rows, pad)], dim=1).view(rows, -1, group)
+    low_OG, high_OG = weight_OGS.amin(dim=2), weight_OGS.amax(dim=2)
     if search == "minmax":
-        return _grid(weight_OGS, bits, offset, torch.ones(weight_OGS.shape[:2], device=weight_OI.device))
+        return _grid(low_OG, high_OG, bits, group, offset, torch.ones_like(low_OG))
     weight_I = torch.ones(columns, device=weight_OI.device) if search == "mse" or importance_I is None else importance_I
     importance_GS = torch.nn.functional.pad(weight_I, (0, pad)).view(-1, group)
     norm = MSE_NORM if search == "mse" else 2.0
-    shrink_OG = torch.ones(weight_OGS.shape[:2], device=weight_OI.device)
+    shrink_OG = torch.ones_like(low_OG)
     best, best_error_OG = None, torch.full_like(shrink_OG, torch.inf)
 
     def attempt(candidate_OG: Tensor) -> None:
         nonlocal best, best_error_OG, shrink_OG
-        grid = _grid(weight_OGS, bits, offset, candidate_OG)
+        grid = _grid(low_OG, high_OG, bits, group, offset, candidate_OG)
         error_OG = _error(weight_OGS, grid, norm, importance_GS)
         better_OG = error_OG < best_error_OG
         best_error_OG = torch.where(better_OG, error_OG, best_error_OG)
@@ -72,9 +89,9 @@ def fit_grid(weight_OI: Tensor, *, bits: int, group: int, offset: str, search: s
         best = grid if best is None else _merge(better_OG, grid, best)
 
     for sign in (1, -1) if offset == "symmetric" else (1,):
-        for share in COARSE:
+        for share in shares:
             attempt(torch.full_like(shrink_OG, sign * share))
-    for step in FINE:
+    for step in steps:
         attempt(shrink_OG + step)
     assert best is not None
     return best
@@ -96,9 +113,9 @@ def uniform_tensors(codes_OI: Tensor, grid: Grid) -> dict[str, Tensor]:
     return {"codes": pack(codes_OI, grid.bits), **stored}
 
 
-def _grid(weight_OGS: Tensor, bits: int, offset: str, shrink_OG: Tensor) -> Grid:
-    group, top = weight_OGS.shape[2], 2**bits - 1
-    low_OG, high_OG = weight_OGS.amin(dim=2), weight_OGS.amax(dim=2)
+def _grid(low_OG: Tensor, high_OG: Tensor, bits: int, group: int, offset: str, shrink_OG: Tensor) -> Grid:
+    """The grid that spans `shrink` times the range of every group; a negative share is a negated scale."""
+    top = 2**bits - 1
     if offset == "symmetric":
         span_OG = 2 * torch.maximum(low_OG.abs(), high_OG.abs())
     elif offset == "zero":  # zero must lie inside the range, so that its code exists

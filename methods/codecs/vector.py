@@ -7,12 +7,13 @@ V = ceil(O / d). Rows are padded with zeros up to a multiple of d, and padded en
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from kernels.scales import BlockScales, per_column, quantise_scales
-from methods.codecs.kmeans import kmeans
+from methods.codecs.kmeans import kmeans, nearest
 
 SAMPLE = 16384  # vectors a codebook is fitted on, at least; and SAMPLE_PER_ENTRY for each of its entries
 SAMPLE_PER_ENTRY = 128
@@ -68,6 +69,22 @@ def fit_codebook(unit_OI: Tensor, importance_OI: Tensor, dim: int, count: int, s
         vector_ND, weight_ND = vector_ND[chosen], weight_ND[chosen]
     iterations = COLD_ITERATIONS if start_KD is None else WARM_ITERATIONS
     return kmeans(vector_ND, weight_ND, count, seed=seed, iterations=iterations, start_KD=start_KD).half().float()
+
+
+@cache
+def gaussian_error(dim: int, count: int, block: int) -> float:
+    """Mean squared error per weight of a k-means codebook on normal weights divided by their blocks' absmax.
+
+    Blocks of real matrices are near enough to normal for an estimate: what differs between matrices is the scale.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sample = max(SAMPLE, SAMPLE_PER_ENTRY * count) * dim
+    weight_OI = torch.randn(dim * -(-sample // (4 * dim * block)), 4 * block, generator=generator)
+    unit_OI = weight_OI / per_column(block_absmax(weight_OI, block), block, weight_OI.shape[1])
+    codebook_KD = fit_codebook(unit_OI, torch.ones_like(unit_OI), dim, count, 0)
+    vector_ND = to_vectors(unit_OI, dim).reshape(-1, dim)
+    code_N = nearest(torch.ones_like(vector_ND), vector_ND, codebook_KD)
+    return float((vector_ND - codebook_KD[code_N]).square().mean())
 
 
 def refit_codebook(

@@ -11,20 +11,25 @@ README.md beside this file lists the paper's claims, ours, and each divergence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from kernels.packed import StoredBits
-from methods.base import Compressed, LayerConfig, LayerSpec, Method, Needs, Track
+from methods.base import Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track
 from methods.codecs.error_feedback import check_damp
+from methods.codecs.lowrank import svd_factors
+from methods.codecs.vector import block_absmax, gaussian_error
 from methods.reallm.calibrated import compress_calibrated
 from methods.reallm.data_free import compress_data_free
 
-# (vector length, index bits): 1.5 to 4 bits a weight, in halves and quarters.
-SHAPES = ((2, 3), (4, 6), (4, 7), (2, 4), (4, 8), (2, 5), (2, 6), (2, 7), (2, 8))
+# (vector length, index bits): 1.5 to 6 bits a weight; longer codebooks cost small matrices more than they gain.
+SHAPES = ((2, 3), (4, 6), (4, 7), (2, 4), (4, 8), (2, 5), (2, 6), (2, 7), (2, 8), (2, 9), (1, 5), (1, 6))
 MAX_RANK = 32
+MIXED_RANKS = (0, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,24 @@ class ReALLM(Method):
             for rank in ranks
             if rank < min(layer.in_features, layer.out_features)
         ]
+
+    def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        return [config for config in self.candidates(layer) if self.rank is not None or config["rank"] in MIXED_RANKS]
+
+    def expected_costs(
+        self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
+    ) -> list[float]:
+        """The low-rank part for real (diagonally whitened), the codebook by what it leaves of normal weights of that scale."""
+        root_I = sensitivity.column_I.sqrt()
+        ranks = {config["rank"] for config in configs}
+        left_OR, right_RI = svd_factors(weight_OI * root_I, max(ranks), None, seed)
+        column_BS = torch.nn.functional.pad(sensitivity.column_I, (0, -layer.in_features % self.block)).view(-1, self.block)
+        scale_cost = {}
+        for rank in ranks:
+            rest_OI = weight_OI - left_OR[:, :rank] @ right_RI[:rank] / root_I
+            scale_cost[rank] = float(sensitivity.row_O @ block_absmax(rest_OI, self.block).square() @ column_BS.sum(dim=1))
+        unit = {shape: gaussian_error(*shape, self.block) for shape in {(c["dim"], 2 ** c["index_bits"]) for c in configs}}
+        return [0.5 * unit[config["dim"], 2 ** config["index_bits"]] * scale_cost[config["rank"]] for config in configs]
 
     def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
         """At equal index bits longer vectors, then the largest rank that fits."""

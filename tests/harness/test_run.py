@@ -55,7 +55,9 @@ def test_a_run_reuses_what_is_finished_and_writes_the_same_leaderboard(truncated
     header = (tmp_path / "first" / "leaderboard.csv").read_text().splitlines()[0].split(",")
     assert [column for column in header if column in COLUMNS] == COLUMNS
     assert all(row["status"] == "ok" for row in rows.values())
-    assert float(rows["gptq 3.25"]["stored_bpw"]) == 3.25 and float(rows["gptq 3.25"]["code_bpw"]) == 3
+    for label, row in rows.items():
+        budget = 16 if label == "fp16" else float(label.split()[1])
+        assert budget - 0.02 < float(row["stored_bpw"]) <= budget
     assert 0 < float(rows["fp16"]["kld_wiki-mini@128/4"]) < 1e-3 < float(rows["gptq 3.25"]["kld_wiki-mini@128/4"])
     for row in rows.values():
         low, value, high = (float(row[f"ppl_wiki-mini@128/4{suffix}"]) for suffix in ("_lo", "", "_hi"))
@@ -67,6 +69,13 @@ def test_a_run_reuses_what_is_finished_and_writes_the_same_leaderboard(truncated
     again = run_harness(*arguments, "--out", str(tmp_path / "again"))
     assert again.stderr.count("found, not repeated") == 5
     assert (tmp_path / "again" / "leaderboard.csv").read_bytes() == (tmp_path / "first" / "leaderboard.csv").read_bytes()
+
+    plan = run_harness("plan", "--model", str(truncated.path), "--methods", "gptq", *SMALL)
+    assert plan.stdout.count("model.layers.") == 28 and "predicted divergence" in plan.stdout
+    uniform = run_harness("run", *arguments[1:3], "--methods", "gptq", "--allocate", "uniform", *SMALL, "--out", str(tmp_path / "uniform"))
+    assert uniform.returncode == 0, uniform.stderr
+    row = read_rows(tmp_path / "uniform")["gptq 3.25"]
+    assert float(row["stored_bpw"]) == 3.25 and float(row["code_bpw"]) == 3 and row["cell"] != rows["gptq 3.25"]["cell"]
 
     fewer = run_harness("run", "--model", str(truncated.path), "--methods", "rtn", *SMALL, cwd=tmp_path, PYTHONPATH=os.getcwd())
     assert fewer.stderr.count("found, not repeated") == 2

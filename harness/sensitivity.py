@@ -1,0 +1,186 @@
+"""How much an error in each weight costs: the predicted KL divergence from the uncompressed model, measured once for all methods.
+
+For a small change E of a layer's weights the divergence per token is 1/2 mean_t (g_t . E x_t)^2, with x_t the layer's input and g_t
+the gradient, with respect to its output, of the log-likelihood of tokens drawn from the model's own predictions (the Fisher
+information is the Hessian of the divergence). With input and gradient taken as independent, outputs as uncorrelated, and each
+column's error counted after error feedback, two vectors per layer are left (KFAC, Martens & Grosse, arXiv 1503.05671, cut down):
+
+    divergence ~ 1/2 sum_o row_o sum_i column_i E_oi^2       row_o = mean g_o^2,   column_i = 1 / [H^-1]_ii given later columns
+
+The forward pass collects H; on the way back each block is run once more with gradients, so memory is that of one block. Measured
+on the original model, so that a plan does not depend on itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from harness.calibration import BlockInputs, add_gram, run_block, stubbed_blocks
+from harness.files import atomic_path, cache_dir, digest, locked
+from harness.model import BlockSpec, decoder_blocks, inventory
+from harness.protocol import stream_sha256
+from methods.base import Sensitivity
+from methods.codecs.error_feedback import prepare
+
+VERSION = 1  # part of the key of remembered measurements
+HESSIAN_WINDOWS, GRADIENT_WINDOWS = 8, 2  # of the calibration's; twice as many move a layer's cost by a tenth
+RANDOM_CONTEXT = 512
+DAMP = 0.01  # share of mean diag(H), as in compression
+
+Progress = Callable[[int, int], None]
+
+
+def measure_sensitivities(
+    model: PreTrainedModel, tokens_NT: Tensor, seed: int, feedback: bool = True, progress: Progress = lambda *_: None
+) -> dict[str, Sensitivity]:
+    """One `Sensitivity` for every linear layer the windows [N, T] reach; `seed` draws the predicted tokens, `feedback` says
+    whether errors will be passed on between columns."""
+    _, modules = decoder_blocks(model)
+    blocks = inventory(model).blocks
+    column_I: dict[str, Tensor] = {}
+    row_O: dict[str, Tensor] = {}
+    with _frozen(model):
+        inputs = BlockInputs(model, tokens_NT[:HESSIAN_WINDOWS])
+        hidden_NTH, kept_NTH = inputs.hidden_NTH, []
+        for index, (module, kwargs) in enumerate(zip(modules, inputs.kwargs, strict=True)):
+            kept_NTH.append(hidden_NTH[:GRADIENT_WINDOWS])
+            grams = _Grams()
+            with torch.no_grad(), _hooked(model, blocks[index], grams):
+                hidden_NTH = torch.cat([grams.window(partial(run_block, module, window_TH[None], kwargs)) for window_TH in hidden_NTH])
+            column_I |= grams.columns(feedback)
+            progress(index + 1, 2 * len(modules))
+        gradient_NTH = _head_gradient(model, tokens_NT[:GRADIENT_WINDOWS], hidden_NTH[:GRADIENT_WINDOWS], seed)
+        for index in reversed(range(len(modules))):
+            squares = _Squares()
+            hidden_NTH = kept_NTH.pop()
+            with _hooked(model, blocks[index], squares):
+                for n, window_TH in enumerate(hidden_NTH):
+                    given_NTH = window_TH[None].detach().requires_grad_()
+                    run_block(modules[index], given_NTH, inputs.kwargs[index]).backward(gradient_NTH[n : n + 1])
+                    gradient_NTH[n] = given_NTH.grad[0]
+            row_O |= {name: square_O / hidden_NTH[..., 0].numel() for name, square_O in squares.square_O.items()}
+            progress(2 * len(modules) - index, 2 * len(modules))
+    return {name: Sensitivity(row_O[name], column_I[name]) for name in column_I}
+
+
+def _head_gradient(model: PreTrainedModel, tokens_NT: Tensor, hidden_NTH: Tensor, seed: int) -> Tensor:
+    """Gradient of each window's summed -log p(drawn token) with respect to the state behind the last block, [N, T, H]."""
+    generator = torch.Generator().manual_seed(seed)
+    gradient_NTH = torch.empty_like(hidden_NTH)
+    with stubbed_blocks(model) as stubs:
+        for n, window_TH in enumerate(hidden_NTH):
+            stubs[-1].replay = window_TH[None].detach().requires_grad_()
+            tokens_BT = tokens_NT[n : n + 1].to(hidden_NTH.device)
+            log_p_TV = model(input_ids=tokens_BT, use_cache=False).logits[0].float().log_softmax(dim=-1)
+            # Drawn on the CPU: the same tokens on every device. Inverse of the cumulative distribution at one uniform number each.
+            level_T = torch.rand(len(log_p_TV), 1, generator=generator).to(log_p_TV.device)
+            drawn_T = torch.searchsorted(log_p_TV.detach().exp().cumsum(dim=-1), level_T).clamp_max_(log_p_TV.shape[1] - 1)
+            (-log_p_TV.gather(1, drawn_T).sum()).backward()
+            gradient_NTH[n] = stubs[-1].replay.grad[0]
+    return gradient_NTH
+
+
+class _Grams:
+    """Sums x x^T of every layer's input, once for layers that are called with the same tensor."""
+
+    def __init__(self) -> None:
+        self.owner: dict[str, str] = {}
+        self.gram_II: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        self._seen: dict[int, tuple[Tensor, str]] = {}
+
+    def window(self, forward: Callable[[], Tensor]) -> Tensor:
+        self._seen = {}
+        return forward()
+
+    def __call__(self, name: str, x: Tensor, out: Tensor) -> None:
+        _, owner = self._seen.setdefault(id(x), (x, name))
+        self.owner[name] = owner
+        if owner == name:
+            x_NI = x.reshape(-1, x.shape[-1]).float()
+            if name not in self.gram_II:
+                self.gram_II[name] = x_NI.new_zeros(x_NI.shape[1], x_NI.shape[1])
+            add_gram(self.gram_II[name], x_NI)
+            self.tokens[name] = self.tokens.get(name, 0) + len(x_NI)
+
+    def columns(self, feedback: bool) -> dict[str, Tensor]:
+        column_I = {}
+        for name, gram_II in self.gram_II.items():
+            hessian_II = (gram_II.triu() + gram_II.triu(1).t()) / self.tokens[name]
+            factored = prepare(hessian_II, act_order=True, damp=DAMP)
+            pivot_I = factored.upper_II.diagonal().square().reciprocal()
+            ordered_I = torch.empty_like(pivot_I).index_copy_(0, factored.order_I, pivot_I)
+            column_I[name] = ordered_I if feedback else factored.diagonal_I
+        return {name: column_I[owner] for name, owner in self.owner.items()}
+
+
+class _Squares:
+    """Sums g^2 of the gradient of every layer's output."""
+
+    def __init__(self) -> None:
+        self.square_O: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, x: Tensor, out: Tensor) -> None:
+        out.register_hook(partial(self._backward, name))
+
+    def _backward(self, name: str, gradient: Tensor) -> None:
+        square_O = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(dim=0)
+        self.square_O[name] = self.square_O[name] + square_O if name in self.square_O else square_O
+
+
+@contextmanager
+def _hooked(model: PreTrainedModel, block: BlockSpec, watch: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Calls watch(name, input, output) whenever a linear layer of the block has run."""
+
+    def hook(name: str, module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        watch(name, args[0], out)
+
+    handles = [model.get_submodule(layer.name).register_forward_hook(partial(hook, layer.name)) for layer in block.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No gradients of weights inside: only activations are followed back."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def remembered_sensitivities(
+    key: Sequence[Any], model: PreTrainedModel, tokens_NT: Tensor, seed: int, feedback: bool, progress: Progress = lambda *_: None
+) -> dict[str, Sensitivity]:
+    """Measured by the first process that asks, read by all others; `key` and `tokens_NT` are everything the numbers depend on."""
+    path = cache_dir("sensitivities", digest([VERSION, *key, stream_sha256(tokens_NT), seed, feedback])[:24] + ".safetensors")
+    with locked(path):
+        if not path.exists():
+            found = measure_sensitivities(model, tokens_NT, seed, feedback, progress)
+            tensors = {f"{name}.{leaf}": value for name, s in found.items() for leaf, value in (("row", s.row_O), ("column", s.column_I))}
+            with atomic_path(path) as temporary:
+                save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary)
+    tensors = load_file(path, device=str(next(model.parameters()).device))
+    names = {name.rpartition(".")[0] for name in tensors}
+    return {name: Sensitivity(tensors[f"{name}.row"], tensors[f"{name}.column"]) for name in names}
+
+
+def random_tokens(vocabulary: int) -> Tensor:
+    """What the layers of a data-free method are measured on [N, T]: token ids drawn uniformly, so no text at all (as Malinovskii et
+    al., arXiv 2411.17525, do). The same for every seed: a method that no seed can change keeps one plan."""
+    return torch.randint(vocabulary, (HESSIAN_WINDOWS, RANDOM_CONTEXT), generator=torch.Generator().manual_seed(0))
