@@ -146,10 +146,11 @@ def fingerprint(path: Path) -> str:
     files = sorted(p for pattern in ("config.json", "*token*", "*.safetensors", "*.model", "vocab*", "merges*") for p in path.glob(pattern))
     if not any(p.suffix == ".safetensors" for p in files):
         raise ValueError(f"{path} holds no *.safetensors: convert the weights with save_pretrained() first")
-    return digest([[p.name, _remembered_sha256(p)] for p in files])
+    return digest([[p.name, remembered_sha256(p)] for p in files])
 
 
-def _remembered_sha256(path: Path) -> str:
+def remembered_sha256(path: Path) -> str:
+    """Big files are hashed once; a change of size or time makes it another file."""
     stat = path.resolve().stat()
     memo = cache_dir("sha256", digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns])[:32] + ".json")
     if memo.exists():

@@ -1,33 +1,28 @@
 """Evaluation and calibration protocols: named, versioned, hashed.
 
-`wiki-mini@512`, `c4-mini@512`, `wikitext2@2048`, `wikitext2@2048/20`: text @ context length / number of windows. Without a number
-all windows are scored; the mini texts have a number of their own. A number takes every (n // N)-th of a published text's n
-windows, and spreads over the whole of a mini text.
+`wiki-mini@512`, `wikitext2@2048`, `wikitext2@2048/20`, `c4@2048`: text @ context length / number of windows. Without a number a
+text has its own: all windows of `wikitext2`, 256 of the C4 texts, enough for 8,000 tokens of the mini texts. A number takes every
+(n // N)-th of WikiText-2's n windows, the first N of the C4 texts, and spreads over the whole of a mini text.
 
-Tokens are cut into consecutive windows, the remainder dropped; a window of L tokens scores its last L - 1; perplexity is exp of
-the mean over windows of the mean negative log-likelihood (GPTQ's protocol). Two rows may share a column only if they share the
-protocol *and* the tokens.
+A window of L tokens scores its last L - 1; perplexity is exp of the mean over windows of the mean negative log-likelihood (GPTQ's
+protocol). How a text is cut is in harness.windows. Two rows may share a column only if they share the protocol *and* the tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from harness.assets import Say
 from harness.files import digest
-from harness.texts import PARTS, mini_documents, wikitext2_test
+from harness.texts import PARTS
 
 PROTOCOL_VERSION = 1  # part of every result key
-SOURCES = (*PARTS, "wikitext2")
+SOURCES = (*PARTS, "wikitext2", "c4", "c4-new")
+CALIBRATION_SOURCES = ("c4-mini", "c4")  # Wikipedia text is the out-of-domain check, never calibration
 MAX_CONTEXT = 1 << 20
 MINI_TOKENS = 8000  # the mini texts score at least this many tokens
+C4_WINDOWS = 256
 
 # sha256 of the windows' token ids, for vocabularies (sha256 of their sorted entries) whose streams were once checked.
 _SMOLLM2 = "d59adeae1bb1c383e51bcf30fd8ad05a2b82f7e752f72106f0f94c324cdb44b6"
@@ -69,19 +64,6 @@ class Protocol(_Named):
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Token ids [N, L] to score, and the sha256 of their little-endian int32 bytes."""
-
-    tokens_NL: Tensor
-    sha256: str
-
-    @property
-    def scored_tokens(self) -> int:
-        count, length = self.tokens_NL.shape
-        return count * (length - 1)
-
-
-@dataclass(frozen=True)
 class Calibration(_Named):
     """What calibrated methods look at: `sequences` windows of `context` tokens from a text's calibration part, chosen by seed."""
 
@@ -102,6 +84,8 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(("wiki-mini@512", "c4-mini@512"), Calibration("c4-mini", 512, 24)),
+    "standard": Profile(("wikitext2@2048", "c4@2048"), Calibration("c4", 1024, 128)),
+    "paper": Profile(("wikitext2@2048", "c4@2048", "c4-new@2048"), Calibration("c4", 2048, 128)),
 }
 
 
@@ -121,91 +105,21 @@ def parse_protocol(text: str, bos: str = "text") -> Protocol:
 
 
 def _default_windows(source: str, context: int) -> int | None:
-    return -(-MINI_TOKENS // (context - 1)) if source in PARTS else None
-
-
-def evaluation_windows(
-    protocol: Protocol, tokenizer: PreTrainedTokenizerBase, data: str | None = None, say: Say = lambda _: None
-) -> Windows:
-    """Tokenise and cut. Raises ValueError when the text is too short or the stream is not the pinned one."""
-    wikitext2 = protocol.source == "wikitext2"
-    text = wikitext2_test(data) if wikitext2 else "\n\n".join(mini_documents(protocol.source, protocol.part, say))
-    reserved = protocol.bos == "window"
-    windows_NL = _cut(_tokenise(text, tokenizer, bos=not reserved), protocol.context - reserved)
-    if reserved:
-        windows_NL = _prepend_bos(windows_NL, tokenizer)
-    if protocol.windows is not None:
-        if protocol.windows > len(windows_NL):
-            raise ValueError(f"{protocol.name}: the text has only {len(windows_NL)} windows of {protocol.context} tokens")
-        stride = len(windows_NL) // protocol.windows
-        last = len(windows_NL) - 1 if protocol.source in PARTS else stride * (protocol.windows - 1)
-        windows_NL = windows_NL[torch.linspace(0, last, protocol.windows).round().long()]
-    if not len(windows_NL):
-        raise ValueError(f"{protocol.name}: the text is shorter than one window")
-    sha256 = stream_sha256(windows_NL)
-    pinned = PINNED_STREAMS.get((protocol.name, vocabulary_sha256(tokenizer)))
-    if pinned not in (None, sha256):
-        raise ValueError(f"{protocol.name}: token stream {sha256[:16]} is not the pinned {pinned[:16]}; the text or the tokenizer changed")
-    return Windows(windows_NL, sha256)
-
-
-def calibration_windows(
-    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, bos: str = "text", say: Say = lambda _: None
-) -> Windows:
-    """Documents in an order drawn by the seed, joined and cut; the first `sequences` windows."""
-    documents = mini_documents(calibration.source, "calibration", say)
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    reserved = bos == "window"
-    text = "\n\n".join(documents[i] for i in order)
-    windows_NL = _cut(_tokenise(text, tokenizer, bos=not reserved), calibration.context - reserved)
-    if len(windows_NL) < calibration.sequences:
-        raise ValueError(
-            f"{calibration.name}: the calibration part holds {len(windows_NL)} windows of {calibration.context} tokens; "
-            f"ask for at most that many with --calibration {calibration.source}@{calibration.context}x{len(windows_NL)}"
-        )
-    windows_NL = windows_NL[: calibration.sequences]
-    if reserved:
-        windows_NL = _prepend_bos(windows_NL, tokenizer)
-    return Windows(windows_NL, stream_sha256(windows_NL))
+    if source in PARTS:
+        return -(-MINI_TOKENS // (context - 1))
+    return C4_WINDOWS if source.startswith("c4") else None
 
 
 def parse_calibration(text: str) -> Calibration:
     match = re.fullmatch(r"([\w-]+)@(\d+)x(\d+)", text.strip())
-    sources = [name for name, parts in PARTS.items() if "calibration" in parts]
-    if not match or match[1] not in sources or not 2 <= int(match[2]) <= MAX_CONTEXT or int(match[3]) < 1:
-        raise ValueError(f"unknown calibration '{text}': write TEXT@CONTEXTxSEQUENCES, TEXT one of {', '.join(sources)}")
+    if not match or match[1] not in CALIBRATION_SOURCES or not 2 <= int(match[2]) <= MAX_CONTEXT or int(match[3]) < 1:
+        raise ValueError(f"unknown calibration '{text}': write TEXT@CONTEXTxSEQUENCES, TEXT one of {', '.join(CALIBRATION_SOURCES)}")
     return Calibration(match[1], int(match[2]), int(match[3]))
 
 
 def bos_policy(model_type: str) -> str:
     """Gemma's perplexity is meaningless without a BOS token in every window; everyone else follows the tokenizer."""
     return "window" if model_type.startswith("gemma") else "text"
-
-
-def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase, bos: bool) -> Tensor:
-    limit, tokenizer.model_max_length = tokenizer.model_max_length, 1 << 62  # no warning: the text is cut into windows below
-    try:
-        return torch.tensor(tokenizer(text, add_special_tokens=bos).input_ids, dtype=torch.long)
-    finally:
-        tokenizer.model_max_length = limit
-
-
-def _cut(ids_N: Tensor, length: int) -> Tensor:
-    return ids_N[: len(ids_N) // length * length].view(-1, length)
-
-
-def _prepend_bos(windows_NL: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    if tokenizer.bos_token_id is None:
-        raise ValueError("this model needs a BOS token in every window, and its tokenizer has none")
-    return torch.nn.functional.pad(windows_NL, (1, 0), value=tokenizer.bos_token_id)
-
-
-def stream_sha256(windows_NL: Tensor) -> str:
-    return hashlib.sha256(windows_NL.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
-
-
-def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    return digest(sorted(tokenizer.get_vocab().items()))
 
 
 def protocol_key(protocol: Protocol) -> str:

@@ -9,6 +9,10 @@ column's error counted after error feedback, two vectors per layer are left (KFA
 
 The forward pass collects H; on the way back each block is run once more with gradients, so memory is that of one block. Measured
 on the original model, so that a plan does not depend on itself.
+
+A data-free method may not look at text. Its layers are measured on token ids drawn uniformly (as Malinovskii et al., arXiv
+2411.17525, do), without error feedback (column_i = mean x_i^2), and only the mean of either vector is kept: such tokens tell how
+much a layer matters, but not which of its columns.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from transformers import PreTrainedModel
 from harness.calibration import BlockInputs, add_gram, run_block, stubbed_blocks
 from harness.files import atomic_path, cache_dir, digest, locked
 from harness.model import BlockSpec, decoder_blocks, inventory
-from harness.protocol import stream_sha256
+from harness.windows import stream_sha256
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import prepare
 
@@ -41,8 +45,8 @@ Progress = Callable[[int, int], None]
 def measure_sensitivities(
     model: PreTrainedModel, tokens_NT: Tensor, seed: int, feedback: bool = True, progress: Progress = lambda *_: None
 ) -> dict[str, Sensitivity]:
-    """One `Sensitivity` for every linear layer the windows [N, T] reach; `seed` draws the predicted tokens, `feedback` says
-    whether errors will be passed on between columns."""
+    """One `Sensitivity` for every linear layer the windows [N, T] reach; `seed` draws the predicted tokens. `feedback`: errors will
+    be passed on between columns."""
     _, modules = decoder_blocks(model)
     blocks = inventory(model).blocks
     column_I: dict[str, Tensor] = {}
@@ -52,10 +56,10 @@ def measure_sensitivities(
         hidden_NTH, kept_NTH = inputs.hidden_NTH, []
         for index, (module, kwargs) in enumerate(zip(modules, inputs.kwargs, strict=True)):
             kept_NTH.append(hidden_NTH[:GRADIENT_WINDOWS])
-            grams = _Grams()
-            with torch.no_grad(), _hooked(model, blocks[index], grams):
-                hidden_NTH = torch.cat([grams.window(partial(run_block, module, window_TH[None], kwargs)) for window_TH in hidden_NTH])
-            column_I |= grams.columns(feedback)
+            inputs_of = _Grams(feedback)
+            with torch.no_grad(), _hooked(model, blocks[index], inputs_of):
+                hidden_NTH = torch.cat([run_block(module, window_TH[None], kwargs) for window_TH in hidden_NTH])
+            column_I |= inputs_of.columns()
             progress(index + 1, 2 * len(modules))
         gradient_NTH = _head_gradient(model, tokens_NT[:GRADIENT_WINDOWS], hidden_NTH[:GRADIENT_WINDOWS], seed)
         for index in reversed(range(len(modules))):
@@ -89,37 +93,41 @@ def _head_gradient(model: PreTrainedModel, tokens_NT: Tensor, hidden_NTH: Tensor
 
 
 class _Grams:
-    """Sums x x^T of every layer's input, once for layers that are called with the same tensor."""
+    """Sums x x^T of every layer's input (its diagonal alone when there is no feedback), once for layers called in a row with the same
+    tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, feedback: bool) -> None:
+        self.feedback = feedback
         self.owner: dict[str, str] = {}
-        self.gram_II: dict[str, Tensor] = {}
+        self.sum: dict[str, Tensor] = {}  # [I, I] or [I]
         self.tokens: dict[str, int] = {}
-        self._seen: dict[int, tuple[Tensor, str]] = {}
-
-    def window(self, forward: Callable[[], Tensor]) -> Tensor:
-        self._seen = {}
-        return forward()
+        self._last: tuple[Tensor, str] | None = None
 
     def __call__(self, name: str, x: Tensor, out: Tensor) -> None:
-        _, owner = self._seen.setdefault(id(x), (x, name))
-        self.owner[name] = owner
-        if owner == name:
-            x_NI = x.reshape(-1, x.shape[-1]).float()
-            if name not in self.gram_II:
-                self.gram_II[name] = x_NI.new_zeros(x_NI.shape[1], x_NI.shape[1])
-            add_gram(self.gram_II[name], x_NI)
-            self.tokens[name] = self.tokens.get(name, 0) + len(x_NI)
+        owner = self._last[1] if self._last and self._last[0] is x else name
+        self.owner[name], self._last = owner, (x, owner)
+        if owner != name:
+            return
+        x_NI = x.reshape(-1, x.shape[-1]).float()
+        size = x_NI.shape[1]
+        if name not in self.sum:
+            self.sum[name], self.tokens[name] = x_NI.new_zeros((size, size) if self.feedback else size), 0
+        if self.feedback:
+            add_gram(self.sum[name], x_NI)
+        else:
+            self.sum[name] += x_NI.square().sum(dim=0)
+        self.tokens[name] += len(x_NI)
 
-    def columns(self, feedback: bool) -> dict[str, Tensor]:
-        column_I = {}
-        for name, gram_II in self.gram_II.items():
-            hessian_II = (gram_II.triu() + gram_II.triu(1).t()) / self.tokens[name]
-            factored = prepare(hessian_II, act_order=True, damp=DAMP)
-            pivot_I = factored.upper_II.diagonal().square().reciprocal()
-            ordered_I = torch.empty_like(pivot_I).index_copy_(0, factored.order_I, pivot_I)
-            column_I[name] = ordered_I if feedback else factored.diagonal_I
+    def columns(self) -> dict[str, Tensor]:
+        column_I = {name: self._column(total / self.tokens[name]) for name, total in self.sum.items()}
         return {name: column_I[owner] for name, owner in self.owner.items()}
+
+    def _column(self, mean: Tensor) -> Tensor:
+        if not self.feedback:
+            return mean
+        factored = prepare(mean.triu() + mean.triu(1).t(), act_order=True, damp=DAMP)
+        pivot_I = factored.upper_II.diagonal().square().reciprocal()
+        return torch.empty_like(pivot_I).index_copy_(0, factored.order_I, pivot_I)
 
 
 class _Squares:
@@ -181,6 +189,6 @@ def remembered_sensitivities(
 
 
 def random_tokens(vocabulary: int) -> Tensor:
-    """What the layers of a data-free method are measured on [N, T]: token ids drawn uniformly, so no text at all (as Malinovskii et
-    al., arXiv 2411.17525, do). The same for every seed: a method that no seed can change keeps one plan."""
+    """What the layers of a data-free method are measured on [N, T]. The same for every seed: a method that no seed can change keeps
+    one plan."""
     return torch.randint(vocabulary, (HESSIAN_WINDOWS, RANDOM_CONTEXT), generator=torch.Generator().manual_seed(0))

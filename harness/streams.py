@@ -8,24 +8,31 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from harness.assets import TEXTS, Say
+from harness.assets import TEXTS, Say, remembered_sha256
 from harness.files import atomic_path, cache_dir, digest
 from harness.model import load_tokenizer
-from harness.protocol import Calibration, Protocol, Windows, calibration_windows, evaluation_windows, stream_sha256
-from harness.texts import WIKITEXT2_SHA256
+from harness.protocol import Calibration, Protocol
+from harness.texts import WIKITEXT2_SHA256, c4_file
+from harness.windows import Windows, calibration_windows, evaluation_windows, stream_sha256
 
 TEXT_SHA256 = {f"{name}-mini": file.sha256 for name, file in TEXTS.items()} | {"wikitext2": WIKITEXT2_SHA256}
 
 
 def evaluation_stream(protocol: Protocol, model: dict[str, str], data: str | None, say: Say = lambda _: None) -> Windows:
-    """`model` has a path and a fingerprint. Raises ValueError as harness.protocol.evaluation_windows does."""
-    key = [protocol.to_json(), TEXT_SHA256[protocol.source], model["fingerprint"]]
+    """`model` has a path and a fingerprint. Raises ValueError as harness.windows.evaluation_windows does."""
+    key = [protocol.to_json(), _text_sha256(protocol.source, "validation", data), model["fingerprint"]]
     return _remembered(key, lambda: evaluation_windows(protocol, load_tokenizer(Path(model["path"])), data, say))
 
 
-def calibration_stream(calibration: Calibration, model: dict[str, str], seed: int, bos: str, say: Say = lambda _: None) -> Windows:
-    key = [calibration.to_json(), TEXT_SHA256[calibration.source], model["fingerprint"], seed, bos]
-    return _remembered(key, lambda: calibration_windows(calibration, load_tokenizer(Path(model["path"])), seed, bos, say))
+def calibration_stream(
+    calibration: Calibration, model: dict[str, str], seed: int, bos: str, data: str | None = None, say: Say = lambda _: None
+) -> Windows:
+    key = [calibration.to_json(), _text_sha256(calibration.source, "train", data), model["fingerprint"], seed, bos]
+    return _remembered(key, lambda: calibration_windows(calibration, load_tokenizer(Path(model["path"])), seed, bos, data, say))
+
+
+def _text_sha256(source: str, split: str, data: str | None) -> str:
+    return TEXT_SHA256.get(source) or remembered_sha256(c4_file(split, data))
 
 
 def _remembered(key: Any, make: Callable[[], Windows]) -> Windows:

@@ -10,7 +10,9 @@ split. Near-copies of earlier documents are dropped across all parts, then each 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -31,6 +33,8 @@ PARTS = {
 }
 WIKITEXT2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"  # wiki.test.raw of wikitext-2-raw-v1
 WIKITEXT2_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3")
+C4_HUB = ("allenai/c4", "607bd4c8450a42878aa9ddc051a65a055450ef87")
+C4_FILES = {"train": "c4-train.00000-of-01024.json.gz", "validation": "c4-validation.00000-of-00008.json.gz"}
 
 
 def mini_documents(source: str, part: str, say: Say = lambda _: None) -> list[str]:
@@ -98,6 +102,37 @@ def _hub_wikitext2() -> str:
         return "".join(row or " \n" for row in rows)
 
     return or_one_line(load, f"cannot get WikiText-2 from the hub: give --data (or {DATA_VARIABLE}) a folder with wiki.test.raw")
+
+
+def c4_file(split: str, folder: str | None) -> Path:
+    """The first shard of C4's `split` ("train" or "validation"): from `folder` (also one level down, also unpacked), else from the
+    hub at a pinned revision. The papers pin no checksum; the sha256 of every token stream is part of every result."""
+    folder = folder or os.environ.get(DATA_VARIABLE)
+    packed = C4_FILES[split]
+    if folder:
+        for name in (packed, packed.removesuffix(".gz")):
+            for path in (Path(folder).expanduser() / name, *Path(folder).expanduser().glob(f"*/{name}")):
+                if path.exists():
+                    return path
+        raise ValueError(f"no {packed} in {folder}: put the file of {C4_HUB[0]} there, or leave --data out to use the hub")
+
+    def load() -> str:
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(C4_HUB[0], f"en/{packed}", repo_type="dataset", revision=C4_HUB[1])
+
+    return Path(or_one_line(load, f"cannot get C4 from the hub: give --data (or {DATA_VARIABLE}) a folder with {packed}"))
+
+
+@cache
+def c4_documents(split: str, folder: str | None) -> list[str]:
+    """Documents of the first shard, in its order (365 MB of text for a training shard)."""
+    path = c4_file(split, folder)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            return [json.loads(line)["text"] for line in lines]
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a shard of C4 (a JSON object with a text on every line): {error}") from error
 
 
 def or_one_line(load: Callable[[], str], hint: str) -> str:

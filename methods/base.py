@@ -99,6 +99,11 @@ class Sensitivity:
     row_O: Tensor
     column_I: Tensor
 
+    @property
+    def flat(self) -> Sensitivity:
+        """The same for every weight of the layer."""
+        return Sensitivity(*(torch.full_like(vector, vector.mean().item()) for vector in (self.row_O, self.column_I)))
+
     def cost(self, error_OI: Tensor) -> float:
         return 0.5 * float(self.row_O @ error_OI.square() @ self.column_I)
 

@@ -96,7 +96,7 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
     model = load_reference(Path(spec["model"]["path"]), spec["device"], dtype)
     calibration_sha256, tokens_NT = None, None
     if spec["calibration"]:
-        windows = calibration_stream(Calibration.from_json(spec["calibration"]), spec["model"], spec["seed"], spec["bos"])
+        windows = calibration_stream(Calibration.from_json(spec["calibration"]), spec["model"], spec["seed"], spec["bos"], spec["data"])
         calibration_sha256, tokens_NT = windows.sha256, windows.tokens_NL
     plan = {name: LayerConfig.from_json(config) for name, config in spec["plan"].items()}
     stock = inventory(model)
@@ -133,6 +133,7 @@ def _mix(
     """The plan of least predicted divergence under the cell's budget."""
     start = time.perf_counter()
     budget, seed = parse_budget(spec["budget"]), spec["seed"]
+    data_free = tokens_NT is None
     if tokens_NT is None:
         tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size), 0
     key = [spec["model"]["fingerprint"], spec["dtype"], spec["device"].partition(":")[0]]
@@ -145,7 +146,8 @@ def _mix(
         # A layer that no token reaches costs nothing, whatever it is stored as.
         sensitivity = measured.get(layer.name) or Sensitivity(*(weight_OI.new_zeros(size) for size in weight_OI.shape))
         configs = considered(method, layer, budget)
-        values = method.expected_costs(weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))
+        seen = sensitivity.flat if data_free else sensitivity
+        values = method.expected_costs(weight_OI, seen, layer, configs, layer_seed(seed, layer.name))
         costs[layer.name] = dict(zip(configs, values, strict=True))
         speak("estimate errors", index + 1, len(stock.layers))
     return mixed(stock, budget, costs).to_json() | {"seconds": time.perf_counter() - start}

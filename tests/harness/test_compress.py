@@ -21,7 +21,8 @@ METHODS = ["fp16", "rtn", "rtn:offset=zero", "gptq", "gptq:static_groups=false",
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> torch.Tensor:
-    from harness.protocol import calibration_windows, parse_calibration
+    from harness.protocol import parse_calibration
+    from harness.windows import calibration_windows
 
     return calibration_windows(parse_calibration("c4-mini@128x8"), tokenizer, seed=0).tokens_NL
 

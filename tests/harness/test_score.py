@@ -5,7 +5,8 @@ import torch
 
 from harness.evaluate.score import noise_floor, score
 from harness.model import load_reference
-from harness.protocol import evaluation_windows, parse_protocol
+from harness.protocol import parse_protocol
+from harness.windows import evaluation_windows
 
 
 @pytest.fixture(scope="module")

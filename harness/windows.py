@@ -1,0 +1,149 @@
+"""Cutting texts into windows of token ids, each text by the rule of the papers that report it.
+
+wiki-mini, c4-mini   documents joined by a blank line, tokenised as one text, cut into consecutive windows, spread over the text
+wikitext2            the same over the whole test set, rows joined by a blank line (GPTQ's datautils)
+c4                   for every window a document drawn at random among those of at least L tokens, and a random place in it; the
+                     draws are those of Python's generator seeded with 0 (GPTQ's datautils; a document of exactly L tokens, where
+                     that code fails, is taken whole)
+c4-new               the first 1,100 documents joined by a space, cut into consecutive windows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from harness.assets import Say
+from harness.files import digest
+from harness.protocol import PINNED_STREAMS, Calibration, Protocol
+from harness.texts import c4_documents, mini_documents, wikitext2_test
+
+C4_NEW_DOCUMENTS = 1100
+C4_SEED = 0
+MAX_DRAWS = 10_000  # documents in a row that are all too short: there is none
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids [N, L] to score, and the sha256 of their little-endian int32 bytes."""
+
+    tokens_NL: Tensor
+    sha256: str
+
+    @property
+    def scored_tokens(self) -> int:
+        count, length = self.tokens_NL.shape
+        return count * (length - 1)
+
+
+def evaluation_windows(
+    protocol: Protocol, tokenizer: PreTrainedTokenizerBase, data: str | None = None, say: Say = lambda _: None
+) -> Windows:
+    """Tokenise and cut. Raises ValueError when the text is too short or the stream is not the pinned one."""
+    cutter = _Cutter(tokenizer, protocol.context, protocol.bos)
+    wanted = protocol.windows
+    if protocol.source == "c4":
+        assert wanted is not None
+        windows_NL = cutter.crops(c4_documents("validation", data), wanted, random.Random(C4_SEED), protocol.name)
+    elif protocol.source == "c4-new":
+        windows_NL = cutter.consecutive(" ".join(c4_documents("validation", data)[:C4_NEW_DOCUMENTS]))[:wanted]
+    elif protocol.source == "wikitext2":
+        windows_NL = _every(cutter.consecutive(wikitext2_test(data)), wanted)
+    else:
+        windows_NL = _spread(cutter.consecutive("\n\n".join(mini_documents(protocol.source, protocol.part, say))), wanted)
+    if len(windows_NL) < (wanted or 1):
+        raise ValueError(f"{protocol.name}: the text has only {len(windows_NL)} windows of {protocol.context} tokens")
+    sha256 = stream_sha256(windows_NL)
+    pinned = PINNED_STREAMS.get((protocol.name, vocabulary_sha256(tokenizer)))
+    if pinned not in (None, sha256):
+        raise ValueError(f"{protocol.name}: token stream {sha256[:16]} is not the pinned {pinned[:16]}; the text or the tokenizer changed")
+    return Windows(windows_NL, sha256)
+
+
+def calibration_windows(
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    bos: str = "text",
+    data: str | None = None,
+    say: Say = lambda _: None,
+) -> Windows:
+    """c4: random places in random documents of the first training shard, drawn by the seed (GPTQ's calibration). A mini text:
+    documents in an order drawn by the seed, joined and cut; the first `sequences` windows."""
+    cutter = _Cutter(tokenizer, calibration.context, bos)
+    if calibration.source == "c4":
+        windows_NL = cutter.crops(c4_documents("train", data), calibration.sequences, random.Random(seed), calibration.name)
+    else:
+        documents = mini_documents(calibration.source, "calibration", say)
+        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+        windows_NL = cutter.consecutive("\n\n".join(documents[i] for i in order))
+    if len(windows_NL) < calibration.sequences:
+        raise ValueError(
+            f"{calibration.name}: the calibration part holds {len(windows_NL)} windows of {calibration.context} tokens; "
+            f"ask for at most that many with --calibration {calibration.source}@{calibration.context}x{len(windows_NL)}"
+        )
+    windows_NL = windows_NL[: calibration.sequences]
+    return Windows(windows_NL, stream_sha256(windows_NL))
+
+
+class _Cutter:
+    """Windows of `length` tokens; with bos "window" the first of them is the BOS token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, bos: str) -> None:
+        self.tokenizer, self.reserved = tokenizer, bos == "window"
+        if self.reserved and tokenizer.bos_token_id is None:
+            raise ValueError("this model needs a BOS token in every window, and its tokenizer has none")
+        self.length = length - self.reserved
+
+    def consecutive(self, text: str) -> Tensor:
+        """Non-overlapping windows, the remainder dropped."""
+        ids_N = self._tokenise(text)
+        return self._finish(ids_N[: len(ids_N) // self.length * self.length].view(-1, self.length))
+
+    def crops(self, documents: Sequence[str], count: int, source: random.Random, name: str) -> Tensor:
+        return self._finish(torch.stack([next(self._draws(documents, source, name)) for _ in range(count)]))
+
+    def _draws(self, documents: Sequence[str], source: random.Random, name: str) -> Iterator[Tensor]:
+        for _ in range(MAX_DRAWS):
+            ids_N = self._tokenise(documents[source.randint(0, len(documents) - 1)])
+            if len(ids_N) >= self.length:
+                start = source.randint(0, len(ids_N) - self.length - 1) if len(ids_N) > self.length else 0
+                yield ids_N[start : start + self.length]
+        raise ValueError(f"{name}: {MAX_DRAWS} documents in a row hold fewer than {self.length} tokens; choose a shorter context")
+
+    def _tokenise(self, text: str) -> Tensor:
+        tokenizer = self.tokenizer
+        limit, tokenizer.model_max_length = tokenizer.model_max_length, 1 << 62  # no warning: the text is cut into windows here
+        try:
+            return torch.tensor(tokenizer(text, add_special_tokens=not self.reserved).input_ids, dtype=torch.long)
+        finally:
+            tokenizer.model_max_length = limit
+
+    def _finish(self, windows_NL: Tensor) -> Tensor:
+        return torch.nn.functional.pad(windows_NL, (1, 0), value=self.tokenizer.bos_token_id) if self.reserved else windows_NL
+
+
+def _every(windows_NL: Tensor, count: int | None) -> Tensor:
+    """Every (n // count)-th of n windows."""
+    return windows_NL if count is None else windows_NL[:: max(1, len(windows_NL) // count)][:count]
+
+
+def _spread(windows_NL: Tensor, count: int | None) -> Tensor:
+    """From the first to the last, evenly spaced."""
+    if count is None or count > len(windows_NL):
+        return windows_NL
+    return windows_NL[torch.linspace(0, len(windows_NL) - 1, count).round().long()]
+
+
+def stream_sha256(windows_NL: Tensor) -> str:
+    return hashlib.sha256(windows_NL.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    return digest(sorted(tokenizer.get_vocab().items()))
