@@ -55,6 +55,7 @@ class Protocol(_Named):
     windows: int | None  # None: all there are
     bos: str = "text"
     part: str = "evaluation"
+    text_sha256: str = ""  # of a text that is not pinned (C4): harness.streams fills it in, so that it is part of every key
 
     @property
     def name(self) -> str:
@@ -70,6 +71,7 @@ class Calibration(_Named):
     source: str
     context: int
     sequences: int
+    text_sha256: str = ""
 
     @property
     def name(self) -> str:

@@ -1,5 +1,6 @@
 """Results by content key: one folder per artifact, every file in it whole or absent.
 
+<key>/spec.json          what the cell was last asked for
 <key>/plan.json          what every layer will be stored as, where the cell itself decided
 <key>/blocks/            finished blocks of an unfinished compression
 <key>/packed.safetensors ... packed.json      harness.compressed
@@ -37,6 +38,12 @@ class CellStore:
     @property
     def log(self) -> Path:
         return self.folder / "log.txt"
+
+    def spec(self) -> dict[str, Any] | None:
+        return self._read("spec.json")
+
+    def put_spec(self, data: dict[str, Any]) -> None:
+        write_json(self.folder / "spec.json", data)
 
     def artifact(self) -> dict[str, Any] | None:
         return self._read("artifact.json")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 
@@ -15,24 +16,30 @@ from harness.protocol import Calibration, Protocol
 from harness.texts import WIKITEXT2_SHA256, c4_file
 from harness.windows import Windows, calibration_windows, evaluation_windows, stream_sha256
 
+Named = TypeVar("Named", Protocol, Calibration)
+
 TEXT_SHA256 = {f"{name}-mini": file.sha256 for name, file in TEXTS.items()} | {"wikitext2": WIKITEXT2_SHA256}
+
+
+def with_text(named: Named, data: str | None) -> Named:
+    """The same protocol with the checksum of its text, where no checksum is pinned. Raises ValueError when it cannot be had."""
+    if named.source in TEXT_SHA256:
+        return named
+    split = "train" if isinstance(named, Calibration) else "validation"
+    return replace(named, text_sha256=remembered_sha256(c4_file(split, data)))
 
 
 def evaluation_stream(protocol: Protocol, model: dict[str, str], data: str | None, say: Say = lambda _: None) -> Windows:
     """`model` has a path and a fingerprint. Raises ValueError as harness.windows.evaluation_windows does."""
-    key = [protocol.to_json(), _text_sha256(protocol.source, "validation", data), model["fingerprint"]]
+    key = [protocol.to_json(), TEXT_SHA256.get(protocol.source), model["fingerprint"]]
     return _remembered(key, lambda: evaluation_windows(protocol, load_tokenizer(Path(model["path"])), data, say))
 
 
 def calibration_stream(
     calibration: Calibration, model: dict[str, str], seed: int, bos: str, data: str | None = None, say: Say = lambda _: None
 ) -> Windows:
-    key = [calibration.to_json(), _text_sha256(calibration.source, "train", data), model["fingerprint"], seed, bos]
+    key = [calibration.to_json(), TEXT_SHA256.get(calibration.source), model["fingerprint"], seed, bos]
     return _remembered(key, lambda: calibration_windows(calibration, load_tokenizer(Path(model["path"])), seed, bos, data, say))
-
-
-def _text_sha256(source: str, split: str, data: str | None) -> str:
-    return TEXT_SHA256.get(source) or remembered_sha256(c4_file(split, data))
 
 
 def _remembered(key: Any, make: Callable[[], Windows]) -> Windows:

@@ -15,8 +15,9 @@ from harness.model import Inventory, half_dtype, inventory, read_config, skeleto
 from harness.plan import Budget, Compute, Plan, make_plan
 from harness.presets import PRESETS
 from harness.protocol import PROFILES, Calibration, Protocol, bos_policy, parse_calibration, parse_protocol
+from harness.streams import with_text
 from methods import parse_method, split_methods
-from methods.base import Method
+from methods.base import Method, Track
 from methods.fp16 import Half
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -98,13 +99,16 @@ def build_plan(
     methods = [("fp16", Half(dtype=half)), *((text, method) for text, method in request.methods if method.name != "fp16")]
     bos = bos_policy(config.model_type)
     protocols: list[Protocol] = [parse_protocol(text, bos) for text in request.protocols]
+    calibration = request.calibration
+    if model.fingerprint:
+        protocols = [with_text(protocol, arguments.data) for protocol in protocols]
+        if any(method.track != Track.DATA_FREE for _, method in methods):
+            calibration = with_text(calibration, arguments.data)
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else half)
     if dtype not in ("float32", half):
         raise ValueError(f"--dtype {dtype} would round a {half} checkpoint before anything is compressed: use {half} or float32")
     compute = Compute(arguments.device, dtype, max(1, cores() // request.jobs))
-    plan = make_plan(
-        methods, request.budgets, model, stock, protocols, request.calibration, request.seeds, compute, bos, half, arguments.allocate
-    )
+    plan = make_plan(methods, request.budgets, model, stock, protocols, calibration, request.seeds, compute, bos, half, arguments.allocate)
     return plan, stock, model
 
 

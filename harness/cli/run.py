@@ -77,7 +77,7 @@ def _prepare_texts(plan: Plan, model: dict[str, str], vocabulary: int, data: str
     """Cut every text before any cell starts: a missing or short one should cost seconds, not a finished compression."""
     streams = [evaluation_stream(protocol, model, data, say) for protocol in plan.protocols]
     calibrated = {(cell.calibration, cell.seed, cell.bos) for cell in plan.cells if cell.calibration and not cell.refusal}
-    streams += [calibration_stream(calibration, model, seed, bos, say) for calibration, seed, bos in calibrated if calibration]
+    streams += [calibration_stream(calibration, model, seed, bos, data, say) for calibration, seed, bos in calibrated if calibration]
     largest = max(int(stream.tokens_NL.max()) for stream in streams)
     if largest >= vocabulary:
         raise ValueError(

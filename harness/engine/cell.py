@@ -55,6 +55,7 @@ class Speaker:
 def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
     torch.set_num_threads(spec["threads"])
     dtype = getattr(torch, spec["dtype"])
+    store.put_spec({k: v for k, v in spec.items() if k != "reference_over"})
     if store.artifact() is None:
         _compress(spec, store, speak, dtype)
     is_reference = spec["reference"] == spec["key"]

@@ -1,0 +1,101 @@
+"""`ls`: what there is: methods and their options, models, protocols, and the cells this machine has run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+from harness.assets import DEFAULT_MODEL, MODELS
+from harness.files import cache_dir
+from harness.model import inventory, read_config, skeleton
+from harness.presets import PRESETS
+from harness.protocol import PROFILES
+from harness.store import CellStore
+from methods import REGISTRY, method_class
+
+TEXTS = {
+    "wiki-mini": "Wikipedia extracts (pinned wheel): parts evaluation, tuning",
+    "c4-mini": "web pages (pinned wheel): parts calibration, evaluation, tuning",
+    "wikitext2": "WikiText-2 raw test set, all windows (hub at a pinned revision, or --data with wiki.test.raw)",
+    "c4": "C4: 256 random windows of the first validation shard; calibration from the first training shard (hub, or --data)",
+    "c4-new": "C4: 256 windows from the first 1,100 validation documents, joined (hub, or --data)",
+}
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("ls", help="list methods, models, protocols or runs", description=__doc__)
+    parser.add_argument("what", choices=sorted(LISTS), help="what to list")
+    parser.set_defaults(main=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    for line in LISTS[arguments.what]():
+        print(line)
+    return 0
+
+
+def _methods() -> Iterator[str]:
+    for name in REGISTRY:
+        cls = method_class(name)
+        text = next(line for line in (cls.__doc__ or "").splitlines() + (_module_doc(cls) or "").splitlines() if line.strip())
+        yield f"{name}  {text.strip()}"
+        if cls.variants:
+            default = cls().variant
+            yield f"    variants: {', '.join(f'{v} (default)' if v == default else v for v in cls.variants)}"
+        options = [f"{field.name}={_shown(getattr(cls(), field.name))}" for field in dataclasses.fields(cls)]
+        if options:
+            yield f"    options:  {', '.join(options)}"
+
+
+def _module_doc(cls: type) -> str | None:
+    import sys
+
+    return sys.modules[cls.__module__].__doc__
+
+
+def _shown(value: object) -> str:
+    return "auto" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _models() -> Iterator[str]:
+    for name, pinned in MODELS.items():
+        yield f"{name}{'  (default)' if name == DEFAULT_MODEL else ''}  {pinned.licence}; from {pinned.file.package}; {pinned.note}"
+    yield "any local folder written by save_pretrained(), any hub id (owner/name)"
+    yield "presets, for `plan` (configurations without weights):"
+    for name in PRESETS:
+        stock = inventory(skeleton(read_config(name)))
+        yield f"    {name}: {len(stock.blocks)} blocks, {stock.weights:,} weights in linear layers, {stock.rest_weights:,} others"
+
+
+def _protocols() -> Iterator[str]:
+    yield "TEXT@CONTEXT or TEXT@CONTEXT/WINDOWS, TEXT one of"
+    for name, text in TEXTS.items():
+        yield f"    {name}: {text}"
+    yield "profiles (--profile):"
+    for name, profile in PROFILES.items():
+        yield f"    {name}: {', '.join(profile.protocols)}; calibration {profile.calibration.name}"
+
+
+def _runs() -> Iterator[str]:
+    folder = cache_dir("cells")
+    found = sorted(folder.glob("*/spec.json"), key=lambda path: path.stat().st_mtime) if folder.exists() else []
+    if not found:
+        yield f"no cells in {folder}"
+    for path in found:
+        store = CellStore(path.parent.name)
+        spec = store.spec()
+        assert spec is not None
+        scores = {p["name"]: store.score(key) for key, p in spec["protocols"].items()}
+        artifact = store.artifact()
+        state = ", ".join(f"{name} {score['ppl']:.2f}" if score else f"{name} not scored" for name, score in scores.items())
+        if artifact is None:
+            state = f"{len(list(store.blocks.glob('*.safetensors')))} blocks compressed"
+        budget = f" {spec['budget']}" if spec["budget"] else ""
+        size = sum(p.stat().st_size for p in path.parent.rglob("*") if p.is_file()) / 2**20
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        yield f"{store.key}  {when}  {spec['model']['name']}  {spec['method_text']}{budget} seed {spec['seed']}  {size:.0f} MiB  {state}"
+
+
+LISTS: dict[str, Callable[[], Iterator[str]]] = {"methods": _methods, "models": _models, "protocols": _protocols, "runs": _runs}
