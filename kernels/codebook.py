@@ -1,11 +1,12 @@
 """Codebooks: each code is the index of one of K vectors of d weights, times a scale per block of input columns.
 
-    w[o, i] = codebook[code[o // d, i], o % d] * scale[o, i // block]   (+ low-rank branch)
+    w[o, i] = codebook[code[o // d, i], o % d] * scale[o, i // block]   (+ low-rank branch)   (* scale of the row)
 
 The d weights of a vector are consecutive *rows* of one column, as in ReALLM's released code: one column of the matrix is a
 whole number of vectors, so column-by-column error feedback assigns vectors without looking ahead. d = 1 is a scalar codebook
 (`table="nf"`: the NormalFloat constants, which are not stored). Rows are padded up to a multiple of d; the padded codes are
-stored and counted.
+stored and counted. With `band`, columns stand in an order of their own in every band of rows (kernels.order), which decides
+which of them share a scale.
 """
 
 from __future__ import annotations
@@ -18,24 +19,27 @@ from torch import Tensor
 from kernels.bitpack import packed_words, unpack
 from kernels.lowrank import LowRank
 from kernels.normal_float import nf_levels
+from kernels.order import BandOrder
 from kernels.packed import PackedLinear
 from kernels.scales import BlockScales, per_column
 
 
 class CodebookLinear(PackedLinear):
     format: ClassVar[str] = "codebook"
-    part_of: ClassVar[dict[str, str]] = {"codes": "codes", "codebook": "tables"}
+    part_of: ClassVar[dict[str, str]] = {"codes": "codes", "codebook": "tables", "row_scale": "scales"}
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, *,
         dim: int, index_bits: int, block: int, scales: str = "double", rank: int = 0, adapter_bits: int = 8, table: str = "learnt",
+        band: int = 0, order_bits: int = 16, row_scales: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, out_features, bias,
             dim=dim, index_bits=index_bits, block=block, scales=scales, rank=rank, adapter_bits=adapter_bits, table=table,
+            band=band, order_bits=order_bits, row_scales=row_scales,
         )  # fmt: skip
         assert dim in (1, 2, 4, 8) and 1 <= index_bits <= 16 and block >= 0 and table in ("learnt", "nf")
-        assert table == "learnt" or dim == 1
+        assert (table == "learnt" or dim == 1) and band % dim == 0
         self.dim, self.index_bits, self.rank = dim, index_bits, rank
         self.block = min(block or in_features, in_features)  # 0: one block for the whole row
         self.vector_rows = -(-out_features // dim)
@@ -43,6 +47,8 @@ class CodebookLinear(PackedLinear):
         self.register_buffer("codebook", torch.empty(2**index_bits, dim, dtype=torch.float16) if table == "learnt" else None)
         self.scales = BlockScales(out_features, -(-in_features // self.block), scales)
         self.lowrank = LowRank(in_features, out_features, rank, adapter_bits) if rank else None
+        self.order = BandOrder(out_features, in_features, band, order_bits) if band else None
+        self.register_buffer("row_scale", torch.empty(out_features, dtype=torch.float16) if row_scales else None)
 
     def entries(self) -> Tensor:
         """The codebook, fp32 [K, D]."""
@@ -53,4 +59,8 @@ class CodebookLinear(PackedLinear):
         vector_VID = torch.nn.functional.embedding(code_VI, self.entries())
         unit_OI = vector_VID.transpose(1, 2).reshape(self.vector_rows * self.dim, self.in_features)[: self.out_features]
         weight_OI = unit_OI * per_column(self.scales.decode(), self.block, self.in_features)
-        return weight_OI if self.lowrank is None else weight_OI + self.lowrank.decode()
+        if self.order is not None:
+            weight_OI = self.order.restore(weight_OI)
+        if self.lowrank is not None:
+            weight_OI = weight_OI + self.lowrank.decode()
+        return weight_OI if self.row_scale is None else weight_OI * self.row_scale.float()[:, None]

@@ -1,9 +1,10 @@
 """ReALLM (Leconte, Bedin, Nguyen, Moulines; arXiv 2405.13155): W ~ Q + L1 L2, Q a vector-quantised latent of an autoencoder.
 
 Here the decoder is the identity, the form the released code uses for every language model it evaluates: Q is a k-means
-codebook over short vectors under block scales, plus a low-rank part. Two variants:
+codebook over short vectors under block scales, plus a low-rank part. Three variants:
 
     data-free    the paper's alternation of SVD and vector quantisation                       methods.reallm.data_free
+    released     the same with the settings of the authors' code: 2 bits nominal, 2.78 stored on Llama-2-7B
     calibrated   the same stored form, every choice made against the layer's Hessian          methods.reallm.calibrated
 
 README.md beside this file lists the paper's claims, ours, and each divergence.
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kernels.order import index_bits
 from kernels.packed import StoredBits
 from methods.base import Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track
 from methods.codecs.error_feedback import check_damp
@@ -36,7 +38,14 @@ MIXED_RANKS = (0, 2, 4, 8, 16)
 class ReALLM(Method):
     name: ClassVar[str] = "reallm"
     version: ClassVar[int] = 1
-    variants: ClassVar[dict[str, dict[str, Any]]] = {"calibrated": {"calibrated": True}, "data-free": {"calibrated": False}}
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "calibrated": {"calibrated": True},
+        "data-free": {"calibrated": False},
+        "released": {
+            "calibrated": False, "dim": 2, "index_bits": 4, "rank": 64, "adapter_bits": 16, "band": 64, "order_bits": 16,
+            "row_scales": True, "rounds": 100, "tolerance": 0.0,
+        },
+    }  # fmt: skip
 
     calibrated: bool = True
     dim: int | None = None
@@ -45,6 +54,9 @@ class ReALLM(Method):
     block: int = 64
     scales: str = "double"
     adapter_bits: int = 8
+    band: int = 0  # data-free: rows that share an order of the columns; 0 leaves them in place
+    order_bits: int | None = None  # of an index in it; None: as few as hold it
+    row_scales: bool = False  # data-free: DoRA's magnitudes
     rounds: int = 10  # data-free: alternations at most
     tolerance: float = 1e-3  # data-free: stop at a smaller relative gain
     act_order: bool = True  # calibrated
@@ -63,6 +75,12 @@ class ReALLM(Method):
             raise ValueError("rank must not be negative")
         if self.block < 1:
             raise ValueError("block must be at least 1")
+        if self.calibrated and (self.band or self.row_scales):
+            raise ValueError("column orders (band) and row_scales belong to reallm:data-free")
+        if self.band < 0 or self.band % (self.dim or 4):
+            raise ValueError("band must be a multiple of the vector length")
+        if self.order_bits is not None and not 1 <= self.order_bits <= 16:
+            raise ValueError("order_bits must be 1 to 16")
         if self.scales not in ("half", "double") or self.adapter_bits not in (8, 16):
             raise ValueError("scales must be half or double, adapter_bits 8 or 16")
 
@@ -77,14 +95,19 @@ class ReALLM(Method):
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         shapes = SHAPES if self.dim is None else ((self.dim, self.index_bits),)
         ranks = range(MAX_RANK + 1) if self.rank is None else (self.rank,)
+        extras = {}
+        if self.band or self.row_scales:
+            order_bits = max(self.order_bits or 1, index_bits(layer.in_features))
+            extras = {"band": self.band, "order_bits": order_bits, "row_scales": self.row_scales}
         return [
             LayerConfig.of(
-                "codebook", dim=dim, index_bits=index_bits, block=self.block, scales=self.scales, rank=rank, adapter_bits=self.adapter_bits
+                "codebook", dim=dim, index_bits=bits, block=self.block, scales=self.scales, rank=rank, adapter_bits=self.adapter_bits,
+                **extras,
             )
-            for dim, index_bits in shapes
+            for dim, bits in shapes
             for rank in ranks
             if rank < min(layer.in_features, layer.out_features)
-        ]
+        ]  # fmt: skip
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         return [config for config in self.candidates(layer) if self.rank is not None or config["rank"] in MIXED_RANKS]

@@ -3,7 +3,9 @@
     Q = 0;  repeat:  L1, L2 = SVD_r(W - Q);  Q = VQ(W - L1 L2)
 
 The released code stops when the error rises and keeps the iterate before; here the best iterate is kept and the loop also
-stops at a relative gain below `tolerance`. Factors are rounded to their stored precision before the rest is quantised.
+stops at a relative gain below `tolerance`. Factors are rounded to their stored precision before the rest is quantised. Where
+columns are reordered, their order is found once, from the first rest. DoRA's magnitude is one scale per row: without training,
+the one of least error.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from kernels.bitpack import pack
 from kernels.codebook import CodebookLinear
 from kernels.lowrank import LowRank, quantise_lowrank
 from kernels.packed import PackedLinear
+from methods.codecs.column_order import greedy_order
 from methods.codecs.kmeans import nearest
 from methods.codecs.lowrank import svd_factors
 from methods.codecs.vector import absmax_scales, fit_codebook, from_vectors, to_vectors
@@ -30,9 +33,15 @@ def compress_data_free(
     best: dict[str, Tensor] = {}
     best_error, done = float("inf"), 0
     codebook_KD: Tensor | None = None
+    order: dict[str, Tensor] = {}
     for done in range(1, (rounds if packed.rank else 1) + 1):
         tensors, lowrank_OI = lowrank_part(weight_OI - quantised_OI, packed, None, seed)
         rest_OI = weight_OI - lowrank_OI
+        if packed.order is not None:
+            if not order:
+                order = packed.order.store(greedy_order(rest_OI, packed.order.band))
+                packed.order.packed = order["packed"]
+            rest_OI = rest_OI.gather(1, packed.order.per_row())
         scales = absmax_scales(rest_OI, packed.block, packed.scales.kind)
         square_OI = scales.scale_OI.square()  # an error of a scaled entry costs scale^2
         codebook_KD = fit_codebook(rest_OI / scales.scale_OI, square_OI, packed.dim, 2**packed.index_bits, seed, codebook_KD)
@@ -40,14 +49,27 @@ def compress_data_free(
         code_N = nearest(square_VID.reshape(-1, packed.dim), cross_VID.reshape(-1, packed.dim), codebook_KD)
         code_VI = code_N.view(square_VID.shape[:2])
         quantised_OI = from_vectors(codebook_KD[code_VI], weight_OI.shape[0]) * scales.scale_OI
-        error = float((rest_OI - quantised_OI).norm()) / norm
+        if packed.order is not None:
+            quantised_OI = packed.order.restore(quantised_OI)
+        decoded_OI = quantised_OI + lowrank_OI
+        if packed.row_scale is not None:
+            tensors["row_scale"] = _row_scales(weight_OI, decoded_OI)
+            decoded_OI = decoded_OI * tensors["row_scale"].float()[:, None]
+        error = float((weight_OI - decoded_OI).norm()) / norm
         gain, previous = best_error - error, best_error
         if error < best_error:
             best_error = error
             best = tensors | codebook_tensors(packed, code_VI, codebook_KD, scales.stored)
+            best |= {f"order.{name}": tensor for name, tensor in order.items()}
         if not gain > tolerance * previous and done > 1:
             break
     return best, {"rounds": done, "relative_error": best_error}
+
+
+def _row_scales(weight_OI: Tensor, decoded_OI: Tensor) -> Tensor:
+    """fp16 [O]: the factor of every decoded row that leaves the least squared error."""
+    square_O = decoded_OI.square().sum(dim=1)
+    return torch.where(square_O > 0, (weight_OI * decoded_OI).sum(dim=1) / square_O, 1.0).half()
 
 
 def lowrank_part(matrix_OI: Tensor, packed: CodebookLinear, whitener_II: Tensor | None, seed: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -5,10 +5,13 @@ import torch
 
 from kernels.bitpack import pack, packed_words, unpack
 from kernels.dispatch import kind, linear
+from kernels.order import BandOrder, index_bits
 from kernels.packed import PackedLinear
 
 UNIFORM = dict(format="uniform", bits=3, group=64, offset="symmetric")
 CODEBOOK = dict(format="codebook", dim=2, index_bits=6, block=64, rank=3)
+PERMUTED = UNIFORM | {"offset": "minimum", "permuted": True}
+BANDED = CODEBOOK | dict(band=64, order_bits=12, row_scales=True)
 
 
 @pytest.mark.parametrize("bits", range(1, 17))
@@ -23,7 +26,9 @@ def test_packing_is_lossless_and_no_wider_than_it_says(bits: int, count: int):
 
 
 @pytest.mark.parametrize("shape", [(576, 576), (192, 576), (576, 1536), (7, 13), (1, 1), (33, 65)])
-@pytest.mark.parametrize("base", [UNIFORM, UNIFORM | {"offset": "zero"}, UNIFORM | {"offset": "minimum", "permuted": True}, CODEBOOK])
+@pytest.mark.parametrize(
+    "base", [UNIFORM, UNIFORM | {"offset": "zero"}, UNIFORM | {"offset": "minimum", "permuted": True}, CODEBOOK, BANDED]
+)
 def test_a_layout_on_meta_counts_what_a_real_one_stores(shape: tuple[int, int], base: dict):
     spec = base | dict(out_features=shape[0], in_features=shape[1], bias=True)
     if "rank" in base:
@@ -32,6 +37,19 @@ def test_a_layout_on_meta_counts_what_a_real_one_stores(shape: tuple[int, int], 
     assert planned.stored_bits() == real.stored_bits()
     assert planned.stored_bits().total == 8 * sum(b.numel() * b.element_size() for n, b in real.named_buffers() if n != "bias")
     assert PackedLinear.from_spec(real.spec()).spec() == spec | {k: v for k, v in real.spec().items() if k not in spec}
+
+
+@pytest.mark.parametrize("shape, band", [((10, 37), 4), ((8, 64), 8), ((3, 1), 2)])
+def test_column_orders_come_back(shape, band):
+    order = BandOrder(*shape, band, index_bits(shape[1]))
+    order_BI = torch.stack([torch.randperm(shape[1]) for _ in range(-(-shape[0] // band))])
+    order.packed = order.store(order_BI)["packed"]
+    matrix = torch.randn(shape)
+    assert torch.equal(order.restore(matrix.gather(1, order.per_row())), matrix)
+    assert torch.equal(order.per_row()[-1], order_BI[-1])
+    if shape[1] > 1:
+        with pytest.raises(AssertionError):
+            order.store(torch.zeros_like(order_BI))  # no permutation
 
 
 def test_three_bits_take_three_bits():

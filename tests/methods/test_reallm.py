@@ -5,6 +5,7 @@ import torch
 
 from methods import parse_method
 from methods.base import LayerConfig, LayerSpec
+from methods.codecs.column_order import greedy_order
 from methods.codecs.error_feedback import layer_error, prepare
 from methods.codecs.kmeans import kmeans, nearest
 from methods.codecs.lowrank import svd_factors
@@ -107,6 +108,36 @@ def test_the_loop_keeps_its_best_iterate(weight):
     assert error == pytest.approx(more.report["relative_error"], rel=1e-4)
 
 
+def test_columns_are_ordered_greedily_and_once_each(weight):
+    """Against the definition, band by band; equal columns, which a search by value would confuse, included."""
+    matrix = weight[:100, :80].clone()
+    matrix[:, 40:44] = matrix[:, 20:21]
+    order = greedy_order(matrix, 64)
+    for band, rows in zip(order, (matrix[:64], matrix[64:]), strict=True):
+        left, taken = list(range(16, 80)), list(range(16))
+        while left:
+            mean = rows[:, taken[-16:]].mean(dim=1)
+            distance = [(rows[:, c] - mean).square().sum().item() for c in left]
+            taken.append(left.pop(distance.index(min(distance))))
+        assert sorted(band.tolist()) == list(range(80))
+        assert sum(a != b for a, b in zip(band.tolist(), taken, strict=True)) <= 8  # ties between equal columns, and rounding
+
+
+def test_the_released_settings_decode_what_they_report(weight):
+    layer = LayerSpec("layer", "layer", *weight.shape, bias=False)
+    method = parse_method("reallm:released,rank=4,rounds=3")
+    (config,) = method.candidates(layer)
+    done = method.compress(weight, None, layer, config, seed=0)
+    error = float((done.packed.decode() - weight).norm() / weight.norm())
+    assert error == pytest.approx(done.report["relative_error"], rel=1e-4)
+    bits = done.packed.stored_bits()
+    assert bits.tables == 3 * 576 * 16 + 16 * 2 * 16 and bits.scales >= 16 * 192
+    plain = parse_method("reallm:data-free,dim=2,index_bits=4,rank=4,adapter_bits=16,rounds=3")
+    (config,) = plain.candidates(layer)
+    without = plain.compress(weight, None, layer, config, seed=0)
+    assert done.report["relative_error"] < without.report["relative_error"]  # at a quarter of a bit more
+
+
 @pytest.mark.parametrize(
     "shape", [dict(dim=2, index_bits=6), dict(dim=4, index_bits=8), dict(dim=1, index_bits=3), dict(dim=8, index_bits=6)]
 )
@@ -133,6 +164,14 @@ def test_same_seed_same_bytes_other_seed_other_bytes(weight, variant):
     first, second, other = (compress(f"reallm:{variant}", weight, hessian, seed=s).packed.state_dict() for s in (1, 1, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["codes"], other["codes"])
+
+
+@pytest.mark.parametrize(
+    "options", ["band=64", "data-free,band=3", "data-free,dim=8,index_bits=4,band=4", "data-free,band=64,order_bits=17"]
+)
+def test_orders_that_cannot_be_are_refused(options):
+    with pytest.raises(ValueError, match="band|order_bits"):
+        parse_method(f"reallm:{options}")
 
 
 def test_ragged_rows_are_padded_and_counted():
