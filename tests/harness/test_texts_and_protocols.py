@@ -1,10 +1,13 @@
 """Texts, protocols and their hashes."""
 
 import gzip
+import hashlib
 import json
 import math
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,26 +72,44 @@ def test_names_are_canonical():
         parse_calibration("wiki-mini@512x4")  # Wikipedia text is the out-of-domain check, never calibration
 
 
-def test_perplexity_is_the_twenty_line_script(truncated, tokenizer):
-    """Against a straight-line computation: one window at a time, full logits, no chunking."""
-    windows = evaluation_windows(parse_protocol("wiki-mini@128/6"), tokenizer).tokens_NL
-    model = load_reference(truncated.path, "cpu", torch.float32)
-    losses = []
-    with torch.no_grad():
-        for window in windows:
-            log_p = model(window[None]).logits[0].double().log_softmax(-1)
-            losses.append(-log_p[range(127), window[1:]].mean().item())
-    result = score(model, windows)
-    assert result.window_nll == pytest.approx(losses, abs=1e-5)
-    assert math.log(result.ppl) == pytest.approx(sum(losses) / 6, abs=1e-5)
+def straight_line(folder: Path, text: Path, context: int, windows: int) -> list[float]:
+    command = [sys.executable, str(Path(__file__).with_name("straight_line.py")), str(folder), str(text), str(context), str(windows)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [float(line) for line in done.stdout.split()]
+
+
+def test_perplexity_is_that_of_a_straight_line_script(truncated, tokenizer, tmp_path, monkeypatch):
+    """On our own text in WikiText-2's file format: one window at a time, transformers' own loss, nothing shared."""
+    text = "\n \n".join(mini_documents("wiki-mini", "evaluation")) + "\n"
+    (tmp_path / "wiki.test.raw").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("harness.texts.WIKITEXT2_SHA256", hashlib.sha256(text.encode()).hexdigest())
+    *losses, perplexity = straight_line(truncated.path, tmp_path / "wiki.test.raw", 256, 6)
+    windows = evaluation_windows(parse_protocol("wikitext2@256"), tokenizer, str(tmp_path)).tokens_NL
+    result = score(load_reference(truncated.path, "cpu", torch.float32), windows[:6])
+    assert result.window_nll == pytest.approx(losses, abs=1e-4)
+    assert math.log(result.ppl) == pytest.approx(math.log(perplexity), abs=1e-4)
+
+
+def test_the_first_windows_of_wikitext2_are_those_of_a_straight_line_script(model, tokenizer):
+    file = wikitext2_file()
+    *losses, perplexity = straight_line(model.path, file, 2048, 8)
+    windows = evaluation_windows(parse_protocol("wikitext2@2048"), tokenizer, str(file.parent)).tokens_NL
+    assert len(windows) == 148
+    result = score(load_reference(model.path, "cpu", torch.float32), windows[:8])
+    assert result.window_nll == pytest.approx(losses, abs=1e-4)
+    assert math.log(result.ppl) == pytest.approx(math.log(perplexity), abs=1e-4)
+
+
+def wikitext2_file() -> Path:
+    folder = Path(os.environ.get("HARNESS_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    found = list(folder.glob("**/wiki.test.raw"))
+    if not found:
+        pytest.skip("no wiki.test.raw at hand: set HARNESS_DATA")
+    return found[0]
 
 
 def test_wikitext2_is_the_text_papers_use(tokenizer):
-    folder = Path(os.environ.get("HARNESS_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not list(folder.glob("**/wiki.test.raw")):
-        pytest.skip("no wiki.test.raw at hand: set HARNESS_DATA")
-    import hashlib
-
+    folder = wikitext2_file().parent
     text = texts.wikitext2_test(str(folder))
     assert hashlib.sha256(text.encode()).hexdigest() == "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
     windows = evaluation_windows(parse_protocol("wikitext2@2048/20"), tokenizer, str(folder))
