@@ -5,7 +5,8 @@ text has its own: all windows of `wikitext2`, 256 of the C4 texts, enough for 8,
 (n // N)-th of WikiText-2's n windows, the first N of the C4 texts, and spreads over the whole of a mini text.
 
 A window of L tokens scores its last L - 1; perplexity is exp of the mean over windows of the mean negative log-likelihood (GPTQ's
-protocol). How a text is cut is in harness.windows. Two rows may share a column only if they share the protocol *and* the tokens.
+protocol). `wikitext2-words@L` is lm-eval's `wikitext` task instead: exp of the loss of all tokens divided by the number of *words*.
+How a text is cut is in harness.windows. Two rows may share a column only if they share the protocol *and* the tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from harness.files import digest
 from harness.texts import PARTS
 
 PROTOCOL_VERSION = 1  # part of every result key
-SOURCES = (*PARTS, "wikitext2", "c4", "c4-new")
+SOURCES = (*PARTS, "wikitext2", "wikitext2-words", "c4", "c4-new")
 CALIBRATION_SOURCES = ("c4-mini", "c4")  # Wikipedia text is the out-of-domain check, never calibration
 MAX_CONTEXT = 1 << 20
 MINI_TOKENS = 8000  # the mini texts score at least this many tokens

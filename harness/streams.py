@@ -14,11 +14,14 @@ from harness.files import atomic_path, cache_dir, digest
 from harness.model import load_tokenizer
 from harness.protocol import Calibration, Protocol
 from harness.texts import WIKITEXT2_SHA256, c4_file
-from harness.windows import Windows, calibration_windows, evaluation_windows, stream_sha256
+from harness.windows import Articles, Windows, calibration_windows, evaluation_windows, stream_sha256
 
+FILE_VERSION = 2
 Named = TypeVar("Named", Protocol, Calibration)
 
-TEXT_SHA256 = {f"{name}-mini": file.sha256 for name, file in TEXTS.items()} | {"wikitext2": WIKITEXT2_SHA256}
+TEXT_SHA256 = {f"{name}-mini": file.sha256 for name, file in TEXTS.items()} | dict.fromkeys(
+    ("wikitext2", "wikitext2-words"), WIKITEXT2_SHA256
+)
 
 
 def with_text(named: Named, data: str | None) -> Named:
@@ -43,11 +46,13 @@ def calibration_stream(
 
 
 def _remembered(key: Any, make: Callable[[], Windows]) -> Windows:
-    path = cache_dir("streams", digest(key)[:24] + ".safetensors")
+    path = cache_dir("streams", digest([FILE_VERSION, key])[:24] + ".safetensors")
     if not path.exists():
         windows = make()
         with atomic_path(path) as temporary:
-            save_file({"tokens": windows.tokens_NL}, temporary)
+            articles = {} if windows.articles is None else vars(windows.articles)
+            save_file({"tokens_NL": windows.tokens_NL.contiguous(), **articles}, temporary)
         return windows
-    tokens_NL = load_file(path)["tokens"]
-    return Windows(tokens_NL, stream_sha256(tokens_NL))
+    tensors = load_file(path)
+    tokens_NL = tensors.pop("tokens_NL")
+    return Windows(tokens_NL, stream_sha256(tokens_NL), Articles(**tensors) if tensors else None)

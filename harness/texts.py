@@ -77,13 +77,29 @@ def wikitext2_test(folder: str | None) -> str:
     From `folder`/wiki.test.raw (also searched one level down), else the hub at a pinned revision. Raises ValueError when
     it cannot be had or its bytes are not those of wikitext-2-raw-v1.
     """
+    rows = ["" if line == " " else line + "\n" for line in _wikitext2_raw(folder).removesuffix("\n").split("\n")]
+    return "\n\n".join(rows)
+
+
+def wikitext2_pages(folder: str | None) -> list[str]:
+    """The same file as its 62 articles, cut in front of every first-level heading (EleutherAI/wikitext_document_level)."""
+    pages: list[list[str]] = [[]]
+    for line in _wikitext2_raw(folder).split("\n"):
+        # Deeper headings are runs of "= = "; drawn together they no longer look like one of the first level.
+        heading = line.replace("= = =", "===").replace("= =", "==").strip()
+        if heading.startswith("= ") and heading.endswith(" ="):
+            pages.append([])
+        pages[-1].append(line)
+    return [page for page in map("\n".join, pages) if page.strip()]
+
+
+def _wikitext2_raw(folder: str | None) -> str:
     folder = folder or os.environ.get(DATA_VARIABLE)
     raw = _local_wikitext2(Path(folder).expanduser()) if folder else _hub_wikitext2()
     found = hashlib.sha256(raw.encode()).hexdigest()
     if found != WIKITEXT2_SHA256:
         raise ValueError(f"WikiText-2 test text has sha256 {found}, not {WIKITEXT2_SHA256} (wikitext-2-raw-v1): refused")
-    rows = ["" if line == " " else line + "\n" for line in raw.removesuffix("\n").split("\n")]
-    return "\n\n".join(rows)
+    return raw
 
 
 def _local_wikitext2(folder: Path) -> str:

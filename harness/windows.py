@@ -2,6 +2,8 @@
 
 wiki-mini, c4-mini   documents joined by a blank line, tokenised as one text, cut into consecutive windows, spread over the text
 wikitext2            the same over the whole test set, rows joined by a blank line (GPTQ's datautils)
+wikitext2-words      article by article, cleaned up and cut by lm-eval's own functions (task `wikitext`, version 2): every token is
+                     predicted once, the first of an article from a prefix token, the last window reaches back for a full context
 c4                   for every window a document drawn at random among those of at least L tokens, and a random place in it; the
                      draws are those of Python's generator seeded with 0 (GPTQ's datautils; a document of exactly L tokens, where
                      that code fails, is taken whole)
@@ -22,11 +24,21 @@ from transformers import PreTrainedTokenizerBase
 from harness.assets import Say
 from harness.files import digest
 from harness.protocol import PINNED_STREAMS, Calibration, Protocol
-from harness.texts import c4_documents, mini_documents, wikitext2_test
+from harness.texts import c4_documents, mini_documents, wikitext2_pages, wikitext2_test
 
 C4_NEW_DOCUMENTS = 1100
 C4_SEED = 0
 MAX_DRAWS = 10_000  # documents in a row that are all too short: there is none
+
+
+@dataclass(frozen=True)
+class Articles:
+    """Windows of unequal use. `scored_NP` [N, L - 1] marks the predictions that count, `article_N` says whose they are, `words_A`
+    how many words each article has."""
+
+    scored_NP: Tensor
+    article_N: Tensor
+    words_A: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,17 +47,15 @@ class Windows:
 
     tokens_NL: Tensor
     sha256: str
-
-    @property
-    def scored_tokens(self) -> int:
-        count, length = self.tokens_NL.shape
-        return count * (length - 1)
+    articles: Articles | None = None  # None: every window scores all it can, and windows weigh the same
 
 
 def evaluation_windows(
     protocol: Protocol, tokenizer: PreTrainedTokenizerBase, data: str | None = None, say: Say = lambda _: None
 ) -> Windows:
     """Tokenise and cut. Raises ValueError when the text is too short or the stream is not the pinned one."""
+    if protocol.source == "wikitext2-words":
+        return _articles(protocol, tokenizer, wikitext2_pages(data)[: protocol.windows])
     cutter = _Cutter(tokenizer, protocol.context, protocol.bos)
     wanted = protocol.windows
     if protocol.source == "c4":
@@ -92,6 +102,27 @@ def calibration_windows(
     return Windows(windows_NL, stream_sha256(windows_NL))
 
 
+def _articles(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, pages: Sequence[str]) -> Windows:
+    try:
+        from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    except ImportError as error:
+        raise ValueError(f"{protocol.name} needs lm-eval ({error}): pip install 'lm-eval>=0.4.9'") from error
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    rows, scored, owner, words = [], [], [], []
+    for index, page in enumerate(pages):
+        ids = _tokenise(tokenizer, wikitext_detokenizer({"page": page}), add_special_tokens=True).tolist()
+        for pair in get_rolling_token_windows(ids, prefix, max_seq_len=protocol.context, context_len=1):
+            context, continuation = make_disjoint_window(pair)
+            width = len(context) + len(continuation)
+            rows.append(context + continuation + [prefix] * (protocol.context + 1 - width))  # causal: what follows changes nothing
+            scored.append([len(context) <= position < width for position in range(1, protocol.context + 1)])
+            owner.append(index)
+        words.append(process_results({"page": page}, (0.0,))["word_perplexity"][1])
+    tokens_NL, articles = torch.tensor(rows), Articles(torch.tensor(scored), torch.tensor(owner), torch.tensor(words))
+    return Windows(tokens_NL, stream_sha256(tokens_NL), articles)
+
+
 class _Cutter:
     """Windows of `length` tokens; with bos "window" the first of them is the BOS token."""
 
@@ -103,7 +134,7 @@ class _Cutter:
 
     def consecutive(self, text: str) -> Tensor:
         """Non-overlapping windows, the remainder dropped."""
-        ids_N = self._tokenise(text)
+        ids_N = _tokenise(self.tokenizer, text, not self.reserved)
         return self._finish(ids_N[: len(ids_N) // self.length * self.length].view(-1, self.length))
 
     def crops(self, documents: Sequence[str], count: int, source: random.Random, name: str) -> Tensor:
@@ -111,22 +142,22 @@ class _Cutter:
 
     def _draws(self, documents: Sequence[str], source: random.Random, name: str) -> Iterator[Tensor]:
         for _ in range(MAX_DRAWS):
-            ids_N = self._tokenise(documents[source.randint(0, len(documents) - 1)])
+            ids_N = _tokenise(self.tokenizer, documents[source.randint(0, len(documents) - 1)], not self.reserved)
             if len(ids_N) >= self.length:
                 start = source.randint(0, len(ids_N) - self.length - 1) if len(ids_N) > self.length else 0
                 yield ids_N[start : start + self.length]
         raise ValueError(f"{name}: {MAX_DRAWS} documents in a row hold fewer than {self.length} tokens; choose a shorter context")
 
-    def _tokenise(self, text: str) -> Tensor:
-        tokenizer = self.tokenizer
-        limit, tokenizer.model_max_length = tokenizer.model_max_length, 1 << 62  # no warning: the text is cut into windows here
-        try:
-            return torch.tensor(tokenizer(text, add_special_tokens=not self.reserved).input_ids, dtype=torch.long)
-        finally:
-            tokenizer.model_max_length = limit
-
     def _finish(self, windows_NL: Tensor) -> Tensor:
         return torch.nn.functional.pad(windows_NL, (1, 0), value=self.tokenizer.bos_token_id) if self.reserved else windows_NL
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> Tensor:
+    limit, tokenizer.model_max_length = tokenizer.model_max_length, 1 << 62  # no warning: the text is cut into windows here
+    try:
+        return torch.tensor(tokenizer(text, add_special_tokens=add_special_tokens).input_ids, dtype=torch.long)
+    finally:
+        tokenizer.model_max_length = limit
 
 
 def _every(windows_NL: Tensor, count: int | None) -> Tensor:

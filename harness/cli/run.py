@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +18,6 @@ from harness.model import read_config
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
 from harness.report.leaderboard import write_leaderboard
-from harness.report.table import shown_table
 from harness.store import CellStore
 from harness.streams import calibration_stream, evaluation_stream
 
@@ -55,8 +53,9 @@ def main(arguments: argparse.Namespace) -> int:
     if not runnable:
         outcomes = {plan.reference.key: Outcome(plan.reference.key, "everything else was refused", skipped=True)}
     folder = arguments.out or Path("results") / plan.key
-    rows = write_leaderboard(plan, outcomes, folder)
-    _print_table(rows, plan)
+    rows, tables = write_leaderboard(plan, outcomes, folder)
+    for table in tables:
+        _print_table(*table)
     console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
     return 0 if all(row["status"] in ("ok", "underspent") for row in rows) else 1
 
@@ -85,8 +84,7 @@ def _prepare_texts(plan: Plan, model: dict[str, str], vocabulary: int, data: str
         )
 
 
-def _print_table(rows: list[dict[str, Any]], plan: Plan) -> None:
-    header, cells = shown_table(rows, [p.name for p in plan.protocols])
+def _print_table(header: list[str], cells: list[list[str]]) -> None:
     if sys.stdout.isatty():
         table = Table(*header)
         for line in cells:
@@ -96,3 +94,4 @@ def _print_table(rows: list[dict[str, Any]], plan: Plan) -> None:
     widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
     for line in [header, *cells]:
         print("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
+    print()

@@ -70,11 +70,11 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
         start = time.perf_counter()
         result = score(
             reloaded.model, tokens.tokens_NL, None if is_reference else states, states if is_reference else None,
-            lambda done, total, name=data["name"]: speak(name, done, total),
+            lambda done, total, name=data["name"]: speak(name, done, total), tokens.articles,
         ).to_json()  # fmt: skip
         seconds = time.perf_counter() - start
         if is_reference and states:
-            result["divergence"] = noise_floor(reloaded.model, tokens.tokens_NL, states)
+            result["divergence"] = noise_floor(reloaded.model, tokens.tokens_NL, states, tokens.articles)
         run = {"seconds": seconds, "peak_ram_gib": peak_ram_gib(), "kind": reloaded.kind, "resident_bpw": reloaded.resident_bpw}
         store.put_score(key, {"protocol": data, "tokens_sha256": tokens.sha256, **result, **run})
 

@@ -10,9 +10,10 @@ floor*, its divergence from itself when every block output is multiplied by 1 + 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from harness.files import atomic_path
 from harness.model import decoder_blocks, swapped_module
+from harness.windows import Articles
 
 BODY_TOKENS = 8192  # tokens through the decoder at once
 HEAD_LOGITS = 1 << 25  # logits held at once (128 MiB in fp32), for the model and once more for the reference
@@ -51,24 +53,28 @@ class Divergence:
         first_N = model_NV.gather(1, reference_top_N[:, None]).squeeze(1)
         self.same_top_N.append((first_N == model_NV.amax(dim=-1)).cpu())  # amax: argmax over a vocabulary is ten times slower
 
-    def to_json(self, windows: int) -> dict[str, Any]:
-        kld_N = torch.cat(self.kld_N)
+    def to_json(self, scored_WP: Tensor) -> dict[str, Any]:
+        """`scored_WP`: which predictions of each window count."""
+        kld_WP, same_top_WP = (torch.cat(parts).view(scored_WP.shape) for parts in (self.kld_N, self.same_top_N))
+        kld_N = kld_WP[scored_WP]
         finite_N = kld_N[kld_N.isfinite()]
         quantiles = {name: finite_N.quantile(q).item() if len(finite_N) else math.nan for name, q in PERCENTILES.items()}
         return {
             "kld": kld_N.mean().item(), **{f"kld_{name}": value for name, value in quantiles.items()},
-            "top1": torch.cat(self.same_top_N).double().mean().item(), "nonfinite_tokens": len(kld_N) - len(finite_N),
-            "window_kld": kld_N.view(windows, -1).mean(dim=1).tolist(),
+            "top1": same_top_WP[scored_WP].double().mean().item(), "nonfinite_tokens": len(kld_N) - len(finite_N),
+            "window_kld": ((kld_WP * scored_WP).sum(dim=1) / scored_WP.sum(dim=1)).tolist(),
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Score:
-    """`window_nll`: mean loss of every window, nats per token. A loss that is not a number is flagged, never averaged away."""
+    """`window_nll`: mean loss of every window, nats per token (of every article, nats per word, and `window_weight` its words). A
+    loss that is not a number is flagged, never averaged away."""
 
     window_nll: list[float]
     scored_tokens: int
     divergence: dict[str, Any] | None
+    window_weight: list[float] | None = None  # None: all the same
 
     @property
     def nonfinite(self) -> int:
@@ -76,12 +82,14 @@ class Score:
 
     @property
     def ppl(self) -> float:
-        mean = math.fsum(self.window_nll) / len(self.window_nll) if not self.nonfinite else math.nan
+        weight = self.window_weight or [1.0] * len(self.window_nll)
+        mean = math.fsum(map(operator.mul, self.window_nll, weight)) / math.fsum(weight) if not self.nonfinite else math.nan
         return math.exp(mean) if not mean > 700 else math.inf
 
     def to_json(self) -> dict[str, Any]:
         counts = {"nonfinite_windows": self.nonfinite, "scored_tokens": self.scored_tokens}
-        return {"ppl": self.ppl, **counts, "window_nll": self.window_nll, "divergence": self.divergence}
+        values = {"window_nll": self.window_nll, "window_weight": self.window_weight}
+        return {"ppl": self.ppl, **counts, **values, "divergence": self.divergence}
 
 
 class _Given(nn.Module):
@@ -122,18 +130,21 @@ def score(
     reference: Path | None = None,
     keep: Path | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
+    articles: Articles | None = None,
 ) -> Score:
-    """Score windows [N, L]. `reference` is a file of the reference's states to diverge from, `keep` one to write them to."""
+    """Score windows [N, L]. `reference` is a file of the reference's states to diverge from, `keep` one to write them to. With
+    `articles` (one entry per window) losses are summed by article and divided by its words."""
     device = next(model.parameters()).device
     count, length = tokens_NL.shape
-    losses: list[float] = []
+    losses_NP: list[Tensor] = []
+    done = 0
     divergence = Divergence() if reference else None
     kept: dict[str, list[Tensor]] = {"states": [], "top": []}
     chunk = max(1, HEAD_LOGITS // model.config.get_text_config().vocab_size)
     for batch_BL in tokens_NL.to(device).split(max(1, BODY_TOKENS // length)):
         hidden_NH = hidden_states(model, batch_BL)
         target_N = batch_BL[:, 1:].reshape(-1)
-        known = _read_states(reference, len(losses) * (length - 1), len(target_N), hidden_NH) if reference else None
+        known = _read_states(reference, done * (length - 1), len(target_N), hidden_NH) if reference else None
         nll_N = []
         with head_of(model) as head:
             for start in range(0, len(target_N), chunk):
@@ -145,18 +156,27 @@ def score(
                     divergence.add(head(known[0][part]), known[1][part], logits_NV, lse_N)
                 if keep is not None:
                     kept["top"].append(logits_NV.argmax(dim=-1).cpu())
-        losses += torch.cat(nll_N).view(len(batch_BL), length - 1).mean(dim=1).tolist()
+        losses_NP.append(torch.cat(nll_N).view(len(batch_BL), length - 1))
+        done += len(batch_BL)
         if keep is not None:
             kept["states"].append(hidden_NH.cpu())
-        progress(len(losses), count)
+        progress(done, count)
     if keep is not None:
         with atomic_path(keep) as path:
             save_file({name: torch.cat(parts).contiguous() for name, parts in kept.items()}, path)
-    return Score(losses, count * (length - 1), divergence.to_json(count) if divergence else None)
+    nll_NP = torch.cat(losses_NP)
+    scored_NP = articles.scored_NP if articles else torch.ones_like(nll_NP, dtype=torch.bool)
+    diverged = divergence.to_json(scored_NP) if divergence else None
+    if articles is None:
+        return Score(nll_NP.mean(dim=1).tolist(), nll_NP.numel(), diverged)
+    sums_N = torch.where(scored_NP, nll_NP, 0.0).sum(dim=1)
+    words_A = articles.words_A.double()
+    per_word_A = torch.zeros_like(words_A).index_add_(0, articles.article_N, sums_N) / words_A
+    return Score(per_word_A.tolist(), int(scored_NP.sum()), diverged, words_A.tolist())
 
 
 @torch.inference_mode()
-def noise_floor(model: PreTrainedModel, tokens_NL: Tensor, reference: Path) -> dict[str, Any]:
+def noise_floor(model: PreTrainedModel, tokens_NL: Tensor, reference: Path, articles: Articles | None = None) -> dict[str, Any]:
     """Divergence of the reference from itself under one rounding unit of noise, on the first NOISE_WINDOWS windows."""
     generator = torch.Generator().manual_seed(0)
 
@@ -166,7 +186,8 @@ def noise_floor(model: PreTrainedModel, tokens_NL: Tensor, reference: Path) -> d
 
     hooks = [block.register_forward_hook(disturb) for block in decoder_blocks(model)[1]]
     try:
-        return score(model, tokens_NL[:NOISE_WINDOWS], reference).divergence or {}
+        few = articles and replace(articles, scored_NP=articles.scored_NP[:NOISE_WINDOWS], article_N=articles.article_N[:NOISE_WINDOWS])
+        return score(model, tokens_NL[:NOISE_WINDOWS], reference, articles=few).divergence or {}
     finally:
         for hook in hooks:
             hook.remove()

@@ -22,7 +22,7 @@ from harness.ledger import underspent
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
 from harness.report.summary import add_ranks, summarise
-from harness.report.table import markdown_table, plan_table
+from harness.report.table import Shown, markdown, plan_table, row_label, shown_table
 from harness.stats import perplexity_interval
 from harness.store import CellStore
 
@@ -45,35 +45,40 @@ def protocol_columns(names: Sequence[str]) -> list[str]:
     return [f"ppl_{name}" for name in names] + more
 
 
-def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path) -> list[dict[str, Any]]:
-    """Write leaderboard.csv, leaderboard.md, cells/<key>.json and, with several seeds, summary.csv; returns the rows in order."""
+def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path) -> tuple[list[dict[str, Any]], list[Shown]]:
+    """Write leaderboard.csv, leaderboard.md, cells/<key>.json and, with several seeds, summary.csv; returns the rows in order, and
+    the tables people see."""
     names = [protocol.name for protocol in plan.protocols]
     rows, losses, stored = [], {}, {}
     streams: dict[str, str] = {}
+    weights: dict[str, list[float] | None] = {}
     for cell in plan.cells:
         row, record = row_of(cell, plan, outcomes.get(cell.key))
         for name, score in record["scores"].items():
             if score and streams.setdefault(name, score["tokens_sha256"]) != score["tokens_sha256"]:
                 raise ValueError(f"{name} was scored on two different token streams; run again with --fresh")
+        weights |= {name: score.get("window_weight") for name, score in record["scores"].items() if score}
         losses[cell.key] = {name: score["window_nll"] for name, score in record["scores"].items() if score}
         write_json(folder / "cells" / f"{cell.key}.json", record)
         if cell.allocate == "ilp" and record["artifact"]:
-            stored[cell.label] = record["artifact"]["layers"]
+            stored[cell.key] = record["artifact"]["layers"]
         rows.append(row)
-    add_ranks(rows, losses, names, {cell.key for cell in plan.cells if not cell.method.seeded})
+    add_ranks(rows, losses, names, weights, {cell.key for cell in plan.cells if not cell.method.seeded})
     rows.sort(key=lambda row: _order(row, names))
     _write_csv(folder / "leaderboard.csv", [*COLUMNS_BEFORE, *protocol_columns(names), *COLUMNS_AFTER], rows)
-    text = markdown_table(rows, names)
-    summary = summarise(rows, losses, names)
+    tables = [shown_table(rows, names)]
+    text = markdown(*tables[0])
+    summary = summarise(rows, losses, names, weights)
     if any(row["seeds"] > 1 for row in summary):
         _write_csv(folder / "summary.csv", list(summary[0]), summary)
-        text = markdown_table(summary, names) + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
+        text = markdown(*shown_table(summary, names)) + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
     if stored:
         text += "\nStored bits per weight of each kind of matrix, mean (least to most); every matrix is in `cells/`:\n\n"
-        text += plan_table(stored)
+        tables.append(plan_table({row_label(row): stored[row["cell"]] for row in rows if row["cell"] in stored}))
+        text += markdown(*tables[1])
     note = rows[0]["model_note"]
     write_text(folder / "leaderboard.md", text + (f"\nNote on {rows[0]['model']}: {note}.\n" if note else ""))
-    return rows
+    return rows, tables
 
 
 def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -109,7 +114,7 @@ def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, A
 def _protocol_values(name: str, score: dict[str, Any]) -> dict[str, Any]:
     values = {f"ppl_{name}": score["ppl"]}
     if math.isfinite(score["ppl"]):
-        values[f"ppl_{name}_lo"], values[f"ppl_{name}_hi"] = perplexity_interval(score["window_nll"])
+        values[f"ppl_{name}_lo"], values[f"ppl_{name}_hi"] = perplexity_interval(score["window_nll"], score.get("window_weight"))
     if divergence := score["divergence"]:
         values |= {f"kld_{name}": divergence["kld"], f"kld_{name}_p90": divergence["kld_p90"], f"top1_{name}": divergence["top1"]}
     return values

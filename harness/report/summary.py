@@ -11,8 +11,12 @@ from harness.stats import shared_ranks
 
 Losses = Mapping[str, Mapping[str, list[float]]]  # cell -> protocol -> loss of every window
 
+Weights = Mapping[str, list[float] | None]  # protocol -> weight of every window; None: all the same
 
-def add_ranks(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], unseeded: Container[str] = ()) -> None:
+
+def add_ranks(
+    rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], weights: Weights, unseeded: Container[str] = ()
+) -> None:
     """Set `rank_<protocol>` within every budget, track and seed. A row no seed can change (its cell is in `unseeded`) stands in
     every seed's ranking, and shows its rank in the first."""
     ranked = [row for row in rows if row["budget_bpw"] and row["status"] in ("ok", "underspent")]
@@ -21,12 +25,12 @@ def add_ranks(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[st
         present = [row for row in ranked if row["seed"] == seed or row["cell"] in unseeded]
         for group in _groups(present, lambda row: (row["budget_bpw"], row["track"])):
             for name in names:
-                ranks = shared_ranks([losses[row["cell"]][name] for row in group])
+                ranks = shared_ranks([losses[row["cell"]][name] for row in group], weights.get(name))
                 for row, rank in zip(group, ranks, strict=True):
                     row[f"rank_{name}"] = rank
 
 
-def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str]) -> list[dict[str, Any]]:
+def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], weights: Weights) -> list[dict[str, Any]]:
     """One row per method and budget: mean perplexity over its seeds, `_sd` between them, ranks from losses averaged over seeds."""
     summary, averaged = [], {}
     for group in _groups([row for row in rows if row["status"] in ("ok", "underspent")], lambda row: (_who(row), row["budget_bpw"])):
@@ -42,7 +46,7 @@ def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[st
             row[f"ppl_{name}_sd"] = statistics.stdev(perplexities) if len(group) > 1 else ""
             row[f"rank_{name}"] = ""
         summary.append(row)
-    add_ranks(summary, averaged, names)
+    add_ranks(summary, averaged, names, weights)
     return summary
 
 

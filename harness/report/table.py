@@ -20,8 +20,10 @@ TAIL = {
 FORMATS = {"stored_bpw": "{:.4f}", "weights_gib": "{:.3f}", "compress_s": "{:.0f}", "eval_s": "{:.0f}", "peak_ram_gib": "{:.1f}"}
 
 
-def shown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """(header, cells) as text."""
+Shown = tuple[list[str], list[list[str]]]  # header and cells, as text
+
+
+def shown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Shown:
     protocols = [(kind, name) for name in names for kind in ("ppl", "rank", "kld")]
     tail = {column: title for column, title in TAIL.items() if column in rows[0]}
     header = [*HEAD.values(), *(f"{kind} {name}" if kind == "ppl" else kind for kind, name in protocols), *tail.values()]
@@ -41,6 +43,10 @@ def _perplexity(row: dict[str, Any], name: str) -> str:
     return f"{text} [{low:.1f}, {high:.1f}]" if isinstance(low, float) else text
 
 
+def row_label(row: dict[str, Any]) -> str:
+    return f"{_text(row, 'method')} {row['budget_bpw']}".strip()
+
+
 def _text(row: dict[str, Any], column: str) -> str:
     value = row.get(column, "")
     if column == "method":
@@ -54,20 +60,16 @@ def _text(row: dict[str, Any], column: str) -> str:
     return str(value)
 
 
-def markdown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    return _markdown(*shown_table(rows, names))
-
-
-def plan_table(stored: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
+def plan_table(stored: Mapping[str, Mapping[str, dict[str, Any]]]) -> Shown:
     """What the allocation gave each kind of matrix; `stored` is label -> layer -> its record in an artifact."""
     kinds = list(dict.fromkeys(layer["kind"] for layers in stored.values() for layer in layers.values()))
     cells = []
     for label, layers in stored.items():
         of_kind = {kind: [layer["stored_bpw"] for layer in layers.values() if layer["kind"] == kind] for kind in kinds}
         cells.append([label, *(f"{fmean(v):.2f} ({min(v):.2f} to {max(v):.2f})" if v else "" for v in of_kind.values())])
-    return _markdown(["cell", *kinds], cells)
+    return ["stored bits per weight", *kinds], cells
 
 
-def _markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(" --- " for _ in header) + "|"]
     return "\n".join(lines + ["| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in cells]) + "\n"

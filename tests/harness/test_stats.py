@@ -51,5 +51,15 @@ def test_a_row_no_seed_can_change_is_ranked_among_those_of_the_first_seed():
     base = windows(3.0, 0.1)
     losses = {"r": {"p": [v + 1 for v in base]}, "a1": {"p": base}, "a2": {"p": [v + 2 for v in base]}}
     rows = [row("rtn", 0, "r"), row("a", 1, "a1"), row("a", 2, "a2")]
-    add_ranks(rows, losses, ["p"], unseeded={"r"})
+    add_ranks(rows, losses, ["p"], {}, unseeded={"r"})
     assert [r["rank_p"] for r in rows] == [2, 1, 2]
+
+
+def test_long_articles_weigh_more():
+    values, weights = [1.0, 2.0, 4.0], [10.0, 1.0, 1.0]
+    low, high = interval(resampled_means(values, weights))
+    assert low == 1.0 and 2 < high <= 4.0
+    assert resampled_means(values, [3.0] * 3).tolist() == pytest.approx(resampled_means(values).tolist())
+    worse_where_it_counts, better = [3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]
+    assert shared_ranks([worse_where_it_counts, better]) == [1, 1]
+    assert shared_ranks([[3.0] * 4, better], [1000.0, 1, 1, 1]) == [2, 1]

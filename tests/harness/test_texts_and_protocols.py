@@ -44,7 +44,7 @@ def test_streams_of_the_default_model_are_pinned(tokenizer):
     for name in quick.protocols:
         windows = evaluation_windows(parse_protocol(name), tokenizer)  # refuses any other stream than the pinned one
         assert (name, vocabulary_sha256(tokenizer)) in PINNED_STREAMS
-        assert windows.scored_tokens >= 8000 and windows.tokens_NL.shape[1] == int(name.partition("@")[2])
+        assert windows.tokens_NL[:, 1:].numel() >= 8000 and windows.tokens_NL.shape[1] == int(name.partition("@")[2])
     assert quick.calibration.context * quick.calibration.sequences >= 12_000
     first, again, other = (calibration_windows(quick.calibration, tokenizer, seed).sha256 for seed in (0, 0, 1))
     assert first == again != other
@@ -65,7 +65,15 @@ def test_a_wrong_protocol_is_refused(text):
 
 
 def test_names_are_canonical():
-    for name in ("wiki-mini@512", "wikitext2@4096", "wikitext2@2048/20", "c4-mini:tuning@512", "c4@2048", "c4-new@2048/64"):
+    for name in (
+        "wiki-mini@512",
+        "wikitext2@4096",
+        "wikitext2@2048/20",
+        "c4-mini:tuning@512",
+        "c4@2048",
+        "c4-new@2048/64",
+        "wikitext2-words@2048",
+    ):
         assert parse_protocol(name).name == name
     assert parse_protocol("gemma-like"[:0] + "wiki-mini@512", bos="window").name == "wiki-mini@512+bos"
     with pytest.raises(ValueError, match="x"):
@@ -98,6 +106,35 @@ def test_the_first_windows_of_wikitext2_are_those_of_a_straight_line_script(mode
     result = score(load_reference(model.path, "cpu", torch.float32), windows[:8])
     assert result.window_nll == pytest.approx(losses, abs=1e-4)
     assert math.log(result.ppl) == pytest.approx(math.log(perplexity), abs=1e-4)
+
+
+def test_word_perplexity_is_that_of_lm_eval(truncated, tokenizer, tmp_path, monkeypatch):
+    """lm-eval's own wrapper and its own windows, on our own text in WikiText-2's file format, 3 articles of unequal length."""
+    instance, huggingface = pytest.importorskip("lm_eval.api.instance"), pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
+
+    bodies = mini_documents("wiki-mini", "evaluation")
+    articles = [f' = Title {n} = \n \n = = Part = = \n \n {body} , " quoted " \n' for n, body in enumerate(["short", *bodies[:2]])]
+    text = "".join(articles)
+    (tmp_path / "wiki.test.raw").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("harness.texts.WIKITEXT2_SHA256", hashlib.sha256(text.encode()).hexdigest())
+    pages = texts.wikitext2_pages(str(tmp_path))
+    assert len(pages) == 3 and all(page.startswith(f" = Title {n} = ") for n, page in enumerate(pages))
+
+    windows = evaluation_windows(parse_protocol("wikitext2-words@64"), tokenizer, str(tmp_path))
+    reference = load_reference(truncated.path, "cpu", torch.float32)
+    result = score(reference, windows.tokens_NL, articles=windows.articles)
+    wrapper = huggingface.HFLM(pretrained=reference, tokenizer=tokenizer, max_length=64, batch_size=1)
+    requests = [
+        instance.Instance("loglikelihood_rolling", {}, (wikitext_detokenizer({"page": page}),), index) for index, page in enumerate(pages)
+    ]
+    theirs = [
+        process_results({"page": page}, (value,))["word_perplexity"]
+        for page, value in zip(pages, wrapper.loglikelihood_rolling(requests, disable_tqdm=True), strict=True)
+    ]
+    ours = [(-nll * words, words) for nll, words in zip(result.window_nll, result.window_weight, strict=True)]
+    assert ours == [(pytest.approx(value, rel=1e-4), words) for value, words in theirs]
+    assert result.ppl == pytest.approx(math.exp(-sum(v for v, _ in theirs) / sum(w for _, w in theirs)), rel=1e-4)
 
 
 def wikitext2_file() -> Path:
