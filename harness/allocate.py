@@ -12,16 +12,17 @@ Lagrangian dual, computed here without it (Kellerer, Pferschy, Pisinger, Knapsac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from harness.ledger import Ledger, planned
 from harness.model import Inventory
-from methods.base import LayerConfig, LayerSpec, Method
+from methods.base import LayerConfig, LayerSpec, Method, Sensitivity, layer_seed
 
 MODES = ("ilp", "uniform")
 REACH = 2.0  # bits per weight from the budget beyond which a configuration is not considered for any layer
@@ -97,6 +98,27 @@ def considered(method: Method, layer: LayerSpec, budget: Fraction) -> list[Layer
     least = min(method.candidates(layer), key=lambda config: config.stored_bits(layer).total)
     near = [config for config in configs if abs(size[config] - budget * layer.weights) <= REACH * layer.weights]
     return near if least in near else [*near, least]
+
+
+def expected_costs(
+    method: Method,
+    model: nn.Module,
+    stock: Inventory,
+    budget: Fraction,
+    measured: Mapping[str, Sensitivity],
+    seed: int,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, dict[LayerConfig, float]]:
+    """Predicted divergence of every candidate of every layer. A layer that no token reached costs nothing, however it is stored."""
+    costs = {}
+    for index, layer in enumerate(stock.layers):
+        weight_OI = model.get_submodule(layer.name).weight.detach().float()
+        sensitivity = measured.get(layer.name) or Sensitivity(*(weight_OI.new_zeros(size) for size in weight_OI.shape))
+        configs = considered(method, layer, budget)
+        values = method.expected_costs(weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))
+        costs[layer.name] = dict(zip(configs, values, strict=True))
+        progress(index + 1, len(stock.layers))
+    return costs
 
 
 def mixed(stock: Inventory, budget: Fraction, costs: Mapping[str, Mapping[LayerConfig, float]]) -> Allocation:

@@ -72,7 +72,7 @@ def measure_sensitivities(
                     gradient_NTH[n] = given_NTH.grad[0]
             row_O |= {name: square_O / hidden_NTH[..., 0].numel() for name, square_O in squares.square_O.items()}
             progress(2 * len(modules) - index, 2 * len(modules))
-    return {name: Sensitivity(row_O[name], column_I[name]) for name in column_I}
+    return {name: Sensitivity(row_O[name], column_I[name]) for name in row_O}
 
 
 def _head_gradient(model: PreTrainedModel, tokens_NT: Tensor, hidden_NTH: Tensor, seed: int) -> Tensor:
@@ -137,11 +137,11 @@ class _Squares:
         self.square_O: dict[str, Tensor] = {}
 
     def __call__(self, name: str, x: Tensor, out: Tensor) -> None:
+        self.square_O.setdefault(name, torch.zeros(out.shape[-1], device=out.device))  # stays zero if no loss depends on it
         out.register_hook(partial(self._backward, name))
 
     def _backward(self, name: str, gradient: Tensor) -> None:
-        square_O = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(dim=0)
-        self.square_O[name] = self.square_O[name] + square_O if name in self.square_O else square_O
+        self.square_O[name] += gradient.reshape(-1, gradient.shape[-1]).float().square().sum(dim=0)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness import __version__
-from harness.allocate import considered, mixed
+from harness.allocate import expected_costs, mixed
 from harness.compress import compress_model
 from harness.compressed import CompressedModel
 from harness.evaluate.score import noise_floor, score
@@ -33,7 +33,7 @@ from harness.sensitivity import random_tokens, remembered_sensitivities
 from harness.store import CellStore
 from harness.streams import calibration_stream, evaluation_stream
 from methods import method_class
-from methods.base import LayerConfig, Method, Sensitivity, layer_seed
+from methods.base import LayerConfig, Method
 
 
 class Speaker:
@@ -141,16 +141,9 @@ def _mix(
     measured = remembered_sensitivities(
         key, model, tokens_NT, seed, method.needs.hessian, lambda done, total: speak("measure layers", done, total)
     )
-    costs: dict[str, dict[LayerConfig, float]] = {}
-    for index, layer in enumerate(stock.layers):
-        weight_OI = model.get_submodule(layer.name).weight.detach().float()
-        # A layer that no token reaches costs nothing, whatever it is stored as.
-        sensitivity = measured.get(layer.name) or Sensitivity(*(weight_OI.new_zeros(size) for size in weight_OI.shape))
-        configs = considered(method, layer, budget)
-        seen = sensitivity.flat if data_free else sensitivity
-        values = method.expected_costs(weight_OI, seen, layer, configs, layer_seed(seed, layer.name))
-        costs[layer.name] = dict(zip(configs, values, strict=True))
-        speak("estimate errors", index + 1, len(stock.layers))
+    if data_free:
+        measured = {name: sensitivity.flat for name, sensitivity in measured.items()}
+    costs = expected_costs(method, model, stock, budget, measured, seed, lambda done, total: speak("estimate errors", done, total))
     return mixed(stock, budget, costs).to_json() | {"seconds": time.perf_counter() - start}
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.allocate import BudgetError, uniform
+from harness.allocate import BudgetError, expected_costs, mixed, uniform
 from harness.calibration import BlockInputs, BlockRun
 from harness.compress import compress_model
 from harness.compressed import CompressedModel
 from harness.ledger import parse_budget, payload_bytes, planned
 from harness.model import decoder_blocks, half_dtype, inventory, load_reference, read_config, skeleton
+from harness.sensitivity import measure_sensitivities
 from kernels.packed import PackedLinear
 from methods import parse_method
 from methods.base import Compressed
@@ -150,7 +151,13 @@ def test_other_architectures_run_through(name, method, tmp_path):
             torch.nn.init.normal_(layer.bias)
     model.save_pretrained(tmp_path / "model")
     tokens = torch.randint(0, 512, (4, 48))
-    compressed, _ = compress(tmp_path, method, tokens, tmp_path / "model", budget=Fraction(6))
+    loaded, parsed, budget = load_reference(tmp_path / "model", "cpu", torch.float32), parse_method(method), Fraction(6)
+    measured = measure_sensitivities(loaded, tokens, seed=0)
+    assert set(measured) == {layer.name for layer in inventory(loaded).layers}
+    allocation = mixed(inventory(loaded), budget, expected_costs(parsed, loaded, inventory(loaded), budget, measured, seed=0))
+    assert budget - Fraction(1, 5) < Fraction(allocation.ledger.stored_bits, allocation.ledger.weights) <= budget
+    assert len(set(allocation.layers.values())) > 1 and allocation.bound <= allocation.predicted
+    compressed, _ = compress_model(loaded, parsed, allocation.layers, tokens, 0, tmp_path / "blocks")
     compressed.save(tmp_path / "artifact")
     reloaded = CompressedModel.load(tmp_path / "artifact", "cpu", torch.float32)
     with torch.no_grad():
