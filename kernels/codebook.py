@@ -31,7 +31,7 @@ class CodebookLinear(PackedLinear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool, *,
         dim: int, index_bits: int, block: int, scales: str = "double", rank: int = 0, adapter_bits: int = 8, table: str = "learnt",
-        band: int = 0, order_bits: int = 16, row_scales: bool = False,
+        band: int = 0, order_bits: int = 0, row_scales: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, out_features, bias,

@@ -2,7 +2,7 @@
 
     stored[o, j] = weight[o, order[o // band, j]]
 
-An order is packed in `bits` per index: 16, or no more than the width of the matrix needs.
+An order is packed in `bits` per index, or with 0 in as few as the width of the matrix needs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class BandOrder(StoredModule):
 
     def __init__(self, rows: int, columns: int, band: int, bits: int) -> None:
         super().__init__()
-        assert band >= 1 and index_bits(columns) <= bits <= 16
-        self.rows, self.columns, self.band, self.bits = rows, columns, band, bits
-        self.register_buffer("packed", torch.empty(-(-rows // band), packed_words(columns, bits), dtype=torch.int32))
+        self.rows, self.columns, self.band, self.bits = rows, columns, band, bits or index_bits(columns)
+        assert band >= 1 and index_bits(columns) <= self.bits <= 16
+        self.register_buffer("packed", torch.empty(-(-rows // band), packed_words(columns, self.bits), dtype=torch.int32))
 
     def store(self, order_BI: Tensor) -> dict[str, Tensor]:
         """Buffers that hold `order_BI` [bands, columns]. Every row must be a permutation."""

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels.order import index_bits
 from kernels.packed import StoredBits
 from methods.base import Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track
 from methods.codecs.error_feedback import check_damp
@@ -97,8 +96,7 @@ class ReALLM(Method):
         ranks = range(MAX_RANK + 1) if self.rank is None else (self.rank,)
         extras = {}
         if self.band or self.row_scales:
-            order_bits = max(self.order_bits or 1, index_bits(layer.in_features))
-            extras = {"band": self.band, "order_bits": order_bits, "row_scales": self.row_scales}
+            extras = {"band": self.band, "order_bits": self.order_bits or 0, "row_scales": self.row_scales}
         return [
             LayerConfig.of(
                 "codebook", dim=dim, index_bits=bits, block=self.block, scales=self.scales, rank=rank, adapter_bits=self.adapter_bits,
@@ -106,7 +104,7 @@ class ReALLM(Method):
             )
             for dim, bits in shapes
             for rank in ranks
-            if rank < min(layer.in_features, layer.out_features)
+            if rank < min(layer.in_features, layer.out_features) and layer.in_features <= 2 ** (self.order_bits or 16)
         ]  # fmt: skip
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:

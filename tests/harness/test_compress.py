@@ -178,7 +178,7 @@ def test_block_weights_that_are_no_linear_layer_count_at_sixteen_bits():
 @pytest.mark.parametrize(
     "method, bits",
     [("gptq:bits=4,group=128,offset=zero", 4.156), ("gptq:bits=3,group=128,offset=zero", 3.148), ("rtn:bits=4,group=0,offset=zero", 4.004),
-     ("reallm:released", 2.775), ("reallm:released,index_bits=6", 3.776)],
+     ("reallm:released", 2.775), ("reallm:released,index_bits=6", 3.776), ("reallm:released,order_bits=none,adapter_bits=8", 2.522)],
 )  # fmt: skip
 def test_published_sizes_of_llama2_7b(method, bits):
     stock = inventory(skeleton(read_config("llama2-7b")))
