@@ -40,7 +40,9 @@ TIME_COLUMNS = ("plan_s", "compress_s", "eval_s", "peak_ram_gib")  # the only on
 def protocol_columns(names: Sequence[str]) -> list[str]:
     """All perplexities first, then what qualifies them."""
     more = [
-        f"{c}_{n}{s}" for n in names for c, s in (("ppl", "_lo"), ("ppl", "_hi"), ("rank", ""), ("kld", ""), ("kld", "_p90"), ("top1", ""))
+        f"{c}_{n}{s}"
+        for n in names
+        for c, s in (("ppl", "_lo"), ("ppl", "_hi"), ("rank", ""), ("tie", ""), ("kld", ""), ("kld", "_p90"), ("top1", ""))
     ]
     return [f"ppl_{name}" for name in names] + more
 

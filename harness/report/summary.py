@@ -17,8 +17,10 @@ Weights = Mapping[str, list[float] | None]  # protocol -> weight of every window
 def add_ranks(
     rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], weights: Weights, unseeded: Container[str] = ()
 ) -> None:
-    """Set `rank_<protocol>` within every budget, track and seed. A row no seed can change (its cell is in `unseeded`) stands in
-    every seed's ranking, and shows its rank in the first."""
+    """Set `rank_<protocol>`, and `tie_<protocol>` where it is shared, within every budget, track and seed.
+
+    A row no seed can change (its cell is in `unseeded`) stands in every seed's ranking, and shows its rank in the first.
+    """
     ranked = [row for row in rows if row["budget_bpw"] and row["status"] in ("ok", "underspent")]
     seeds = sorted({row["seed"] for row in ranked if row["cell"] not in unseeded}, reverse=True) or [0]
     for seed in seeds:
@@ -28,6 +30,7 @@ def add_ranks(
                 ranks = shared_ranks([losses[row["cell"]][name] for row in group], weights.get(name))
                 for row, rank in zip(group, ranks, strict=True):
                     row[f"rank_{name}"] = rank
+                    row[f"tie_{name}"] = "tie" if ranks.count(rank) > 1 else ""
 
 
 def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], weights: Weights) -> list[dict[str, Any]]:
@@ -44,7 +47,7 @@ def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[st
                 row[column] = statistics.fmean(values) if values else ""
             perplexities = [member[f"ppl_{name}"] for member in group]
             row[f"ppl_{name}_sd"] = statistics.stdev(perplexities) if len(group) > 1 else ""
-            row[f"rank_{name}"] = ""
+            row[f"rank_{name}"] = row[f"tie_{name}"] = ""
         summary.append(row)
     add_ranks(summary, averaged, names, weights)
     return summary

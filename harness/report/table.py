@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -24,12 +24,12 @@ Shown = tuple[list[str], list[list[str]]]  # header and cells, as text
 
 
 def shown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Shown:
-    protocols = [(kind, name) for name in names for kind in ("ppl", "rank", "kld")]
+    protocols = [(kind, name) for name in names for kind in SHOWN]
     tail = {column: title for column, title in TAIL.items() if column in rows[0]}
     header = [*HEAD.values(), *(f"{kind} {name}" if kind == "ppl" else kind for kind, name in protocols), *tail.values()]
     cells = []
     for row in rows:
-        middle = [_perplexity(row, name) if kind == "ppl" else _text(row, f"{kind}_{name}") for kind, name in protocols]
+        middle = [SHOWN[kind](row, name) for kind, name in protocols]
         cells.append([*(_text(row, column) for column in HEAD), *middle, *(_text(row, column) for column in tail)])
     return header, cells
 
@@ -41,6 +41,10 @@ def _perplexity(row: dict[str, Any], name: str) -> str:
         return f"{text} ± {row[f'ppl_{name}_sd']:.2f}"
     low, high = row.get(f"ppl_{name}_lo"), row.get(f"ppl_{name}_hi")
     return f"{text} [{low:.1f}, {high:.1f}]" if isinstance(low, float) else text
+
+
+def _rank(row: dict[str, Any], name: str) -> str:
+    return f"{_text(row, f'rank_{name}')} {row.get(f'tie_{name}', '')}".strip()
 
 
 def row_label(row: dict[str, Any]) -> str:
@@ -73,3 +77,11 @@ def plan_table(stored: Mapping[str, Mapping[str, dict[str, Any]]]) -> Shown:
 def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(" --- " for _ in header) + "|"]
     return "\n".join(lines + ["| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in cells]) + "\n"
+
+
+# Per protocol, in this order.
+SHOWN: dict[str, Callable[[dict[str, Any], str], str]] = {
+    "ppl": _perplexity,
+    "rank": _rank,
+    "kld": lambda row, name: _text(row, f"kld_{name}"),
+}
