@@ -20,7 +20,7 @@ from harness.model import Inventory
 from harness.protocol import Calibration, Protocol, protocol_key
 from methods.base import Method, Track
 
-ARTIFACT_VERSION = 2  # bump when the same cell would be written differently
+ARTIFACT_VERSION = 2  # bump when the same cell would be written differently: another plan, another measurement behind it
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ from harness.windows import stream_sha256
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import prepare
 
-VERSION = 1  # part of the key of remembered measurements
 HESSIAN_WINDOWS, GRADIENT_WINDOWS = 8, 2  # of the calibration's; twice as many move a layer's cost by a tenth
 RANDOM_CONTEXT = 512
 DAMP = 0.01  # share of mean diag(H), as in compression
@@ -176,7 +175,7 @@ def remembered_sensitivities(
     key: Sequence[Any], model: PreTrainedModel, tokens_NT: Tensor, seed: int, feedback: bool, progress: Progress = lambda *_: None
 ) -> dict[str, Sensitivity]:
     """Measured by the first process that asks, read by all others; `key` and `tokens_NT` are everything the numbers depend on."""
-    path = cache_dir("sensitivities", digest([VERSION, *key, stream_sha256(tokens_NT), seed, feedback])[:24] + ".safetensors")
+    path = cache_dir("sensitivities", digest([*key, stream_sha256(tokens_NT), seed, feedback])[:24] + ".safetensors")
     with locked(path):
         if not path.exists():
             found = measure_sensitivities(model, tokens_NT, seed, feedback, progress)

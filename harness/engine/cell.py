@@ -28,6 +28,7 @@ from harness.compressed import CompressedModel
 from harness.evaluate.score import noise_floor, score
 from harness.ledger import parse_budget
 from harness.model import Inventory, inventory, load_reference
+from harness.plan import ARTIFACT_VERSION
 from harness.protocol import Calibration, Protocol
 from harness.sensitivity import random_tokens, remembered_sensitivities
 from harness.store import CellStore
@@ -137,7 +138,7 @@ def _mix(
     data_free = tokens_NT is None
     if tokens_NT is None:
         tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size), 0
-    key = [spec["model"]["fingerprint"], spec["dtype"], spec["device"].partition(":")[0]]
+    key = [ARTIFACT_VERSION, spec["model"]["fingerprint"], spec["dtype"], spec["device"].partition(":")[0]]
     measured = remembered_sensitivities(
         key, model, tokens_NT, seed, method.needs.hessian, lambda done, total: speak("measure layers", done, total)
     )
