@@ -15,10 +15,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from statistics import median
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from harness.ledger import Ledger, planned
 from harness.model import Inventory
@@ -39,7 +40,7 @@ class Allocation:
     layers: dict[str, LayerConfig]
     ledger: Ledger
     predicted: float | None = None  # cost of the plan: nats per token for a calibrated method
-    bound: float | None = None  # no plan under the budget costs less
+    bound: float | None = None  # no plan of the considered configurations costs less under the budget
 
     @property
     def gap(self) -> float | None:
@@ -91,12 +92,14 @@ def require_mixable(method: Method, stock: Inventory, budget: Fraction) -> None:
         raise _least(method, bits / stock.weights)
 
 
-def considered(method: Method, layer: LayerSpec, budget: Fraction) -> list[LayerConfig]:
-    """Configurations worth an estimate for this layer: near the budget, and always the smallest."""
-    configs = list(dict.fromkeys(method.mixed_candidates(layer)))
-    size = {config: config.stored_bits(layer).total for config in configs}
-    least = min(method.candidates(layer), key=lambda config: config.stored_bits(layer).total)
-    near = [config for config in configs if abs(size[config] - budget * layer.weights) <= REACH * layer.weights]
+def considered(method: Method, layer: LayerSpec, room: Fraction) -> list[LayerConfig]:
+    """Configurations worth an estimate for this layer: near `room` bits per weight, or near the most the method mixes if that is
+    less, and always the smallest."""
+    size = {config: config.stored_bits(layer).total for config in (*method.mixed_candidates(layer), *method.candidates(layer))}
+    mixable = list(dict.fromkeys(method.mixed_candidates(layer)))
+    least = min(size, key=size.__getitem__)
+    centre = min(room * layer.weights, max((size[config] for config in mixable), default=size[least]))
+    near = [config for config in mixable if abs(size[config] - centre) <= REACH * layer.weights]
     return near if least in near else [*near, least]
 
 
@@ -109,20 +112,31 @@ def expected_costs(
     seed: int,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, dict[LayerConfig, float]]:
-    """Predicted divergence of every candidate of every layer. A layer that no token reached costs nothing, however it is stored."""
+    """Predicted divergence of every candidate of every layer. A layer that no measured token reached (an expert, say) is taken to
+    matter as much as the median layer of its shape, or of all."""
     costs = {}
+    room = (budget * stock.weights - stock.uncovered_bits) / sum(layer.weights for layer in stock.layers)
     for index, layer in enumerate(stock.layers):
         weight_OI = model.get_submodule(layer.name).weight.detach().float()
-        sensitivity = measured.get(layer.name) or Sensitivity(*(weight_OI.new_zeros(size) for size in weight_OI.shape))
-        configs = considered(method, layer, budget)
+        sensitivity = measured.get(layer.name) or _median(measured, weight_OI)
+        configs = considered(method, layer, room)
         values = method.expected_costs(weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))
         costs[layer.name] = dict(zip(configs, values, strict=True))
         progress(index + 1, len(stock.layers))
     return costs
 
 
+def _median(measured: Mapping[str, Sensitivity], weight_OI: Tensor) -> Sensitivity:
+    shape = tuple(weight_OI.shape)
+    alike = [s for s in measured.values() if (len(s.row_O), len(s.column_I)) == shape] or list(measured.values())
+    row, column = (
+        median(float(vector.mean()) for vector in vectors) for vectors in zip(*((s.row_O, s.column_I) for s in alike), strict=True)
+    )
+    return Sensitivity(weight_OI.new_full(shape[:1], row), weight_OI.new_full(shape[1:], column))
+
+
 def mixed(stock: Inventory, budget: Fraction, costs: Mapping[str, Mapping[LayerConfig, float]]) -> Allocation:
-    """The plan of least total cost under the budget. `costs` holds every layer's candidates."""
+    """The plan of least total cost under the budget. `costs` holds every layer's candidates; the bound is over these."""
     names = [layer.name for layer in stock.layers]
     configs = [list(costs[name]) for name in names]
     bits = [[config.stored_bits(layer).total for config in own] for layer, own in zip(stock.layers, configs, strict=True)]
@@ -136,8 +150,10 @@ def mixed(stock: Inventory, budget: Fraction, costs: Mapping[str, Mapping[LayerC
 def choose(bits: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], capacity: int) -> tuple[list[int], float]:
     """One index per row, least total cost within `capacity` bits, and a lower bound on that cost.
 
-    Raises ValueError when nothing fits.
+    Raises ValueError when nothing fits, or a cost is not a number.
     """
+    if not all(math.isfinite(cost) for row in costs for cost in row):
+        raise ValueError("an expected error is not a finite number: the model overflows on the calibration text")
     fronts = [_pareto(b, c) for b, c in zip(bits, costs, strict=True)]
     spare = capacity - sum(row[front[0]] for row, front in zip(bits, fronts, strict=True))
     if spare < 0:
@@ -241,4 +257,6 @@ def _shapes(stock: Inventory) -> list[LayerSpec]:
 
 
 def _least(method: Method, bpw: float) -> BudgetError:
+    if math.isinf(bpw):
+        return BudgetError(f"{method.name} has no configuration with these options for a layer of this model")
     return BudgetError(f"{method.name} stores at least {bpw:.4f} bits per weight on this model")

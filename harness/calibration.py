@@ -25,8 +25,9 @@ BATCH_TOKENS = 8192  # tokens pushed through a block at once: amortises decoding
 class BlockStub(nn.Module):
     """Stands in for a block: notes its arguments and hands the hidden state on, or `replay`, if that is set, in its place."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
+        self.returns_tuple = returns_tuple
         object.__setattr__(self, "block", block)  # not a submodule: .to() and state_dict() must not see it twice
         self.hidden: list[Tensor] = []
         self.kwargs: dict[str, Any] = {}
@@ -38,21 +39,23 @@ class BlockStub(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "block"), name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         assert not args, "blocks are called with keyword arguments"
-        if self.replay is not None:
-            return self.replay
-        self.hidden.append(hidden_states)
-        self.kwargs = kwargs
-        return hidden_states
+        out = self.replay
+        if out is None:
+            self.hidden.append(hidden_states)
+            self.kwargs = kwargs
+            out = hidden_states
+        return (out,) if self.returns_tuple else out
 
 
 @contextmanager
-def stubbed_blocks(model: PreTrainedModel) -> Iterator[list[BlockStub]]:
-    """Inside, every decoder block of the model is a stub: a forward pass costs the embedding and the head alone."""
+def stubbed_blocks(model: PreTrainedModel, returns_tuple: bool = False) -> Iterator[list[BlockStub]]:
+    """Inside, every decoder block of the model is a stub: a forward pass costs the embedding and the head alone. What comes out of
+    that pass is right only if the stubs return what the blocks do, a tensor or a tuple (Falcon, MPT)."""
     _, blocks = decoder_blocks(model)
     originals = list(blocks)
-    stubs = [BlockStub(block) for block in originals]
+    stubs = [BlockStub(block, returns_tuple) for block in originals]
     try:
         for index, stub in enumerate(stubs):
             blocks[index] = stub
@@ -85,6 +88,11 @@ def add_gram(gram_II: Tensor, x_NI: Tensor, strip: int = 256) -> None:
     """Add x^T x to the upper triangle, in strips of rows: little more than half the work of the full product."""
     for start in range(0, len(gram_II), strip):
         gram_II[start : start + strip, start:].addmm_(x_NI[:, start : start + strip].t(), x_NI[:, start:])
+
+
+def completed(gram_II: Tensor) -> Tensor:
+    """The symmetric matrix whose upper triangle `add_gram` filled."""
+    return gram_II.triu().add_(gram_II.triu(1).t())
 
 
 class _Abandoned(Exception):
@@ -196,7 +204,7 @@ class BlockRun:
         if name not in self._uncalled:
             for paused in self._advance_to(self._stage_of[name]):
                 add_gram(hessian_II, paused.input.reshape(-1, size).float())
-            hessian_II = hessian_II.triu().add_(hessian_II.triu(1).t())
+            hessian_II = completed(hessian_II)
         return hessian_II
 
     def install(self, name: str, compressed: Compressed) -> None:

@@ -2,7 +2,8 @@
 
 `wiki-mini@512`, `wikitext2@2048`, `wikitext2@2048/20`, `c4@2048`: text @ context length / number of windows. Without a number a
 text has its own: all windows of `wikitext2`, 256 of the C4 texts, enough for 8,000 tokens of the mini texts. A number takes every
-(n // N)-th of WikiText-2's n windows, the first N of the C4 texts, and spreads over the whole of a mini text.
+(n // N)-th of WikiText-2's n windows, the first N of the C4 texts (of the articles of `wikitext2-words`), and spreads over the whole
+of a mini text.
 
 A window of L tokens scores its last L - 1; perplexity is exp of the mean over windows of the mean negative log-likelihood (GPTQ's
 protocol). `wikitext2-words@L` is lm-eval's `wikitext` task instead: exp of the loss of all tokens divided by the number of *words*.
@@ -75,6 +76,11 @@ class Calibration(_Named):
     text_sha256: str = ""
 
     @property
+    def text(self) -> str:
+        """As `--calibration` reads it."""
+        return f"{self.source}@{self.context}x{self.sequences}"
+
+    @property
     def name(self) -> str:
         return f"{self.source}:calibration@{self.context}x{self.sequences}"
 
@@ -104,6 +110,8 @@ def parse_protocol(text: str, bos: str = "text") -> Protocol:
     windows = int(match[4]) if match[4] else _default_windows(source, context)
     if windows is not None and windows < 1:
         raise ValueError(f"protocol '{text}': at least one window")
+    if source == "wikitext2-words":  # lm-eval's rule for it is its own
+        bos = "text"
     return Protocol(source, context, windows, bos, part)
 
 

@@ -7,8 +7,8 @@ column's error counted after error feedback, two vectors per layer are left (KFA
 
     divergence ~ 1/2 sum_o row_o sum_i column_i E_oi^2       row_o = mean g_o^2,   column_i = 1 / [H^-1]_ii given later columns
 
-The forward pass collects H; on the way back each block is run once more with gradients, so memory is that of one block. Measured
-on the original model, so that a plan does not depend on itself.
+The forward pass collects H; on the way back each block is run once more with gradients, from the states kept in front of it.
+Measured on the original model, so that a plan does not depend on itself.
 
 A data-free method may not look at text. Its layers are measured on token ids drawn uniformly (as Malinovskii et al., arXiv
 2411.17525, do), without error feedback (column_i = mean x_i^2), and only the mean of either vector is kept: such tokens tell how
@@ -27,15 +27,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.calibration import BlockInputs, add_gram, run_block, stubbed_blocks
+from harness.calibration import BlockInputs, add_gram, completed, run_block, stubbed_blocks
 from harness.files import atomic_path, cache_dir, digest, locked
 from harness.model import BlockSpec, decoder_blocks, inventory
 from harness.windows import stream_sha256
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import prepare
 
-HESSIAN_WINDOWS, GRADIENT_WINDOWS = 8, 2  # of the calibration's; twice as many move a layer's cost by a tenth
+HESSIAN_TOKENS, GRADIENT_TOKENS = 4096, 1024  # of the calibration's, in whole windows; twice as many move a layer's cost by a tenth
 RANDOM_CONTEXT = 512
+HEAD_TOKENS = 256  # through the head at once: a handful of copies of their logits are held
 DAMP = 0.01  # share of mean diag(H), as in compression
 
 Progress = Callable[[int, int], None]
@@ -50,17 +51,21 @@ def measure_sensitivities(
     blocks = inventory(model).blocks
     column_I: dict[str, Tensor] = {}
     row_O: dict[str, Tensor] = {}
+    tokens_NT = tokens_NT[: -(-HESSIAN_TOKENS // tokens_NT.shape[1])]
+    few = -(-GRADIENT_TOKENS // tokens_NT.shape[1])
     with _frozen(model):
-        inputs = BlockInputs(model, tokens_NT[:HESSIAN_WINDOWS])
+        inputs = BlockInputs(model, tokens_NT)
         hidden_NTH, kept_NTH = inputs.hidden_NTH, []
         for index, (module, kwargs) in enumerate(zip(modules, inputs.kwargs, strict=True)):
-            kept_NTH.append(hidden_NTH[:GRADIENT_WINDOWS])
+            kept_NTH.append(hidden_NTH[:few].clone())
             inputs_of = _Grams(feedback)
             with torch.no_grad(), _hooked(model, blocks[index], inputs_of):
                 hidden_NTH = torch.cat([run_block(module, window_TH[None], kwargs) for window_TH in hidden_NTH])
             column_I |= inputs_of.columns()
             progress(index + 1, 2 * len(modules))
-        gradient_NTH = _head_gradient(model, tokens_NT[:GRADIENT_WINDOWS], hidden_NTH[:GRADIENT_WINDOWS], seed)
+        with torch.no_grad():
+            returns_tuple = not isinstance(modules[0](inputs.hidden_NTH[:1], **inputs.kwargs[0]), Tensor)
+        gradient_NTH = _head_gradient(model, hidden_NTH[:few], seed, returns_tuple)
         for index in reversed(range(len(modules))):
             squares = _Squares()
             hidden_NTH = kept_NTH.pop()
@@ -71,23 +76,25 @@ def measure_sensitivities(
                     gradient_NTH[n] = given_NTH.grad[0]
             row_O |= {name: square_O / hidden_NTH[..., 0].numel() for name, square_O in squares.square_O.items()}
             progress(2 * len(modules) - index, 2 * len(modules))
-    return {name: Sensitivity(row_O[name], column_I[name]) for name in row_O}
+    return {name: Sensitivity(row, column_I[name]) for name, row in row_O.items() if row.any() and column_I[name].any()}
 
 
-def _head_gradient(model: PreTrainedModel, tokens_NT: Tensor, hidden_NTH: Tensor, seed: int) -> Tensor:
+def _head_gradient(model: PreTrainedModel, hidden_NTH: Tensor, seed: int, returns_tuple: bool) -> Tensor:
     """Gradient of each window's summed -log p(drawn token) with respect to the state behind the last block, [N, T, H]."""
     generator = torch.Generator().manual_seed(seed)
     gradient_NTH = torch.empty_like(hidden_NTH)
-    with stubbed_blocks(model) as stubs:
-        for n, window_TH in enumerate(hidden_NTH):
-            stubs[-1].replay = window_TH[None].detach().requires_grad_()
-            tokens_BT = tokens_NT[n : n + 1].to(hidden_NTH.device)
+    width = hidden_NTH.shape[-1]
+    with stubbed_blocks(model, returns_tuple) as stubs:
+        # Final norm and head look at one position at a time, so any slice of positions will do, and the token ids are not looked at.
+        for part_TH, out_TH in zip(*(x.view(-1, width).split(HEAD_TOKENS) for x in (hidden_NTH, gradient_NTH)), strict=True):
+            stubs[-1].replay = part_TH[None].detach().requires_grad_()
+            tokens_BT = torch.zeros(1, len(part_TH), dtype=torch.long, device=part_TH.device)
             log_p_TV = model(input_ids=tokens_BT, use_cache=False).logits[0].float().log_softmax(dim=-1)
             # Drawn on the CPU: the same tokens on every device. Inverse of the cumulative distribution at one uniform number each.
             level_T = torch.rand(len(log_p_TV), 1, generator=generator).to(log_p_TV.device)
             drawn_T = torch.searchsorted(log_p_TV.detach().exp().cumsum(dim=-1), level_T).clamp_max_(log_p_TV.shape[1] - 1)
             (-log_p_TV.gather(1, drawn_T).sum()).backward()
-            gradient_NTH[n] = stubs[-1].replay.grad[0]
+            out_TH.copy_(stubs[-1].replay.grad[0])
     return gradient_NTH
 
 
@@ -124,7 +131,7 @@ class _Grams:
     def _column(self, mean: Tensor) -> Tensor:
         if not self.feedback:
             return mean
-        factored = prepare(mean.triu() + mean.triu(1).t(), act_order=True, damp=DAMP)
+        factored = prepare(completed(mean), act_order=True, damp=DAMP)
         pivot_I = factored.upper_II.diagonal().square().reciprocal()
         return torch.empty_like(pivot_I).index_copy_(0, factored.order_I, pivot_I)
 
@@ -190,4 +197,4 @@ def remembered_sensitivities(
 def random_tokens(vocabulary: int) -> Tensor:
     """What the layers of a data-free method are measured on [N, T]. The same for every seed: a method that no seed can change keeps
     one plan."""
-    return torch.randint(vocabulary, (HESSIAN_WINDOWS, RANDOM_CONTEXT), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (HESSIAN_TOKENS // RANDOM_CONTEXT, RANDOM_CONTEXT), generator=torch.Generator().manual_seed(0))

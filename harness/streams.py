@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,17 +26,19 @@ TEXT_SHA256 = {f"{name}-mini": file.sha256 for name, file in TEXTS.items()} | di
 )
 
 
-def with_text(named: Named, data: str | None) -> Named:
+def with_text(named: Named, data: str | None, download: bool = True) -> Named:
     """The same protocol with the checksum of its text, where no checksum is pinned. Raises ValueError when it cannot be had."""
     if named.source in TEXT_SHA256:
         return named
     split = "train" if isinstance(named, Calibration) else "validation"
-    return replace(named, text_sha256=remembered_sha256(c4_file(split, data)))
+    return replace(named, text_sha256=remembered_sha256(c4_file(split, data, download)))
 
 
 def evaluation_stream(protocol: Protocol, model: dict[str, str], data: str | None, say: Say = lambda _: None) -> Windows:
     """`model` has a path and a fingerprint. Raises ValueError as harness.windows.evaluation_windows does."""
-    key = [protocol.to_json(), TEXT_SHA256.get(protocol.source), model["fingerprint"]]
+    # Another lm-eval may cut its articles differently.
+    cutter = importlib.metadata.version("lm_eval") if protocol.source == "wikitext2-words" and find_spec("lm_eval") else None
+    key = [protocol.to_json(), TEXT_SHA256.get(protocol.source), model["fingerprint"], cutter]
     return _remembered(key, lambda: evaluation_windows(protocol, load_tokenizer(Path(model["path"])), data, say))
 
 

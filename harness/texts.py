@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -106,7 +107,9 @@ def _local_wikitext2(folder: Path) -> str:
     for path in (folder / "wiki.test.raw", *folder.glob("*/wiki.test.raw")):
         if path.exists():
             return path.read_bytes().decode("utf-8")
-    raise ValueError(f"no wiki.test.raw in {folder}: unpack wikitext-2-raw-v1 there, or leave --data out to use the hub")
+    raise ValueError(
+        f"no wiki.test.raw in {folder}: unpack wikitext-2-raw-v1 there, or do without --data and {DATA_VARIABLE} to use the hub"
+    )
 
 
 def _hub_wikitext2() -> str:
@@ -120,7 +123,7 @@ def _hub_wikitext2() -> str:
     return or_one_line(load, f"cannot get WikiText-2 from the hub: give --data (or {DATA_VARIABLE}) a folder with wiki.test.raw")
 
 
-def c4_file(split: str, folder: str | None) -> Path:
+def c4_file(split: str, folder: str | None, download: bool = True) -> Path:
     """The first shard of C4's `split` ("train" or "validation"): from `folder` (also one level down, also unpacked), else from the
     hub at a pinned revision. The papers pin no checksum; the sha256 of every token stream is part of every result."""
     folder = folder or os.environ.get(DATA_VARIABLE)
@@ -130,24 +133,26 @@ def c4_file(split: str, folder: str | None) -> Path:
             for path in (Path(folder).expanduser() / name, *Path(folder).expanduser().glob(f"*/{name}")):
                 if path.exists():
                     return path
-        raise ValueError(f"no {packed} in {folder}: put the file of {C4_HUB[0]} there, or leave --data out to use the hub")
+        raise ValueError(
+            f"no {packed} in {folder}: put the file of {C4_HUB[0]} there, or do without --data and {DATA_VARIABLE} to use the hub"
+        )
 
     def load() -> str:
         from huggingface_hub import hf_hub_download
 
-        return hf_hub_download(C4_HUB[0], f"en/{packed}", repo_type="dataset", revision=C4_HUB[1])
+        return hf_hub_download(C4_HUB[0], f"en/{packed}", repo_type="dataset", revision=C4_HUB[1], local_files_only=not download)
 
     return Path(or_one_line(load, f"cannot get C4 from the hub: give --data (or {DATA_VARIABLE}) a folder with {packed}"))
 
 
 @cache
 def c4_documents(split: str, folder: str | None) -> list[str]:
-    """Documents of the first shard, in its order (365 MB of text for a training shard)."""
+    """Documents of the first shard, in its order (of a training shard, most of a gigabyte of text)."""
     path = c4_file(split, folder)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             return [json.loads(line)["text"] for line in lines]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
         raise ValueError(f"{path} is not a shard of C4 (a JSON object with a text on every line): {error}") from error
 
 

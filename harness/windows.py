@@ -55,7 +55,10 @@ def evaluation_windows(
 ) -> Windows:
     """Tokenise and cut. Raises ValueError when the text is too short or the stream is not the pinned one."""
     if protocol.source == "wikitext2-words":
-        return _articles(protocol, tokenizer, wikitext2_pages(data)[: protocol.windows])
+        pages = wikitext2_pages(data)
+        if len(pages) < (protocol.windows or 1):
+            raise ValueError(f"{protocol.name}: the text has only {len(pages)} articles")
+        return _articles(protocol, tokenizer, pages[: protocol.windows])
     cutter = _Cutter(tokenizer, protocol.context, protocol.bos)
     wanted = protocol.windows
     if protocol.source == "c4":

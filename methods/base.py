@@ -117,7 +117,7 @@ class Sensitivity:
         row_R = (start_B[:, None] + torch.arange(BAND_ROWS)).flatten().to(weight_OI.device)
         sample_RI, seen = weight_OI[row_R], Sensitivity(self.row_O[row_R], self.column_I)
         share = seen.cost(sample_RI) / (self.cost(weight_OI) or 1.0)
-        return sample_RI, Sensitivity(seen.row_O / share, self.column_I) if share > 0 else seen
+        return (sample_RI, Sensitivity(seen.row_O / share, self.column_I)) if share > 0 else (weight_OI, self)
 
 
 class Block(Protocol):

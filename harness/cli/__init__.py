@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from harness import __version__
@@ -18,7 +19,12 @@ def main(argv: list[str] | None = None) -> int:
         module.register(verbs)
     arguments = parser.parse_args(argv)
     try:
-        return arguments.main(arguments)
+        code = arguments.main(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:  # bad input, or a folder that cannot be written: one line that says what to type next
         print(f"harness {arguments.verb}: {error}", file=sys.stderr)
         return 2

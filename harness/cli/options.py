@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="quick", choices=sorted(PROFILES), help="texts and calibration (default: %(default)s)")
     parser.add_argument("--protocols", help="comma list of TEXT@CONTEXT[/WINDOWS] instead of the profile's")
     parser.add_argument("--calibration", help="TEXT@CONTEXTxSEQUENCES instead of the profile's")
-    parser.add_argument("--data", help="folder with wiki.test.raw, for wikitext2 (default: $HARNESS_DATA, else the hub)")
+    parser.add_argument("--data", help="folder with wiki.test.raw, or C4's files (default: $HARNESS_DATA, else the hub)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: float32 on a CPU, the checkpoint's 16-bit type on a GPU)")
     parser.add_argument(
@@ -101,9 +101,14 @@ def build_plan(
     protocols: list[Protocol] = [parse_protocol(text, bos) for text in request.protocols]
     calibration = request.calibration
     if model.fingerprint:
-        protocols = [with_text(protocol, arguments.data) for protocol in protocols]
-        if any(method.track != Track.DATA_FREE for _, method in methods):
-            calibration = with_text(calibration, arguments.data)
+        try:
+            protocols = [with_text(protocol, arguments.data, not from_config) for protocol in protocols]
+            if any(method.track != Track.DATA_FREE for _, method in methods):
+                calibration = with_text(calibration, arguments.data, not from_config)
+        except ValueError:
+            if not from_config:
+                raise
+            model = replace(model, fingerprint="")  # without the text there are sizes, but no keys
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else half)
     if dtype not in ("float32", half):
         raise ValueError(f"--dtype {dtype} would round a {half} checkpoint before anything is compressed: use {half} or float32")

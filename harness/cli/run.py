@@ -20,6 +20,7 @@ from harness.protocol import protocol_key
 from harness.report.leaderboard import write_leaderboard
 from harness.store import CellStore
 from harness.streams import calibration_stream, evaluation_stream
+from harness.texts import c4_documents
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -77,6 +78,7 @@ def _prepare_texts(plan: Plan, model: dict[str, str], vocabulary: int, data: str
     streams = [evaluation_stream(protocol, model, data, say) for protocol in plan.protocols]
     calibrated = {(cell.calibration, cell.seed, cell.bos) for cell in plan.cells if cell.calibration and not cell.refusal}
     streams += [calibration_stream(calibration, model, seed, bos, data, say) for calibration, seed, bos in calibrated if calibration]
+    c4_documents.cache_clear()  # most of a gigabyte, if it was read at all
     largest = max(int(stream.tokens_NL.max()) for stream in streams)
     if largest >= vocabulary:
         raise ValueError(

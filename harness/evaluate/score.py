@@ -62,7 +62,7 @@ class Divergence:
         return {
             "kld": kld_N.mean().item(), **{f"kld_{name}": value for name, value in quantiles.items()},
             "top1": same_top_WP[scored_WP].double().mean().item(), "nonfinite_tokens": len(kld_N) - len(finite_N),
-            "window_kld": ((kld_WP * scored_WP).sum(dim=1) / scored_WP.sum(dim=1)).tolist(),
+            "window_kld": (torch.where(scored_WP, kld_WP, 0.0).sum(dim=1) / scored_WP.sum(dim=1)).tolist(),
         }  # fmt: skip
 
 
@@ -117,10 +117,11 @@ def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
         yield head
 
 
-def hidden_states(model: PreTrainedModel, tokens_BL: Tensor) -> Tensor:
-    """States in front of the head that predict a token of the window: [B * (L - 1), H]."""
+def hidden_states(model: PreTrainedModel, tokens_BL: Tensor, length: int) -> Tensor:
+    """States in front of the head that predict a token of windows of `length`: [B * (L - 1), H]. The last token predicts none; the
+    papers' code runs it all the same, lm-eval's does not."""
     hidden_BLH = model.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state
-    return hidden_BLH[:, :-1].reshape(-1, hidden_BLH.shape[-1])
+    return hidden_BLH[:, : length - 1].reshape(-1, hidden_BLH.shape[-1])
 
 
 @torch.inference_mode()
@@ -142,7 +143,7 @@ def score(
     kept: dict[str, list[Tensor]] = {"states": [], "top": []}
     chunk = max(1, HEAD_LOGITS // model.config.get_text_config().vocab_size)
     for batch_BL in tokens_NL.to(device).split(max(1, BODY_TOKENS // length)):
-        hidden_NH = hidden_states(model, batch_BL)
+        hidden_NH = hidden_states(model, batch_BL[:, :-1] if articles else batch_BL, length)
         target_N = batch_BL[:, 1:].reshape(-1)
         known = _read_states(reference, done * (length - 1), len(target_N), hidden_NH) if reference else None
         nll_N = []

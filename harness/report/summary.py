@@ -39,6 +39,9 @@ def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[st
     for group in _groups([row for row in rows if row["status"] in ("ok", "underspent")], lambda row: (_who(row), row["budget_bpw"])):
         first = group[0]
         row = {key: first[key] for key in ("model", "method", "variant", "track", "status", "budget_bpw", "stored_bpw", "code_bpw")}
+        for name in ("stored_bpw", "code_bpw"):  # mixed plans differ between seeds
+            row[name] = statistics.fmean(member[name] for member in group)
+        row["status"] = max(member["status"] for member in group)  # "underspent" if any is
         row |= {"seeds": len(group), "cell": "|".join(member["cell"] for member in group), "reason": "", "seed": 0}
         averaged[row["cell"]] = {name: _average([losses[member["cell"]][name] for member in group]) for name in names}
         for name in names:

@@ -78,8 +78,8 @@ class ReALLM(Method):
             raise ValueError("column orders (band) and row_scales belong to reallm:data-free")
         if self.band < 0 or self.band % (self.dim or 4):
             raise ValueError("band must be a multiple of the vector length")
-        if self.order_bits is not None and not 1 <= self.order_bits <= 16:
-            raise ValueError("order_bits must be 1 to 16")
+        if self.order_bits is not None and not (self.band and 1 <= self.order_bits <= 16):
+            raise ValueError("order_bits must be 1 to 16, and needs a band")
         if self.scales not in ("half", "double") or self.adapter_bits not in (8, 16):
             raise ValueError("scales must be half or double, adapter_bits 8 or 16")
 
@@ -114,7 +114,7 @@ class ReALLM(Method):
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
     ) -> list[float]:
         """The low-rank part for real (diagonally whitened), the codebook by what it leaves of normal weights of that scale."""
-        root_I = sensitivity.column_I.sqrt()
+        root_I = sensitivity.column_I.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         ranks = {config["rank"] for config in configs}
         left_OR, right_RI = svd_factors(weight_OI * root_I, max(ranks), None, seed)
         column_BS = torch.nn.functional.pad(sensitivity.column_I, (0, -layer.in_features % self.block)).view(-1, self.block)

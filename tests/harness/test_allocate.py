@@ -1,10 +1,17 @@
 import itertools
+import math
 import random
 import time
+from fractions import Fraction
 
 import pytest
+import torch
 
-from harness.allocate import choose
+from harness.allocate import BudgetError, choose, considered, expected_costs, mixed, require_mixable
+from harness.ledger import FILL_TOLERANCE, parse_budget
+from harness.model import BlockSpec, Inventory, inventory, read_config, skeleton
+from methods import parse_method
+from methods.base import LayerSpec, Sensitivity
 
 
 def random_problem(layers: int, configs: int, seed: int) -> tuple[list[list[int]], list[list[float]]]:
@@ -53,6 +60,36 @@ def test_the_lagrangian_bound_needs_no_solver(monkeypatch):
     assert total(costs, picks) <= 1.2 * bound
 
 
+@pytest.mark.parametrize("bits", ["1.9", "3.25", "5", "8", "12", "16"])
+@pytest.mark.parametrize("name", ["rtn", "nf", "reallm"])
+def test_any_budget_is_filled_as_far_as_the_method_reaches(name, bits):
+    stock, method, budget = inventory(skeleton(read_config("smollm2-135m"))), parse_method(name), parse_budget(bits)
+    try:
+        require_mixable(method, stock, budget)
+    except BudgetError:
+        assert bits == "1.9" and name != "reallm"
+        return
+    # A cost that falls with every bit: the plan spends what it can.
+    costs = {
+        x.name: {c: x.weights * 4.0 ** (-c.stored_bits(x).total / x.weights) for c in considered(method, x, budget)} for x in stock.layers
+    }
+    ledger = mixed(stock, budget, costs).ledger
+    most = sum(max(c.stored_bits(x).total for c in method.mixed_candidates(x)) for x in stock.layers)
+    assert min(budget - FILL_TOLERANCE, Fraction(most, stock.weights)) <= Fraction(ledger.stored_bits, stock.weights) <= budget
+
+
+def test_a_layer_no_token_reached_is_like_the_median_of_its_shape():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64, bias=False) for name in "abcd"})
+    layers = tuple(LayerSpec(name, name, 64, 64, False) for name in "abcd")
+    stock = Inventory((BlockSpec("block", layers),))
+    for layer in model.values():
+        layer.weight.data = model["a"].weight.data
+    measured = {name: Sensitivity(torch.full((64,), value), torch.ones(64)) for name, value in (("a", 1.0), ("b", 2.0), ("c", 9.0))}
+    costs = expected_costs(parse_method("rtn"), model, stock, Fraction(4), measured, seed=0)
+    for config, cost in costs["d"].items():
+        assert cost == pytest.approx(2 * costs["a"][config])
+
+
 def test_edges():
     assert choose([[10, 20]], [[2.0, 1.0]], 20) == ([1], 1.0)
     assert choose([[10, 20]], [[2.0, 1.0]], 10)[0] == [0]
@@ -60,3 +97,14 @@ def test_edges():
     assert choose([[1], [1]], [[0.0], [0.0]], 2) == ([0, 0], 0.0)
     with pytest.raises(ValueError, match="no choice fits"):
         choose([[10, 20]], [[2.0, 1.0]], 9)
+    for cost in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not a finite number"):
+            choose([[10, 20]], [[cost, 1.0]], 20)
+
+
+def test_a_sample_without_weight_is_no_sample():
+    row = torch.zeros(400)
+    row[50:60] = 1.0
+    weight = torch.randn(400, 32)
+    sample, seen = Sensitivity(row, torch.ones(32)).sample(weight)
+    assert torch.equal(sample, weight) and seen.cost(sample) > 0

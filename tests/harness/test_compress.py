@@ -137,6 +137,9 @@ ARCHITECTURES = {
     "qwen2": TINY,  # biases on q, k, v
     "gemma3_text": TINY | dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"]),  # masks differ by block
     "phi3": TINY | dict(pad_token_id=0),  # fused qkv and gate-up
+    "falcon": dict(  # blocks return tuples; one input for attention and MLP
+        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, parallel_attn=True, new_decoder_architecture=False
+    ),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from harness.allocate import considered
 from harness.model import inventory, load_reference
 from harness.protocol import parse_calibration
-from harness.sensitivity import HESSIAN_WINDOWS, measure_sensitivities, random_tokens
+from harness.sensitivity import measure_sensitivities, random_tokens
 from harness.windows import calibration_windows
 from methods import parse_method
 
@@ -96,7 +96,7 @@ def hessian_at(model, name, tokens):
     inputs = []
     hook = model.get_submodule(name).register_forward_hook(lambda module, args, out: inputs.append(args[0].detach()))
     with torch.no_grad():
-        model(tokens[:HESSIAN_WINDOWS])
+        model(tokens)
     hook.remove()
     x = inputs[0].reshape(-1, inputs[0].shape[-1])
     return x.t() @ x / len(x)
