@@ -10,6 +10,7 @@ import csv
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 from harness.files import write_text
 from harness.ledger import FILL_TOLERANCE
@@ -35,9 +36,9 @@ def read_rows(path: Path) -> Rows:
     return {label(row): row for row in rows}
 
 
-def label(row: dict[str, str]) -> str:
+def label(row: dict[str, Any]) -> str:
     name = f"{row['method']}:{row['variant']}" if row["variant"] else row["method"]
-    return " ".join(part for part in (name, row["budget_bpw"], f"seed {row['seed']}" if row["seed"] not in ("", "0") else "") if part)
+    return " ".join(part for part in (name, row["budget_bpw"], f"seed {row['seed']}" if str(row["seed"]) not in ("", "0") else "") if part)
 
 
 def perplexity_columns(rows: Rows) -> list[str]:

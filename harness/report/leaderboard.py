@@ -21,8 +21,9 @@ from harness.files import write_json, write_text
 from harness.ledger import underspent
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
+from harness.report.check import label
 from harness.report.summary import add_ranks, summarise
-from harness.report.table import Shown, markdown, plan_table, row_label, shown_table
+from harness.report.table import Shown, markdown, plan_table, shown_table
 from harness.stats import perplexity_interval
 from harness.store import CellStore
 
@@ -76,7 +77,7 @@ def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path)
         text = markdown(*shown_table(summary, names)) + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
     if stored:
         text += "\nStored bits per weight of each kind of matrix, mean (least to most); every matrix is in `cells/`:\n\n"
-        tables.append(plan_table({row_label(row): stored[row["cell"]] for row in rows if row["cell"] in stored}))
+        tables.append(plan_table({label(row): stored[row["cell"]] for row in rows if row["cell"] in stored}))
         text += markdown(*tables[1])
     note = rows[0]["model_note"]
     write_text(folder / "leaderboard.md", text + (f"\nNote on {rows[0]['model']}: {note}.\n" if note else ""))

@@ -47,10 +47,6 @@ def _rank(row: dict[str, Any], name: str) -> str:
     return f"{_text(row, f'rank_{name}')} {row.get(f'tie_{name}', '')}".strip()
 
 
-def row_label(row: dict[str, Any]) -> str:
-    return f"{_text(row, 'method')} {row['budget_bpw']}".strip()
-
-
 def _text(row: dict[str, Any], column: str) -> str:
     value = row.get(column, "")
     if column == "method":
