@@ -47,7 +47,8 @@ def test_a_small_error_costs_what_is_predicted(reference, tokens):
             layer.weight.data = original
             measured = (before.exp() * (before - after)).sum(dim=-1).mean().item()
             ratios[block, kind] = measured / sensitivity[f"model.layers.{block}.{kind}"].cost(noise)
-    assert all(0.5 < ratio < (20 if kind == "self_attn.v_proj" else 2) for (_, kind), ratio in ratios.items()), list(ratios.values())
+    wrong = {name: ratio for name, ratio in ratios.items() if not 1 / 3 < ratio < (20 if name[1] == "self_attn.v_proj" else 3)}
+    assert not wrong, wrong
 
 
 def test_feedback_lowers_what_a_column_costs(reference, tokens):
