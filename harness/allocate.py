@@ -93,10 +93,10 @@ def require_mixable(method: Method, stock: Inventory, budget: Fraction) -> None:
 
 
 def considered(method: Method, layer: LayerSpec, room: Fraction) -> list[LayerConfig]:
-    """Configurations worth an estimate for this layer: near `room` bits per weight, or near the most the method mixes if that is
-    less, and always the smallest."""
-    size = {config: config.stored_bits(layer).total for config in (*method.mixed_candidates(layer), *method.candidates(layer))}
+    """Configurations worth an estimate for layers of this shape: near `room` bits per weight, or near the most the method mixes if
+    that is less, and always the smallest."""
     mixable = list(dict.fromkeys(method.mixed_candidates(layer)))
+    size = {config: config.stored_bits(layer).total for config in (*mixable, *method.candidates(layer))}
     least = min(size, key=size.__getitem__)
     centre = min(room * layer.weights, max((size[config] for config in mixable), default=size[least]))
     near = [config for config in mixable if abs(size[config] - centre) <= REACH * layer.weights]
@@ -116,10 +116,11 @@ def expected_costs(
     matter as much as the median layer of its shape, or of all."""
     costs = {}
     room = (budget * stock.weights - stock.uncovered_bits) / sum(layer.weights for layer in stock.layers)
+    configs_of = {(x.out_features, x.in_features): considered(method, x, room) for x in _shapes(stock)}
     for index, layer in enumerate(stock.layers):
         weight_OI = model.get_submodule(layer.name).weight.detach().float()
         sensitivity = measured.get(layer.name) or _median(measured, weight_OI)
-        configs = considered(method, layer, room)
+        configs = configs_of[layer.out_features, layer.in_features]
         values = method.expected_costs(weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))
         costs[layer.name] = dict(zip(configs, values, strict=True))
         progress(index + 1, len(stock.layers))
