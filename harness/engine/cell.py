@@ -100,12 +100,14 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
     if spec["calibration"]:
         windows = calibration_stream(Calibration.from_json(spec["calibration"]), spec["model"], spec["seed"], spec["bos"], spec["data"])
         calibration_sha256, tokens_NT = windows.sha256, windows.tokens_NL
-    plan = {name: LayerConfig.from_json(config) for name, config in spec["plan"].items()}
     stock = inventory(model)
+    mix = {"layers": spec["plan"]}
     if spec["allocate"] == "ilp":
-        if store.plan() is None:
-            store.put_plan(_mix(spec, method, model, stock, tokens_NT, speak))
-        plan = {name: LayerConfig.from_json(config) for name, config in store.plan()["layers"].items()}
+        mix = store.plan()
+        if mix is None:
+            mix = _mix(spec, method, model, stock, tokens_NT, speak)
+            store.put_plan(mix)
+    plan = {name: LayerConfig.from_json(config) for name, config in mix["layers"].items()}
     compressed, report = compress_model(model, method, plan, tokens_NT, spec["seed"], store.blocks, spec["half"], speak)
     ledger = compressed.ledger()
     if spec["budget"] and not ledger.fits(parse_budget(spec["budget"])):
@@ -114,7 +116,7 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
     store.put_artifact(
         {
             "spec": spec, "ledger": ledger.to_json(), "code_bpw": ledger.code_bpw, "stored_bpw": ledger.stored_bpw,
-            "allocation": {k: v for k, v in (store.plan() or {}).items() if k != "layers"},
+            "allocation": {k: v for k, v in mix.items() if k != "layers"},
             "checkpoint_bytes": sum((store.folder / f"{n}.safetensors").stat().st_size for n in ("packed", "rest")),
             "calibration_sha256": calibration_sha256, "compress_s": report["seconds"],
             "layers": {
@@ -136,7 +138,7 @@ def _mix(
     start = time.perf_counter()
     budget, seed = parse_budget(spec["budget"]), spec["seed"]
     data_free = tokens_NT is None
-    if tokens_NT is None:
+    if data_free:
         tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size), 0
     key = [ARTIFACT_VERSION, spec["model"]["fingerprint"], spec["dtype"], spec["device"].partition(":")[0]]
     measured = remembered_sensitivities(
