@@ -95,21 +95,12 @@ def wikitext2_pages(folder: str | None) -> list[str]:
 
 
 def _wikitext2_raw(folder: str | None) -> str:
-    folder = folder or os.environ.get(DATA_VARIABLE)
-    raw = _local_wikitext2(Path(folder).expanduser()) if folder else _hub_wikitext2()
+    path = _local_file(folder, "wikitext-2-raw-v1", "wiki.test.raw")
+    raw = path.read_bytes().decode("utf-8") if path else _hub_wikitext2()
     found = hashlib.sha256(raw.encode()).hexdigest()
     if found != WIKITEXT2_SHA256:
         raise ValueError(f"WikiText-2 test text has sha256 {found}, not {WIKITEXT2_SHA256} (wikitext-2-raw-v1): refused")
     return raw
-
-
-def _local_wikitext2(folder: Path) -> str:
-    for path in (folder / "wiki.test.raw", *folder.glob("*/wiki.test.raw")):
-        if path.exists():
-            return path.read_bytes().decode("utf-8")
-    raise ValueError(
-        f"no wiki.test.raw in {folder}: unpack wikitext-2-raw-v1 there, or do without --data and {DATA_VARIABLE} to use the hub"
-    )
 
 
 def _hub_wikitext2() -> str:
@@ -126,16 +117,10 @@ def _hub_wikitext2() -> str:
 def c4_file(split: str, folder: str | None, download: bool = True) -> Path:
     """The first shard of C4's `split` ("train" or "validation"): from `folder` (also one level down, also unpacked), else from the
     hub at a pinned revision. The papers pin no checksum; the sha256 of every token stream is part of every result."""
-    folder = folder or os.environ.get(DATA_VARIABLE)
     packed = C4_FILES[split]
-    if folder:
-        for name in (packed, packed.removesuffix(".gz")):
-            for path in (Path(folder).expanduser() / name, *Path(folder).expanduser().glob(f"*/{name}")):
-                if path.exists():
-                    return path
-        raise ValueError(
-            f"no {packed} in {folder}: put the file of {C4_HUB[0]} there, or do without --data and {DATA_VARIABLE} to use the hub"
-        )
+    local = _local_file(folder, C4_HUB[0], packed, packed.removesuffix(".gz"))
+    if local:
+        return local
 
     def load() -> str:
         from huggingface_hub import hf_hub_download
@@ -143,6 +128,20 @@ def c4_file(split: str, folder: str | None, download: bool = True) -> Path:
         return hf_hub_download(C4_HUB[0], f"en/{packed}", repo_type="dataset", revision=C4_HUB[1], local_files_only=not download)
 
     return Path(or_one_line(load, f"cannot get C4 from the hub: give --data (or {DATA_VARIABLE}) a folder with {packed}"))
+
+
+def _local_file(folder: str | None, origin: str, *names: str) -> Path | None:
+    """The first there is of these names of one file, in `folder` or one level down; None when no folder is given at all, which
+    leaves the hub."""
+    folder = folder or os.environ.get(DATA_VARIABLE)
+    if not folder:
+        return None
+    place = Path(folder).expanduser()
+    for name in names:
+        for path in (place / name, *place.glob(f"*/{name}")):
+            if path.exists():
+                return path
+    raise ValueError(f"no {names[0]} in {place}: put the file of {origin} there, or do without --data and {DATA_VARIABLE} to use the hub")
 
 
 @cache
