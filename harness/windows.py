@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,14 +141,15 @@ class _Cutter:
         return self._finish(ids_N[: len(ids_N) // self.length * self.length].view(-1, self.length))
 
     def crops(self, documents: Sequence[str], count: int, source: random.Random, name: str) -> Tensor:
-        return self._finish(torch.stack([next(self._draws(documents, source, name)) for _ in range(count)]))
+        return self._finish(torch.stack([self._draw(documents, source, name) for _ in range(count)]))
 
-    def _draws(self, documents: Sequence[str], source: random.Random, name: str) -> Iterator[Tensor]:
+    def _draw(self, documents: Sequence[str], source: random.Random, name: str) -> Tensor:
+        """A random place in a random document that is long enough."""
         for _ in range(MAX_DRAWS):
             ids_N = _tokenise(self.tokenizer, documents[source.randint(0, len(documents) - 1)], not self.reserved)
             if len(ids_N) >= self.length:
                 start = source.randint(0, len(ids_N) - self.length - 1) if len(ids_N) > self.length else 0
-                yield ids_N[start : start + self.length]
+                return ids_N[start : start + self.length]
         raise ValueError(f"{name}: {MAX_DRAWS} documents in a row hold fewer than {self.length} tokens; choose a shorter context")
 
     def _finish(self, windows_NL: Tensor) -> Tensor:
