@@ -10,10 +10,10 @@ import csv
 import io
 import math
 from pathlib import Path
-from typing import Any
 
 from harness.files import write_text
 from harness.ledger import FILL_TOLERANCE
+from harness.report.table import label
 
 Rows = dict[str, dict[str, str]]
 # The reference has no choices to make. A quantiser's roundings may fall differently in another CPU's arithmetic, and one code
@@ -34,11 +34,6 @@ def read_rows(path: Path) -> Rows:
     if not rows or not needed <= rows[0].keys() or not any(column.startswith("ppl_") for column in rows[0]):
         raise ValueError(f"{path} is no leaderboard: it needs rows with {', '.join(sorted(needed))} and perplexities")
     return {label(row): row for row in rows}
-
-
-def label(row: dict[str, Any]) -> str:
-    name = f"{row['method']}:{row['variant']}" if row["variant"] else row["method"]
-    return " ".join(part for part in (name, row["budget_bpw"], f"seed {row['seed']}" if str(row["seed"]) not in ("", "0") else "") if part)
 
 
 def perplexity_columns(rows: Rows) -> list[str]:

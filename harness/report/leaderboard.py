@@ -21,9 +21,8 @@ from harness.files import write_json, write_text
 from harness.ledger import underspent
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
-from harness.report.check import label
 from harness.report.summary import add_ranks, summarise
-from harness.report.table import Shown, markdown, plan_table, shown_table
+from harness.report.table import Shown, label, markdown, plan_table, shown_table
 from harness.stats import perplexity_interval
 from harness.store import CellStore
 

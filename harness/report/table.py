@@ -19,8 +19,14 @@ TAIL = {
 }
 FORMATS = {"stored_bpw": "{:.4f}", "weights_gib": "{:.3f}", "compress_s": "{:.0f}", "eval_s": "{:.0f}", "peak_ram_gib": "{:.1f}"}
 
-
 Shown = tuple[list[str], list[list[str]]]  # header and cells, as text
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """What tells a row from the others of its table: method, variant, budget and seed. A row may come from a CSV, all text."""
+    name = f"{row['method']}:{row['variant']}" if row["variant"] else row["method"]
+    seed = f"seed {row['seed']}" if str(row["seed"]) not in ("", "0") else ""
+    return " ".join(part for part in (name, row["budget_bpw"], seed) if part)
 
 
 def shown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Shown:
@@ -50,8 +56,7 @@ def _rank(row: dict[str, Any], name: str) -> str:
 def _text(row: dict[str, Any], column: str) -> str:
     value = row.get(column, "")
     if column == "method":
-        seed = f" seed {row['seed']}" if row["seed"] else ""
-        return (f"{value}:{row['variant']}" if row["variant"] else value) + seed
+        return label({**row, "budget_bpw": ""})  # the budget has a column of its own
     if column == "status" and row["reason"]:
         return f"{value}: {row['reason']}"
     if isinstance(value, float):
