@@ -1,4 +1,4 @@
-"""NormalFloat tables, storage and rounding; against bitsandbytes where it is installed."""
+"""NormalFloat tables, storage and rounding; against bitsandbytes."""
 
 from fractions import Fraction
 
@@ -47,7 +47,8 @@ def test_error_on_normal_data_is_the_known_one(block, expected):
 def test_values_are_those_of_bitsandbytes(weights, name):
     """Its codes and its decoding, bit for bit. Of the 8-bit scale codes its CPU kernel rounds a few in a thousand to the
     second-nearest level of the dynamic map; handed those codes, ours decodes to its values exactly."""
-    functional = pytest.importorskip("bitsandbytes").functional
+    from bitsandbytes import functional
+
     weight = weights[name]
     packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     layer = compress(weight)
