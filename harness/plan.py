@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import torch
+
 from harness.allocate import Allocation, BudgetError, require_mixable, uniform
 from harness.assets import ResolvedModel
+from harness.evaluate.score import BODY_TOKENS, HEAD_LOGITS
 from harness.files import digest
 from harness.ledger import parse_budget
 from harness.model import Inventory
 from harness.protocol import Calibration, Protocol, protocol_key
+from harness.sensitivity import GRADIENT_TOKENS, HEAD_TOKENS, HESSIAN_TOKENS, RANDOM_CONTEXT
 from methods.base import Method, Track
 
 ARTIFACT_VERSION = 2  # bump when the same cell would be written differently: another plan, another measurement behind it
@@ -153,17 +157,29 @@ def make_plan(
     return Plan(tuple(cells.values()), tuple(protocols))
 
 
-def predicted_peak_gib(stock: Inventory, calibration: Calibration | None, hidden: int, vocabulary: int, dtype_bytes: int) -> float:
-    """Process memory a cell will need at most, in GiB: the larger of its two phases, each with the whole model loaded.
+def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: int) -> float:
+    """Process memory a cell will need at most, in GiB: the most of its three phases, each with the whole model loaded.
 
-    Compressing also holds every calibration token's hidden state (in and out) and, inside one block, its widest activations,
-    and three square matrices of the widest input (Hessian, factor, inverse). Scoring holds one chunk of logits.
+    Measuring what errors cost, for a mixed plan, holds the states of some windows in front of every block (and of all of them, a few
+    times, at one), and the most of three: a Gram matrix for every layer of a block, one of them being factored; a window's
+    activations, to go back through a block; copies of a slice of logits. Compressing holds every calibration token's hidden state
+    (in and out) and, inside one block, its widest activations and a Hessian being factored. Scoring holds one chunk of logits.
     """
+    dtype_bytes = getattr(torch, cell.compute.dtype).itemsize
+    calibration, layers = cell.calibration, stock.blocks[0].layers
     model = (stock.weights + stock.rest_weights) * dtype_bytes
     wide = max(layer.in_features for layer in stock.layers)
-    inner = sum(layer.out_features for layer in stock.blocks[0].layers)
+    inner = sum(layer.out_features for layer in layers)
+    # A Hessian with its copies and factors; or a matrix being packed, and what is made of it.
+    working = (7 if calibration else 3) * 4 * wide * wide
+    measuring = 0
+    if cell.allocate == "ilp":
+        context = calibration.context if calibration else RANDOM_CONTEXT
+        states = (4 * max(HESSIAN_TOKENS, context) + len(stock.blocks) * max(GRADIENT_TOKENS, context)) * hidden * dtype_bytes
+        grams = working + sum(4 * layer.in_features**2 for layer in layers) if calibration else 0
+        measuring = states + max(grams, 2 * context * (hidden + inner) * dtype_bytes, 6 * 4 * HEAD_TOKENS * vocabulary)
     tokens = calibration.context * calibration.sequences if calibration else 0
-    compressing = tokens * (2 * hidden + inner) * dtype_bytes + 3 * 4 * wide * wide
-    scoring = 8192 * (4 * hidden + 3 * wide) * dtype_bytes + 2 * 4 * max(1 << 26, vocabulary)
+    compressing = tokens * (2 * hidden + inner) * dtype_bytes + working
+    scoring = BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(HEAD_LOGITS, vocabulary)
     python = 0.6 * 2**30  # interpreter, torch and transformers
-    return (model + max(compressing, scoring) + python) / 2**30
+    return (model + max(measuring, compressing, scoring) + python) / 2**30

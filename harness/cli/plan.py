@@ -16,8 +16,6 @@ from harness.presets import PRESETS
 from harness.store import CellStore
 from methods.base import LayerConfig
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
 
 def register(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("plan", help="cells, candidates and exact stored bits, without loading a model", description=__doc__)
@@ -37,7 +35,7 @@ def main(arguments: argparse.Namespace) -> int:
     for name, count in list(stock.uncovered.items())[:4]:
         print(f"  not covered by any method, counted at 16 bits: {name} ({count:,} weights)")
     for cell in plan.cells:
-        peak = predicted_peak_gib(stock, cell.calibration, config.hidden_size, config.vocab_size, DTYPE_BYTES[cell.compute.dtype])
+        peak = predicted_peak_gib(cell, stock, config.hidden_size, config.vocab_size)
         key = f"  [{cell.key}]" if model.fingerprint else ""
         budget = f"under {cell.budget.text}" if cell.budget else "no budget"
         print(f"\n{cell.method_text} {budget}{key}  predicted peak {peak:.1f} GiB")
