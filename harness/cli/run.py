@@ -18,6 +18,7 @@ from harness.model import read_config
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
 from harness.report.leaderboard import write_leaderboard
+from harness.report.table import GOOD
 from harness.store import CellStore
 from harness.streams import calibration_stream, evaluation_stream
 from harness.texts import c4_documents
@@ -58,7 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
     for table in tables:
         _print_table(*table)
     console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
-    return 0 if all(row["status"] in ("ok", "underspent") for row in rows) else 1
+    return 0 if all(row["status"] in GOOD for row in rows) else 1
 
 
 def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console: Console) -> dict[str, Outcome]:

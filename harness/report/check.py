@@ -13,7 +13,7 @@ from pathlib import Path
 
 from harness.files import write_text
 from harness.ledger import FILL_TOLERANCE
-from harness.report.table import label
+from harness.report.table import GOOD, label
 
 Rows = dict[str, dict[str, str]]
 # The reference has no choices to make. A quantiser's roundings may fall differently in another CPU's arithmetic, and one code
@@ -48,7 +48,7 @@ def compare(rows: Rows, baseline: Rows, tolerance: float = TOLERANCE) -> list[st
         now = rows.get(name)
         if now is None:
             continue
-        if now.get("status", "ok") not in ("ok", "underspent"):
+        if now.get("status", "ok") not in GOOD:
             problems.append(f"{name}: {now['status']} ({now.get('reason', '')})")
             continue
         # A mixed plan rests on a measurement, and may fall differently in another CPU's arithmetic too; both fill the budget.
@@ -71,7 +71,7 @@ def write_baseline(rows: Rows, path: Path) -> int:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    kept = [row for row in rows.values() if row.get("status", "ok") in ("ok", "underspent")]
+    kept = [row for row in rows.values() if row.get("status", "ok") in GOOD]
     writer.writerows(kept)
     write_text(path, text.getvalue())
     return len(kept)

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
+from harness.report.table import GOOD
 from harness.stats import shared_ranks
 
 Losses = Mapping[str, Mapping[str, list[float]]]  # cell -> protocol -> loss of every window
@@ -21,7 +22,7 @@ def add_ranks(
 
     A row no seed can change (its cell is in `unseeded`) stands in every seed's ranking, and shows its rank in the first.
     """
-    ranked = [row for row in rows if row["budget_bpw"] and row["status"] in ("ok", "underspent")]
+    ranked = [row for row in rows if row["budget_bpw"] and row["status"] in GOOD]
     seeds = sorted({row["seed"] for row in ranked if row["cell"] not in unseeded}, reverse=True) or [0]
     for seed in seeds:
         present = [row for row in ranked if row["seed"] == seed or row["cell"] in unseeded]
@@ -36,7 +37,7 @@ def add_ranks(
 def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], weights: Weights) -> list[dict[str, Any]]:
     """One row per method and budget: mean perplexity over its seeds, `_sd` between them, ranks from losses averaged over seeds."""
     summary, averaged = [], {}
-    for group in _groups([row for row in rows if row["status"] in ("ok", "underspent")], lambda row: (_who(row), row["budget_bpw"])):
+    for group in _groups([row for row in rows if row["status"] in GOOD], lambda row: (row["method"], row["variant"], row["budget_bpw"])):
         first = group[0]
         row = {key: first[key] for key in ("model", "method", "variant", "track", "status", "budget_bpw", "stored_bpw", "code_bpw")}
         for name in ("stored_bpw", "code_bpw"):  # mixed plans differ between seeds
@@ -54,10 +55,6 @@ def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[st
         summary.append(row)
     add_ranks(summary, averaged, names, weights)
     return summary
-
-
-def _who(row: dict[str, Any]) -> tuple[str, str, str]:
-    return (row["method"], row["variant"], row["budget_bpw"])
 
 
 def _groups(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[list[dict[str, Any]]]:

@@ -18,6 +18,7 @@ TAIL = {
     "status": "status",
 }
 FORMATS = {"stored_bpw": "{:.4f}", "weights_gib": "{:.3f}", "compress_s": "{:.0f}", "eval_s": "{:.0f}", "peak_ram_gib": "{:.1f}"}
+GOOD = ("ok", "underspent")  # statuses of rows whose numbers count
 
 Shown = tuple[list[str], list[list[str]]]  # header and cells, as text
 
