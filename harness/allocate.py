@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from harness.ledger import Ledger, planned
 from harness.model import Inventory
-from methods.base import LayerConfig, LayerSpec, Method, Sensitivity, layer_seed
+from methods.base import LayerConfig, LayerSpec, Method, Sensitivity, layer_seed, shared_bits
 
 MODES = ("ilp", "uniform")
 REACH = 2.0  # bits per weight from the budget beyond which a configuration is not considered for any layer
@@ -57,7 +57,7 @@ class Allocation:
 def common_candidates(method: Method, stock: Inventory) -> list[tuple[LayerConfig, Ledger]]:
     """Every configuration that all layers can take, with what the whole model would then store."""
     common: dict[LayerConfig, None] | None = None
-    for layer in _shapes(stock):
+    for layer in _alike(stock).values():
         own = dict.fromkeys(method.candidates(layer))
         common = own if common is None else {config: None for config in common if config in own}
     found = []
@@ -82,22 +82,22 @@ def uniform(method: Method, stock: Inventory, budget: Fraction | None) -> Alloca
 
 
 def require_mixable(method: Method, stock: Inventory, budget: Fraction) -> None:
-    """Raises BudgetError when even the smallest configuration of every layer is too much together."""
+    """Raises BudgetError when even the smallest configuration of every layer, with no table to share, is too much together."""
     least = {
-        (x.out_features, x.in_features): min((c.stored_bits(x).total for c in method.candidates(x)), default=math.inf)
-        for x in _shapes(stock)
+        key: min((config.stored_bits(x).total for config in method.candidates(x) if not config.table_key), default=math.inf)
+        for key, x in _alike(stock).items()
     }
-    bits = sum(least[layer.out_features, layer.in_features] for layer in stock.layers) + stock.uncovered_bits
+    bits = sum(least[_sort(layer)] for layer in stock.layers) + stock.uncovered_bits
     if bits > budget * stock.weights:
         raise _least(method, bits / stock.weights)
 
 
 def considered(method: Method, layer: LayerSpec, room: Fraction) -> list[LayerConfig]:
-    """Configurations worth an estimate for layers of this shape: near `room` bits per weight, or near the most the method mixes if
+    """Configurations worth an estimate for layers of this kind and shape: near `room` bits per weight, or near the most the method mixes if
     that is less, and always the smallest."""
     mixable = list(dict.fromkeys(method.mixed_candidates(layer)))
     size = {config: config.stored_bits(layer).total for config in (*mixable, *method.candidates(layer))}
-    least = min(size, key=size.__getitem__)
+    least = min((config for config in size if not config.table_key), key=size.__getitem__)
     centre = min(room * layer.weights, max((size[config] for config in mixable), default=size[least]))
     near = [config for config in mixable if abs(size[config] - centre) <= REACH * layer.weights]
     return near if least in near else [*near, least]
@@ -116,11 +116,11 @@ def expected_costs(
     matter as much as the median layer of its shape, or of all."""
     costs = {}
     room = (budget * stock.weights - stock.uncovered_bits) / sum(layer.weights for layer in stock.layers)
-    configs_of = {(x.out_features, x.in_features): considered(method, x, room) for x in _shapes(stock)}
+    configs_of = {key: considered(method, layer, room) for key, layer in _alike(stock).items()}
     for index, layer in enumerate(stock.layers):
         weight_OI = model.get_submodule(layer.name).weight.detach().float()
         sensitivity = measured.get(layer.name) or _median(measured, weight_OI)
-        configs = configs_of[layer.out_features, layer.in_features]
+        configs = configs_of[_sort(layer)]
         values = method.expected_costs(weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))
         costs[layer.name] = dict(zip(configs, values, strict=True))
         progress(index + 1, len(stock.layers))
@@ -138,14 +138,57 @@ def _median(measured: Mapping[str, Sensitivity], weight_OI: Tensor) -> Sensitivi
 
 def mixed(stock: Inventory, budget: Fraction, costs: Mapping[str, Mapping[LayerConfig, float]]) -> Allocation:
     """The plan of least total cost under the budget. `costs` holds every layer's candidates; the bound is over these."""
-    names = [layer.name for layer in stock.layers]
-    configs = [list(costs[name]) for name in names]
-    bits = [[config.stored_bits(layer).total for config in own] for layer, own in zip(stock.layers, configs, strict=True)]
     capacity = math.floor(budget * stock.weights) - stock.uncovered_bits
-    picks, bound = choose(bits, [[costs[name][config] for config in own] for name, own in zip(names, configs, strict=True)], capacity)
+    names = [layer.name for layer in stock.layers]
+    configs, floor = _without_idle_tables(stock.layers, [costs[name] for name in names], capacity)
+    bits = [[config.stored_bits(layer).total for config in own] for layer, own in zip(stock.layers, configs, strict=True)]
+    room = capacity - shared_bits(config for own in configs for config in own).total
+    picks, bound = choose(bits, [[costs[name][config] for config in own] for name, own in zip(names, configs, strict=True)], room)
     plan = {name: own[pick] for name, own, pick in zip(names, configs, picks, strict=True)}
     predicted = math.fsum(costs[name][config] for name, config in plan.items())
-    return Allocation(plan, planned(plan, stock.layers, stock.uncovered_bits, stock.weights), predicted, bound)
+    ledger = planned(plan, stock.layers, stock.uncovered_bits, stock.weights)
+    return Allocation(plan, ledger, predicted, bound if floor is None else floor)
+
+
+def _without_idle_tables(
+    layers: Sequence[LayerSpec], costs: Sequence[Mapping[LayerConfig, float]], capacity: int
+) -> tuple[list[list[LayerConfig]], float | None]:
+    """Every layer's configurations less those whose shared table is not worth its bits, and a bound on the cost of any plan with any
+    tables (None where none are on offer).
+
+    A table is a fixed charge. At the price of a bit (the Lagrange multiplier) it is worth what its users save on their own best
+    choices without it; the least worth is dropped first, until all that are left save more than they take.
+    """
+    configs = [sorted(own, key=lambda c, layer=layer: c.stored_bits(layer).total) for layer, own in zip(layers, costs, strict=True)]
+    keys = [[config.table_key for config in own] for own in configs]
+    charge = {c.table_key: shared_bits([c]).total for own in configs for c in own if c.table_key}
+    if not charge:
+        return configs, None
+    bits = [np.array([c.stored_bits(layer).total for c in own]) for layer, own in zip(layers, configs, strict=True)]
+    cost = [np.array([own[c] for c in kept]) for own, kept in zip(costs, configs, strict=True)]
+    uses = {key: [np.array([k == key for k in own]) for own in keys] for key in charge}
+    floor = _lagrangian(bits, cost, capacity)[1]  # as if tables took no bits: nothing can be cheaper
+    gone = [np.zeros(len(own), dtype=bool) for own in keys]
+    while charge:
+        spare = capacity - sum(charge.values())
+        if sum(int(b[~g].min()) for b, g in zip(bits, gone, strict=True)) > spare:
+            worst = max(charge, key=charge.__getitem__)
+        else:
+            left = [[values[~g] for values, g in zip(rows, gone, strict=True)] for rows in (bits, cost)]
+            price = _lagrangian(*left, spare)[2]
+            reduced = [np.where(g, np.inf, c + price * b) for b, c, g in zip(bits, cost, gone, strict=True)]
+            # What its users save on their best choice without it, less its own bits.
+            worth = {
+                key: math.fsum(np.where(use, np.inf, r).min() - r.min() for use, r in zip(uses[key], reduced, strict=True) if use.any())
+                - price * charge[key]
+                for key in charge
+            }
+            worst = min(worth, key=worth.__getitem__)
+            if worth[worst] >= 0:
+                break
+        del charge[worst]
+        gone = [g | use for g, use in zip(gone, uses[worst], strict=True)]
+    return [[c for c, out in zip(own, g, strict=True) if not out] for own, g in zip(configs, gone, strict=True)], floor
 
 
 def choose(bits: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], capacity: int) -> tuple[list[int], float]:
@@ -252,9 +295,14 @@ def _highs(
     return None
 
 
-def _shapes(stock: Inventory) -> list[LayerSpec]:
-    """One layer of every shape."""
-    return list({(x.out_features, x.in_features): x for x in stock.layers}.values())
+def _sort(layer: LayerSpec) -> tuple[str, int, int]:
+    """What a method's candidates may depend on."""
+    return layer.kind, layer.out_features, layer.in_features
+
+
+def _alike(stock: Inventory) -> dict[tuple[str, int, int], LayerSpec]:
+    """One layer of every sort."""
+    return {_sort(layer): layer for layer in stock.layers}
 
 
 def _least(method: Method, bpw: float) -> BudgetError:

@@ -7,7 +7,7 @@ block. `BlockRun` is one block as a method sees it: which layers share an input,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.model import BlockSpec, decoder_blocks
+from kernels.tables import Table
 from methods.base import Compressed, LayerSpec
 
 BATCH_TOKENS = 8192  # tokens pushed through a block at once: amortises decoding packed layers, bounds activations
@@ -148,31 +149,50 @@ class _PausedForward:
         self.thread.join()
 
 
-class _Slot(nn.Module):
-    """Stands where a linear layer stood; runs whatever is installed, after letting the block pause."""
+def _advanced(passes: list[_PausedForward], stage: int) -> Iterator[_PausedForward]:
+    for paused in passes:
+        while paused.stage < stage and paused.output is None:
+            paused.advance()
+        yield paused
 
-    def __init__(self, layer: nn.Module, reached: Callable[[Tensor], None]) -> None:
+
+def _abandon(passes: list[_PausedForward]) -> None:
+    for paused in passes:
+        paused.abandon()
+    passes.clear()
+
+
+class _Slot(nn.Module):
+    """Stands where a linear layer stood; runs whatever is installed (in an original's pass the original), after letting the block pause."""
+
+    def __init__(self, layer: nn.Module, reached: Callable[[Tensor], bool]) -> None:
         super().__init__()
-        self.layer, self.reached = layer, reached
+        self.layer, self.original, self.reached = layer, layer, reached
 
     def forward(self, x: Tensor) -> Tensor:
-        self.reached(x)
-        return self.layer(x)
+        is_original = self.reached(x)
+        return self.original(x) if is_original else self.layer(x)
 
 
 class BlockRun:
     """methods.base.Block over a live block and the calibration activations in front of it.
 
+    `original_NTH` are the activations of the uncompressed model; without them `drift` and `original_outputs` are not to be had.
     Use as a context: inside, the block's linear layers are slots; on leaving, what is installed in them takes their place.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: BlockSpec, module: nn.Module, hidden_NTH: Tensor, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, spec: BlockSpec, module: nn.Module, hidden_NTH: Tensor, kwargs: dict[str, Any],
+        original_NTH: Tensor | None = None, tables: Mapping[str, Table] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.module, self.kwargs = model, module, kwargs
-        self.hidden_NTH = hidden_NTH
+        self.tables = tables or {}
+        self.hidden_NTH, self.original_NTH = hidden_NTH, original_NTH
         self.layers: dict[str, LayerSpec] = {layer.name: layer for layer in spec.layers}
         self.reports: dict[str, dict[str, float]] = {}
         self._slots = {name: _Slot(model.get_submodule(name), partial(self._reached, name)) for name in self.layers}
         self._passes: list[_PausedForward] = []
+        self._originals: list[_PausedForward] = []  # through the uncompressed block, from the uncompressed model's activations
         self._stale = False  # a layer was replaced that the paused passes have already run through
         self._watch: list[tuple[Tensor, str]] | None = None
 
@@ -185,6 +205,7 @@ class BlockRun:
 
     def __exit__(self, *_: object) -> None:
         self._restart()
+        _abandon(self._originals)
         for name, slot in self._slots.items():
             self.model.set_submodule(name, slot.layer)
 
@@ -192,7 +213,7 @@ class BlockRun:
         return self._stages
 
     def weight(self, name: str) -> Tensor:
-        weight_OI = self._slots[name].layer.weight.detach().float()
+        weight_OI = self._slots[name].original.weight.detach().float()
         if not bool(torch.isfinite(weight_OI).all()):
             raise ValueError(f"{name} holds weights that are not finite: the model itself is broken")
         return weight_OI
@@ -207,46 +228,82 @@ class BlockRun:
             hessian_II = completed(hessian_II)
         return hessian_II
 
+    @torch.no_grad()
+    def drift(self, name: str) -> Tensor:
+        """fp32 [I, I]: sum of (x' - x) x^T, x' being the uncompressed model's input of the layer where `hessian` sees x."""
+        size = self.layers[name].in_features
+        drift_II = torch.zeros(size, size, device=self.hidden_NTH.device)
+        if name not in self._uncalled:
+            stage = self._stage_of[name]
+            for paused, original in zip(self._advance_to(stage), self._originals_to(stage), strict=True):
+                x_NI, original_NI = (p.input.reshape(-1, size).float() for p in (paused, original))
+                drift_II.addmm_((original_NI - x_NI).t(), x_NI)
+        return drift_II
+
     def install(self, name: str, compressed: Compressed) -> None:
         slot = self._slots[name]
-        compressed.packed.set_bias(slot.layer.bias)
+        compressed.packed.set_bias(slot.original.bias)
+        if key := compressed.packed.table_key:
+            compressed.packed.attach(self.tables[key])
         slot.layer = compressed.packed
         self.reports[name] = compressed.report
         self._stale |= any(paused.stage > self._stage_of[name] or paused.output is not None for paused in self._passes)
+
+    def lend(self, name: str, module: nn.Module) -> None:
+        self._slots[name].layer = module
+        self._stale = True
+
+    def run(self, hidden_NTH: Tensor) -> Tensor:
+        return self._forward(hidden_NTH)
+
+    def windows(self) -> tuple[Tensor, Tensor]:
+        return self.hidden_NTH, self.original_outputs()
 
     @torch.no_grad()
     def outputs(self) -> Tensor:
         """Hidden states behind the block as it is now: the inputs of the next one."""
         return torch.cat([paused.output for paused in self._advance_to(len(self._stages))])
 
+    @torch.no_grad()
+    def original_outputs(self) -> Tensor:
+        """Hidden states behind the uncompressed block."""
+        return torch.cat([paused.output for paused in self._originals_to(len(self._stages))])
+
     def _advance_to(self, stage: int) -> Iterator[_PausedForward]:
         """The pass of every batch, standing in front of `stage` (beyond the last one: finished)."""
         if self._stale or any(paused.stage > stage or paused.output is not None for paused in self._passes):
             self._restart()
-        if not self._passes:
-            batches = self.hidden_NTH.split(max(1, BATCH_TOKENS // self.hidden_NTH.shape[1]))
-            self._passes = [_PausedForward(self._forward, batch_NTH) for batch_NTH in batches]
-        for paused in self._passes:
-            while paused.stage < stage and paused.output is None:
-                paused.advance()
-            yield paused
+        self._passes = self._passes or self._begin(self.hidden_NTH)
+        return _advanced(self._passes, stage)
+
+    def _originals_to(self, stage: int) -> Iterator[_PausedForward]:
+        assert self.original_NTH is not None, "the block was not given the uncompressed model's activations"
+        if any(paused.stage > stage for paused in self._originals):
+            _abandon(self._originals)
+        if not self._originals:
+            self._originals += self._begin(self.original_NTH)
+        return _advanced(self._originals, stage)
+
+    def _begin(self, hidden_NTH: Tensor) -> list[_PausedForward]:
+        return [_PausedForward(self._forward, batch_NTH) for batch_NTH in hidden_NTH.split(max(1, BATCH_TOKENS // hidden_NTH.shape[1]))]
 
     def _restart(self) -> None:
-        for paused in self._passes:
-            paused.abandon()
-        self._passes, self._stale = [], False
+        _abandon(self._passes)
+        self._stale = False
 
     def _forward(self, hidden_NTH: Tensor) -> Tensor:
         return run_block(self.module, hidden_NTH, self.kwargs)
 
-    def _reached(self, name: str, x: Tensor) -> None:
-        """A slot is about to run: note it while stages are being found, pause in front of the first layer of a stage."""
+    def _reached(self, name: str, x: Tensor) -> bool:
+        """A slot is about to run: note it while stages are being found, pause in front of the first layer of a stage. True if it is to
+        run the original layer."""
         if self._watch is not None:
             self._watch.append((x, name))
-            return
-        running = next((p for p in self._passes if p.thread is threading.current_thread()), None)
+            return False
+        running = next((p for p in (*self._passes, *self._originals) if p.thread is threading.current_thread()), None)
         if running is not None and name == self._stages[self._stage_of[name]][0]:
             running.pause(self._stage_of[name], x)
+        return running in self._originals
 
     @torch.no_grad()
     def _find_stages(self) -> list[list[str]]:

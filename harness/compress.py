@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness.calibration import BlockInputs, BlockRun
-from harness.compressed import CompressedModel, install, round_rest
+from harness.compressed import CompressedModel, attach_tables, round_rest
 from harness.files import atomic_path
 from harness.model import decoder_blocks, inventory
 from kernels.dense import HALF_DTYPES
 from kernels.packed import PackedLinear
-from methods.base import LayerConfig, Method
+from kernels.tables import Table
+from methods.base import Compressed, LayerConfig, LayerSpec, Method
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
@@ -45,22 +46,26 @@ def compress_model(
     not packed.
     """
     stock = inventory(model)
+    tables = _tables(model, method, plan, stock.layers, seed, folder / "tables.safetensors")
     round_rest(model, stock, HALF_DTYPES[half])
     _, modules = decoder_blocks(model)
     # A data-free method sees no activation, but runs through the same loop on a single short window of nothing.
     needs_data = method.needs.hessian
     inputs = BlockInputs(model, tokens_NT if needs_data else torch.zeros(1, 8, dtype=torch.long))
     hidden_NTH = inputs.hidden_NTH
+    original_NTH = hidden_NTH if method.needs.original else None
     reports: dict[str, Any] = {}
     seconds = 0.0
     for index, (spec, module) in enumerate(zip(stock.blocks, modules, strict=True)):
         file = folder / f"block_{index:04d}.safetensors"
         finished = file.exists()
         start = time.perf_counter()
-        done = _load_block(model, file) if finished else {}
-        with BlockRun(model, spec, module, hidden_NTH, inputs.kwargs[index]) as block:
-            if not finished:
+        with BlockRun(model, spec, module, hidden_NTH, inputs.kwargs[index], original_NTH, tables) as block:
+            if finished:
+                done = _load_block(block, file, hidden_NTH.device)
+            else:
                 method.compress_block(block, plan, seed)
+            original_NTH = block.original_outputs() if method.needs.original else None
             hidden_NTH = block.outputs() if needs_data else hidden_NTH
         if not finished:
             done = {"reports": block.reports, "seconds": time.perf_counter() - start}
@@ -68,6 +73,7 @@ def compress_model(
         reports |= done["reports"]
         seconds += done["seconds"]
         progress("compress", index + 1, len(stock.blocks))
+    attach_tables(model, tables)
     return CompressedModel(model, stock, half), {"layers": reports, "seconds": seconds}
 
 
@@ -80,13 +86,33 @@ def _save_block(model: PreTrainedModel, layers: tuple, file: Path, done: dict[st
         save_file(tensors, path, metadata=metadata)
 
 
-def _load_block(model: PreTrainedModel, file: Path) -> dict[str, Any]:
-    device = next(model.parameters()).device
+def _load_block(block: BlockRun, file: Path, device: torch.device) -> dict[str, Any]:
     tensors = load_file(file, device=str(device))
     with safe_open(file, framework="pt") as handle:
         metadata = handle.metadata()
     for name, spec in json.loads(metadata["specs"]).items():
         packed = PackedLinear.from_spec(spec, device)
         packed.fill(**{leaf: tensors[f"{name}.{leaf}"] for leaf in packed.stored_parts()})
-        install(model, name, packed)
+        block.install(name, Compressed(packed))
     return json.loads(metadata["done"])
+
+
+def _tables(
+    model: PreTrainedModel, method: Method, plan: Mapping[str, LayerConfig], layers: Sequence[LayerSpec], seed: int, file: Path
+) -> dict[str, Table]:
+    """The tables that layers share, fitted once to the original weights."""
+    configs = {config.table_key: config for config in plan.values() if config.table_key}
+    if not configs:
+        return {}
+    if not file.exists():
+        fitted = method.fit_tables(plan, layers, lambda name: model.get_submodule(name).weight.detach().float(), seed)
+        tensors = {
+            f"{key}/{leaf}": table.get_buffer(leaf).contiguous().cpu() for key, table in fitted.items() for leaf in table.stored_parts()
+        }
+        with atomic_path(file) as path:
+            save_file(tensors, path)
+    tensors = load_file(file, device=str(next(model.parameters()).device))
+    tables = {key: config.table() for key, config in configs.items()}
+    for key, table in tables.items():
+        table.load_state_dict({leaf: tensors[f"{key}/{leaf}"] for leaf in table.stored_parts()}, assign=True)
+    return tables

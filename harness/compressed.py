@@ -8,6 +8,7 @@ config.json          the architecture
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from harness.model import Inventory, inventory
 from kernels.dense import HALF_DTYPES
 from kernels.dispatch import kind
 from kernels.packed import PackedLinear, StoredBits
+from kernels.tables import Table
 
+TABLES = "shared_tables"  # the attribute of the model that holds them
 KINDS = ("dense", "fused", "decode-per-call", "decode-on-load")  # a model is of the last kind any of its layers is
 
 
@@ -36,13 +39,18 @@ class CompressedModel:
     def packed(self) -> dict[str, PackedLinear]:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, PackedLinear)}
 
+    @property
+    def tables(self) -> dict[str, Table]:
+        """Those that layers share, by the key they are asked for with."""
+        return {_key(name): table for name, table in getattr(self.model, TABLES, nn.ModuleDict()).items()}
+
     def ledger(self) -> Ledger:
-        bits = sum((layer.stored_bits() for layer in self.packed.values()), StoredBits())
+        bits = sum((module.stored_bits() for module in (*self.packed.values(), *self.tables.values())), StoredBits())
         return Ledger(bits, self.inventory.uncovered_bits, self.inventory.weights)
 
     @property
     def resident_bpw(self) -> float:
-        bits = sum(layer.resident_bits for layer in self.packed.values()) + self.inventory.uncovered_bits
+        bits = sum(module.resident_bits for module in (*self.packed.values(), *self.tables.values())) + self.inventory.uncovered_bits
         return bits / self.inventory.weights
 
     @property
@@ -53,6 +61,7 @@ class CompressedModel:
     def save(self, folder: Path) -> None:
         """Write the four files, each whole or absent; `packed.json` comes last and marks the folder as complete."""
         stored_names = {f"{name}.{leaf}" for name, layer in self.packed.items() for leaf in layer.stored_parts()}
+        stored_names |= {f"{TABLES}.{_slug(key)}.{leaf}" for key, table in self.tables.items() for leaf in table.stored_parts()}
         stored_names |= set(self.inventory.uncovered)
         half = HALF_DTYPES[self.half]
         packed: dict[str, Tensor] = {}
@@ -72,9 +81,8 @@ class CompressedModel:
             with atomic_path(folder / f"{name}.safetensors") as path:
                 save_file(contiguous, path)
         self.model.config.save_pretrained(folder)
-        write_json(
-            folder / "packed.json", {"version": 1, "half": self.half, "layers": {n: layer.spec() for n, layer in self.packed.items()}}
-        )
+        specs = {kind: {n: m.spec() for n, m in modules.items()} for kind, modules in (("layers", self.packed), ("tables", self.tables))}
+        write_json(folder / "packed.json", {"version": 1, "half": self.half, **specs})
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: torch.dtype) -> CompressedModel:
@@ -88,6 +96,7 @@ class CompressedModel:
         description = read_json(folder / "packed.json")
         for name, spec in description["layers"].items():
             model.set_submodule(name, PackedLinear.from_spec(spec))
+        attach_tables(model, {key: Table.from_spec(spec) for key, spec in description.get("tables", {}).items()})
         packed = load_file(folder / "packed.safetensors")
         rest = load_file(folder / "rest.safetensors")
         state = {name: t if name not in stock.uncovered else t.to(dtype) for name, t in packed.items()}
@@ -101,6 +110,24 @@ class CompressedModel:
         loaded = cls(model.to(device).eval(), stock, description["half"])
         assert 8 * payload_bytes(folder / "packed.safetensors") == loaded.ledger().stored_bits, "payload and ledger disagree"
         return loaded
+
+
+def attach_tables(model: nn.Module, tables: Mapping[str, Table]) -> None:
+    """Make the model own the tables, and every packed layer that shares one decode from it."""
+    if not tables:
+        return
+    setattr(model, TABLES, nn.ModuleDict({_slug(key): table for key, table in tables.items()}))
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear) and layer.table_key:
+            layer.attach(tables[layer.table_key])
+
+
+def _slug(key: str) -> str:
+    return key.replace(".", "/")  # a module's name holds no dot, and no key a slash
+
+
+def _key(slug: str) -> str:
+    return slug.replace("/", ".")
 
 
 def install(model: nn.Module, name: str, packed: PackedLinear) -> None:

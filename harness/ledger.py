@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.packed import StoredBits
-from methods.base import LayerConfig, LayerSpec
+from methods.base import LayerConfig, LayerSpec, shared_bits
 
 FILL_TOLERANCE = Fraction(2, 100)  # bits per weight a plan may leave unused before its row says `underspent`
 
@@ -54,6 +54,7 @@ def planned(plan: Mapping[str, LayerConfig], layers: Iterable[LayerSpec], uncove
     total = StoredBits()
     for layer in layers:
         total += plan[layer.name].stored_bits(layer)
+    total += shared_bits(plan.values())
     return Ledger(total, uncovered_bits, weights)
 
 

@@ -1,17 +1,21 @@
 """Codebooks: each code is the index of one of K vectors of d weights, times a scale per block of input columns.
 
-    w[o, i] = codebook[code[o // d, i], o % d] * scale[o, i // block]   (+ low-rank branch)   (* scale of the row)
+    w[o, i] = table[code[o // d, i], o % d] * scale[o, i // block]   (+ low-rank branch)   (* scale of the row)
 
 The d weights of a vector are consecutive *rows* of one column, as in ReALLM's released code: one column of the matrix is a
-whole number of vectors, so column-by-column error feedback assigns vectors without looking ahead. d = 1 is a scalar codebook
-(`table="nf"`: the NormalFloat constants, which are not stored). Rows are padded up to a multiple of d; the padded codes are
-stored and counted. With `band`, columns stand in an order of their own in every band of rows (kernels.order), which decides
-which of them share a scale.
+whole number of vectors, so column-by-column error feedback assigns vectors without looking ahead. Rows are padded up to a multiple
+of d; the padded codes are stored and counted. With `band`, columns stand in an order of their own in every band of rows
+(kernels.order), which decides which of them share a scale. Where the table comes from:
+
+    learnt        stored with the layer, a codebook of its own
+    nf            the NormalFloat constants, not stored (d = 1)
+    plain, mlp    of a form in kernels.tables, shared by the layers of group `share`, stored and counted once with the model
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +26,19 @@ from kernels.normal_float import nf_levels
 from kernels.order import BandOrder
 from kernels.packed import PackedLinear
 from kernels.scales import BlockScales, per_column
+from kernels.tables import Table
+
+SHARED = ("plain", "mlp")  # forms of tables that a layer refers to
+
+
+def table_key(spec: Mapping[str, Any]) -> str:
+    """Name of the shared table that a layer of this spec decodes from; "" for none."""
+    return f"{spec['share']}:{spec['table']}{spec['dim']}x{spec['index_bits']}" if spec.get("share") else ""
+
+
+def table_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What kernels.tables.Table.from_spec lays that table out from."""
+    return {"form": spec["table"], "dim": spec["dim"], "index_bits": spec["index_bits"]}
 
 
 class CodebookLinear(PackedLinear):
@@ -31,16 +48,17 @@ class CodebookLinear(PackedLinear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool, *,
         dim: int, index_bits: int, block: int, scales: str = "double", rank: int = 0, adapter_bits: int = 8, table: str = "learnt",
-        band: int = 0, order_bits: int = 0, row_scales: bool = False,
+        share: str = "", band: int = 0, order_bits: int = 0, row_scales: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, out_features, bias,
             dim=dim, index_bits=index_bits, block=block, scales=scales, rank=rank, adapter_bits=adapter_bits, table=table,
-            band=band, order_bits=order_bits, row_scales=row_scales,
+            share=share, band=band, order_bits=order_bits, row_scales=row_scales,
         )  # fmt: skip
-        assert dim in (1, 2, 4, 8) and 1 <= index_bits <= 16 and block >= 0 and table in ("learnt", "nf")
-        assert (table == "learnt" or dim == 1) and band % dim == 0
+        assert dim in (1, 2, 4, 8) and 1 <= index_bits <= 16 and block >= 0 and band % dim == 0
+        assert table in ("learnt", "nf", *SHARED) and (table != "nf" or dim == 1) and bool(share) == (table in SHARED)
         self.dim, self.index_bits, self.rank = dim, index_bits, rank
+        self.table_key = table_key(self._hyper)
         self.block = min(block or in_features, in_features)  # 0: one block for the whole row
         self.vector_rows = -(-out_features // dim)
         self.register_buffer("codes", torch.empty(self.vector_rows, packed_words(in_features, index_bits), dtype=torch.int32))
@@ -50,17 +68,29 @@ class CodebookLinear(PackedLinear):
         self.order = BandOrder(out_features, in_features, band, order_bits) if band else None
         self.register_buffer("row_scale", torch.empty(out_features, dtype=torch.float16) if row_scales else None)
 
+    def attach(self, table: Table) -> None:
+        """Decode from a table that the model owns. Not a submodule: the bytes are not this layer's."""
+        assert (table.form, table.dim, table.index_bits) == (self._hyper["table"], self.dim, self.index_bits)
+        object.__setattr__(self, "shared", table)
+
     def entries(self) -> Tensor:
-        """The codebook, fp32 [K, D]."""
+        """The table, fp32 [K, D]."""
+        if self.table_key:
+            return self.shared.entries()
         return self.codebook.float() if self.codebook is not None else nf_levels(self.index_bits).to(self.codes.device)[:, None]
 
     def decode(self) -> Tensor:
-        code_VI = unpack(self.codes, self.index_bits, self.in_features)
-        vector_VID = torch.nn.functional.embedding(code_VI, self.entries())
+        factors = self.lowrank.factors() if self.lowrank is not None else None
+        return self.combine(unpack(self.codes, self.index_bits, self.in_features), self.entries(), self.scales.decode(), factors)
+
+    def combine(self, code_VI: Tensor, entry_KD: Tensor, scale_OG: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The weight [O, I] that these parts stand for; differentiable in all but the codes."""
+        vector_VID = torch.nn.functional.embedding(code_VI, entry_KD)
         unit_OI = vector_VID.transpose(1, 2).reshape(self.vector_rows * self.dim, self.in_features)[: self.out_features]
-        weight_OI = unit_OI * per_column(self.scales.decode(), self.block, self.in_features)
+        weight_OI = unit_OI * per_column(scale_OG, self.block, self.in_features)
         if self.order is not None:
             weight_OI = self.order.restore(weight_OI)
-        if self.lowrank is not None:
-            weight_OI = weight_OI + self.lowrank.decode()
+        if factors is not None:
+            left_OR, right_RI = factors
+            weight_OI = weight_OI + left_OR @ right_RI
         return weight_OI if self.row_scale is None else weight_OI * self.row_scale.float()[:, None]

@@ -2,6 +2,7 @@
 
 from kernels.codebook import CodebookLinear
 from kernels.dense import DenseLinear
+from kernels.tables import PlainTable
 from kernels.uniform import UniformLinear
 
-__all__ = ["CodebookLinear", "DenseLinear", "UniformLinear"]
+__all__ = ["CodebookLinear", "DenseLinear", "PlainTable", "UniformLinear"]

@@ -75,6 +75,7 @@ class PackedLinear(StoredModule):
     """
 
     format: ClassVar[str]
+    table_key: str = ""  # of the shared table it decodes from (kernels.tables)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -105,6 +106,10 @@ class PackedLinear(StoredModule):
         """Set all stored buffers, insisting on the declared shapes and dtypes: what was planned is what is stored."""
         missing = self.stored_parts().keys() - tensors
         assert not missing, f"{self.format}: {sorted(missing)} left without a value"
+        self.refill(**tensors)
+
+    def refill(self, **tensors: Tensor) -> None:
+        """Set some of them."""
         for name, value in tensors.items():
             declared = self.get_buffer(name)
             assert value.shape == declared.shape and value.dtype == declared.dtype, (
@@ -122,6 +127,10 @@ class PackedLinear(StoredModule):
     def resident_bits(self) -> int:
         """Bits held while decoding: the stored tensors and any lossless re-layout made at load time."""
         return sum(8 * b.numel() * b.element_size() for name, b in self.named_buffers() if name != "bias")
+
+    def attach(self, table: nn.Module) -> None:
+        """Give the layer the shared table that `table_key` names."""
+        raise AssertionError(f"{type(self).__name__} shares no table")
 
     def decode(self) -> Tensor:
         """The weight these bytes stand for: fp32 [out_features, in_features]."""

@@ -15,6 +15,7 @@ REGISTRY: dict[str, str] = {
     "rtn": "methods.rtn:RoundToNearest",
     "nf": "methods.nf:NormalFloat",
     "gptq": "methods.gptq:GPTQ",
+    "gptvq": "methods.gptvq:GPTVQ",
     "reallm": "methods.reallm:ReALLM",
 }
 

@@ -10,16 +10,18 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kernels.codebook import table_key, table_spec
 from kernels.packed import PackedLinear, StoredBits
+from kernels.tables import Table
 
 SAMPLE_BANDS, BAND_ROWS = 4, 8  # of rows, for estimates; a band holds whole vectors of every codebook length
 
@@ -37,6 +39,7 @@ class Needs:
     """Statistics the harness must collect before a layer can be compressed."""
 
     hessian: bool = False  # sum over calibration tokens of x x^T, fp32 [I, I]
+    original: bool = False  # the uncompressed model's activations beside those behind the packed prefix
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,17 @@ class LayerConfig:
         return PackedLinear.from_spec({"format": self.format, **shape, **dict(self.hyper)}, device)
 
     def stored_bits(self, layer: LayerSpec) -> StoredBits:
+        """Of the layer alone: a table it shares with others is counted once for the model (`shared_bits`)."""
         return _stored_bits(self, layer.out_features, layer.in_features)
+
+    @property
+    def table_key(self) -> str:
+        """Name of the shared table the layer decodes from; "" for none."""
+        return table_key(dict(self.hyper))
+
+    def table(self, device: str | torch.device = "meta") -> Table:
+        """That table, empty."""
+        return Table.from_spec(table_spec(dict(self.hyper)), device)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": self.format, **dict(self.hyper)}
@@ -90,6 +103,12 @@ class LayerConfig:
 @cache
 def _stored_bits(config: LayerConfig, out_features: int, in_features: int) -> StoredBits:
     return config.layout(LayerSpec("", "", out_features, in_features, bias=False)).stored_bits()
+
+
+def shared_bits(configs: Iterable[LayerConfig]) -> StoredBits:
+    """Of the tables that layers of these configurations share, each counted once."""
+    used = {config.table_key: config for config in configs if config.table_key}
+    return sum((config.table().stored_bits() for config in used.values()), StoredBits())
 
 
 @dataclass(frozen=True)
@@ -124,6 +143,7 @@ class Block(Protocol):
     """One decoder block as a method sees it (harness.calibration provides it)."""
 
     layers: Mapping[str, LayerSpec]
+    tables: Mapping[str, Table]  # those the method fitted, by key
 
     def stages(self) -> list[list[str]]:
         """Layer names in the order data takes; layers of one stage share one input."""
@@ -134,8 +154,21 @@ class Block(Protocol):
     def hessian(self, name: str) -> Tensor:
         """fp32 [I, I]: sum of x x^T over calibration tokens, x computed by the block as it is now."""
 
+    def drift(self, name: str) -> Tensor:
+        """fp32 [I, I]: sum of (x' - x) x^T, x' being the uncompressed model's input. Only with `Needs.original`."""
+
     def install(self, name: str, packed: Compressed) -> None:
         """Replace the layer; everything later in the block now runs on the packed one."""
+
+    def lend(self, name: str, module: nn.Module) -> None:
+        """Let `run` use this module in the layer's place, until the next `install`."""
+
+    def run(self, hidden_NTH: Tensor) -> Tensor:
+        """The block as it is now on hidden states in front of it, with gradients if they are wanted."""
+
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, T, H] of the calibration tokens: in front of the block, as the packed prefix leaves them, and behind it in
+        the uncompressed model. Only with `Needs.original`."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +221,12 @@ class Method(ABC):
     def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
         """Order among configurations that serve a whole model of `weights` weights with `bits`: index bits, then all bits."""
         return (bits.codes / weights, bits.total / weights)
+
+    def fit_tables(
+        self, plan: Mapping[str, LayerConfig], layers: Sequence[LayerSpec], weight: Callable[[str], Tensor], seed: int
+    ) -> dict[str, Table]:
+        """The tables that the plan's layers share, by key, from the original weights [O, I] that `weight(name)` gives."""
+        return {}
 
     @abstractmethod
     def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:

@@ -5,20 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # distances held at once
+CHUNK = 1 << 20  # distances held at once: 4 MiB, near what a core's cache holds
+
+
+class NearestEntry:
+    """argmin_k sum_d (square c_k^2 - 2 cross c_k), int64 [N]: the nearest entry under weights w for square = w, cross = w v.
+
+    A weight that comes of a scale, w = s^2 and v = x / s, needs no division this way: cross = s x. One product per chunk, into a
+    buffer that is kept from call to call: on a CPU fresh pages for the distances cost more than the distances.
+    """
+
+    def __init__(self, codebook_KD: Tensor) -> None:
+        self.terms_EK = torch.cat([codebook_KD.square(), -2 * codebook_KD], dim=1).t().contiguous()
+        self._distance_NK: Tensor | None = None
+
+    def __call__(self, square_ND: Tensor, cross_ND: Tensor) -> Tensor:
+        both_NE = torch.cat([square_ND, cross_ND], dim=1)
+        count = self.terms_EK.shape[1]
+        step = min(len(both_NE), max(1, CHUNK // count))
+        if self._distance_NK is None or len(self._distance_NK) < step:
+            self._distance_NK = both_NE.new_empty(step, count)
+        found = [_argmin(torch.mm(part, self.terms_EK, out=self._distance_NK[: len(part)])) for part in both_NE.split(step)]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def nearest(square_ND: Tensor, cross_ND: Tensor, codebook_KD: Tensor) -> Tensor:
-    """argmin_k sum_d (square c_k^2 - 2 cross c_k), int64 [N]: the nearest entry under weights w for square = w, cross = w v.
-
-    A weight that comes of a scale, w = s^2 and v = x / s, needs no division this way: cross = s x.
-    """
-    square_DK, entry_DK = codebook_KD.square().t(), codebook_KD.t()
-    step = max(1, CHUNK // len(codebook_KD))
-    if len(square_ND) <= step:
-        return _argmin(torch.addmm(square_ND @ square_DK, cross_ND, entry_DK, alpha=-2))
-    pairs = zip(square_ND.split(step), cross_ND.split(step), strict=True)
-    return torch.cat([_argmin(torch.addmm(w @ square_DK, c, entry_DK, alpha=-2)) for w, c in pairs])
+    """One call of `NearestEntry`."""
+    return NearestEntry(codebook_KD)(square_ND, cross_ND)
 
 
 def _argmin(distance_NK: Tensor) -> Tensor:

@@ -1,18 +1,19 @@
 """ReALLM (Leconte, Bedin, Nguyen, Moulines; arXiv 2405.13155): W ~ Q + L1 L2, Q a vector-quantised latent of an autoencoder.
 
 Here the decoder is the identity, the form the released code uses for every language model it evaluates: Q is a k-means
-codebook over short vectors under block scales, plus a low-rank part. Three variants:
+codebook over short vectors under block scales, plus a low-rank part. Four variants:
 
     data-free    the paper's alternation of SVD and vector quantisation                       methods.reallm.data_free
     released     the same with the settings of the authors' code: 2 bits nominal, 2.78 stored on Llama-2-7B
     calibrated   the same stored form, every choice made against the layer's Hessian          methods.reallm.calibrated
+    blockwise    that, and the real numbers of each block trained                             methods.reallm.blockwise
 
 README.md beside this file lists the paper's claims, ours, and each divergence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,28 +21,34 @@ import torch
 from torch import Tensor
 
 from kernels.packed import StoredBits
-from methods.base import Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track
+from kernels.tables import Table
+from methods.base import Block, Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track, layer_seed
 from methods.codecs.error_feedback import check_damp
 from methods.codecs.lowrank import svd_factors
-from methods.codecs.vector import block_absmax, gaussian_error
-from methods.reallm.calibrated import compress_calibrated
+from methods.codecs.vector import block_absmax, fit_table, gaussian_error
+from methods.reallm.blockwise import Schedule, tune_block
+from methods.reallm.calibrated import compress_calibrated, followed
 from methods.reallm.data_free import compress_data_free
 
-# (vector length, index bits): 1.5 to 6 bits a weight; longer codebooks cost small matrices more than they gain.
+# (vector length, index bits) of a codebook of a matrix's own: 1.5 to 6 bits a weight; longer ones cost small matrices more than they gain.
 SHAPES = ((2, 3), (4, 6), (4, 7), (2, 4), (4, 8), (2, 5), (2, 6), (2, 7), (2, 8), (2, 9), (1, 5), (1, 6))
+SHARED_SHAPES = ((4, 9), (4, 10), (4, 11), (4, 12))  # of one that all matrices of a kind share
+SHARES = ("none", "kind", "model")
 MAX_RANK = 32
+BLOCKS = (64, 128)  # columns under one scale
 MIXED_RANKS = (0, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReALLM(Method):
     name: ClassVar[str] = "reallm"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "calibrated": {"calibrated": True},
         "data-free": {"calibrated": False},
+        "blockwise": {"epochs": 4},
         "released": {
-            "calibrated": False, "dim": 2, "index_bits": 4, "rank": 64, "adapter_bits": 16, "band": 64, "order_bits": 16,
+            "calibrated": False, "share": "none", "dim": 2, "index_bits": 4, "block": 64, "rank": 64, "adapter_bits": 16, "band": 64, "order_bits": 16,
             "row_scales": True, "rounds": 100, "tolerance": 0.0,
         },
     }  # fmt: skip
@@ -50,7 +57,7 @@ class ReALLM(Method):
     dim: int | None = None
     index_bits: int | None = None
     rank: int | None = None
-    block: int = 64
+    block: int | None = None
     scales: str = "double"
     adapter_bits: int = 8
     band: int = 0  # data-free: rows that share an order of the columns; 0 leaves them in place
@@ -61,6 +68,11 @@ class ReALLM(Method):
     act_order: bool = True  # calibrated
     damp: float = 0.01  # calibrated
     refit: int = 6  # calibrated: conjugate-gradient steps on the codebook
+    follow: float = 0.5  # calibrated: share of the inputs' drift that the weights are moved against
+    share: str = "kind"  # whose matrices the large codebooks serve: those of a kind, or all of the model's
+    epochs: int = 0  # of block-wise tuning
+    rate: float = 2e-3  # of its optimiser, relative to each tensor's size
+    batch: int = 2  # windows per step of it
 
     def __post_init__(self) -> None:
         if (self.dim is None) != (self.index_bits is None):
@@ -72,7 +84,7 @@ class ReALLM(Method):
         check_damp(self.damp)
         if self.rank is not None and self.rank < 0:
             raise ValueError("rank must not be negative")
-        if self.block < 1:
+        if self.block is not None and self.block < 1:
             raise ValueError("block must be at least 1")
         if self.calibrated and (self.band or self.row_scales):
             raise ValueError("column orders (band) and row_scales belong to reallm:data-free")
@@ -80,29 +92,45 @@ class ReALLM(Method):
             raise ValueError("band must be a multiple of the vector length")
         if self.order_bits is not None and not (self.band and 1 <= self.order_bits <= 16):
             raise ValueError("order_bits must be 1 to 16, and needs a band")
+        if self.share not in SHARES:
+            raise ValueError(f"share must be one of {', '.join(SHARES)}")
+        if not 0 <= self.follow <= 1:
+            raise ValueError("follow must be 0 to 1")
+        if self.epochs < 0 or self.batch < 1 or not 0 < self.rate < 1:
+            raise ValueError("epochs must not be negative, batch at least 1, rate between 0 and 1")
+        if self.epochs and not self.calibrated:
+            raise ValueError("block-wise tuning (epochs) needs the calibrated variant")
         if self.scales not in ("half", "double") or self.adapter_bits not in (8, 16):
             raise ValueError("scales must be half or double, adapter_bits 8 or 16")
 
     @property
     def track(self) -> Track:
+        if self.epochs:
+            return Track.FINE_TUNED
         return Track.CALIBRATED if self.calibrated else Track.DATA_FREE
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=self.calibrated)
+        return Needs(hessian=self.calibrated, original=self.calibrated and (self.follow > 0 or self.epochs > 0))
 
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
-        shapes = SHAPES if self.dim is None else ((self.dim, self.index_bits),)
+        own = {"table": "learnt"}
+        if self.dim is not None:
+            shapes = [(self.dim, self.index_bits, own)]
+        else:
+            shared = {"table": "plain", "share": layer.kind if self.share == "kind" else self.share}
+            shapes = [(*shape, own) for shape in SHAPES] + [(*shape, shared) for shape in SHARED_SHAPES if self.share != "none"]
         ranks = range(MAX_RANK + 1) if self.rank is None else (self.rank,)
         extras = {}
         if self.band or self.row_scales:
             extras = {"band": self.band, "order_bits": self.order_bits or 0, "row_scales": self.row_scales}
         return [
             LayerConfig.of(
-                "codebook", dim=dim, index_bits=bits, block=self.block, scales=self.scales, rank=rank, adapter_bits=self.adapter_bits,
-                **extras,
+                "codebook", dim=dim, index_bits=bits, block=block, scales=self.scales, rank=rank, adapter_bits=self.adapter_bits,
+                **table, **extras,
             )
-            for dim, bits in shapes
+            for dim, bits, table in shapes
+            for block in (BLOCKS if self.block is None else (self.block,))
             for rank in ranks
             if rank < min(layer.in_features, layer.out_features) and layer.in_features <= 2 ** (self.order_bits or 16)
         ]  # fmt: skip
@@ -115,23 +143,61 @@ class ReALLM(Method):
     ) -> list[float]:
         """The low-rank part for real (diagonally whitened), the codebook by what it leaves of normal weights of that scale."""
         root_I = sensitivity.column_I.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        ranks = {config["rank"] for config in configs}
+        ranks, blocks = ({config[key] for config in configs} for key in ("rank", "block"))
         left_OR, right_RI = svd_factors(weight_OI * root_I, max(ranks), None, seed)
-        column_BS = torch.nn.functional.pad(sensitivity.column_I, (0, -layer.in_features % self.block)).view(-1, self.block)
         scale_cost = {}
         for rank in ranks:
             rest_OI = weight_OI - left_OR[:, :rank] @ right_RI[:rank] / root_I
-            scale_cost[rank] = float(sensitivity.row_O @ block_absmax(rest_OI, self.block).square() @ column_BS.sum(dim=1))
-        unit = {shape: gaussian_error(*shape, self.block) for shape in {(c["dim"], 2 ** c["index_bits"]) for c in configs}}
-        return [0.5 * unit[config["dim"], 2 ** config["index_bits"]] * scale_cost[config["rank"]] for config in configs]
+            for block in blocks:
+                column_BS = torch.nn.functional.pad(sensitivity.column_I, (0, -layer.in_features % block)).view(-1, block)
+                scale_cost[rank, block] = float(sensitivity.row_O @ block_absmax(rest_OI, block).square() @ column_BS.sum(dim=1))
+        return [0.5 * gaussian_error(c["dim"], 2 ** c["index_bits"], c["block"]) * scale_cost[c["rank"], c["block"]] for c in configs]
 
     def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
-        """At equal index bits longer vectors, then the largest rank that fits."""
+        """At equal index bits longer vectors, then smaller blocks, then the largest rank that fits."""
         codes, total = super().preference(config, bits, weights)
-        return (config["index_bits"] / config["dim"], config["dim"], total)
+        return (config["index_bits"] / config["dim"], config["dim"], -config["block"], total)
 
-    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+    def fit_tables(
+        self, plan: Mapping[str, LayerConfig], layers: Sequence[LayerSpec], weight: Callable[[str], Tensor], seed: int
+    ) -> dict[str, Table]:
+        tables: dict[str, Table] = {}
+        latest: dict[int, Tensor] = {}
+        for key in sorted({config.table_key for config in plan.values() if config.table_key}):
+            users = [layer.name for layer in layers if plan[layer.name].table_key == key]
+            table = plan[users[0]].table()
+            entries = 2**table.index_bits
+            matrices = ((weight(name), plan[name]["block"]) for name in users)
+            values_KD = fit_table(matrices, len(users), table.dim, entries, layer_seed(seed, key), latest.get(entries))
+            latest[entries] = values_KD
+            table.values = values_KD.half()
+            tables[key] = table
+        return tables
+
+    def compress_block(self, block: Block, plan: Mapping[str, LayerConfig], seed: int) -> None:
+        done: dict[str, Compressed] = {}
+        for stage in block.stages():
+            hessian_II = block.hessian(stage[0]) if self.calibrated else None
+            drift_II = block.drift(stage[0]) if self.needs.original and self.follow else None
+            for name in stage:
+                weight_OI = block.weight(name)
+                if drift_II is not None:
+                    weight_OI = followed(weight_OI, hessian_II, drift_II, self.follow)
+                table = block.tables.get(plan[name].table_key)
+                done[name] = self.compress(weight_OI, hessian_II, block.layers[name], plan[name], layer_seed(seed, name), table)
+                block.install(name, done[name])
+        if self.epochs:
+            packed = {name: compressed.packed for name, compressed in done.items()}
+            report = tune_block(block, packed, Schedule(self.epochs, self.rate, self.batch), seed)
+            for name, compressed in done.items():
+                block.install(name, Compressed(compressed.packed, compressed.report | report))
+
+    def compress(
+        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int, table: Table | None = None
+    ) -> Compressed:
         packed = config.layout(layer, weight_OI.device)
+        if table is not None:
+            packed.attach(table)
         if self.calibrated:
             assert hessian_II is not None
             tensors, report = compress_calibrated(

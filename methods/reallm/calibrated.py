@@ -1,5 +1,6 @@
 """ReALLM with a Hessian: the stored form of the paper, every choice made against the layer objective tr(E H E^T).
 
+    0  target            the weight moved against the drift of its inputs, half way                    `followed`
     1  low-rank part     the best rank-R part of W as the inputs see it: SVD of W C, H = C C^T
     2  scales            absmax per block of the rest, double-quantised
     3  codebook          k-means weighted by scale^2 / [H^-1]_ii: what an error costs once later columns have reacted to it
@@ -18,9 +19,11 @@ from torch import Tensor
 from kernels.codebook import CodebookLinear
 from kernels.packed import PackedLinear
 from methods.codecs.error_feedback import Feedback, prepare, run
-from methods.codecs.kmeans import nearest
+from methods.codecs.kmeans import NearestEntry
 from methods.codecs.vector import absmax_scales, fit_codebook, refit_codebook
 from methods.reallm.data_free import codebook_tensors, lowrank_part
+
+FOLLOW_DAMP = 0.1  # share of mean diag(H)
 
 
 def compress_calibrated(
@@ -37,12 +40,29 @@ def compress_calibrated(
     scales = absmax_scales(rest_OI, packed.block, packed.scales.kind)
     pivot_I = torch.empty_like(feedback.diagonal_I).index_copy_(0, feedback.order_I, feedback.upper_II.diagonal())
     importance_OI = scales.scale_OI.square() / pivot_I.square()  # U_ii^2 = [H^-1]_ii given the columns quantised before i
-    codebook_KD = fit_codebook(rest_OI / scales.scale_OI, importance_OI, packed.dim, 2**packed.index_bits, seed)
+    if packed.table_key:
+        codebook_KD = packed.entries()
+    else:
+        codebook_KD = fit_codebook(rest_OI / scales.scale_OI, importance_OI, packed.dim, 2**packed.index_bits, seed)
     code_VI = assign(rest_OI, scales.scale_OI, codebook_KD, feedback)
-    if refit:
+    if refit and not packed.table_key:
         codebook_KD = refit_codebook(rest_OI, scales.scale_OI, code_VI, codebook_KD, damped_II, refit)
     report = {"dead_columns": feedback.dead, "damp": feedback.damp}
     return adapters | codebook_tensors(packed, code_VI, codebook_KD, scales.stored), report
+
+
+def followed(weight_OI: Tensor, hessian_II: Tensor, drift_II: Tensor, share: float) -> Tensor:
+    """The weight to quantise when inputs have drifted: W' = W + share * W D (H + damp I)^-1.
+
+    With x behind the packed prefix and x' of the uncompressed model, W + W D H^-1 minimises |W x' - W' x|^2 (D the sum of (x' - x) x^T):
+    the layer takes back what it can of the errors made before it (as GPTAQ does, Li et al., arXiv 2504.02692). From few calibration
+    tokens the whole step fits their noise too, and is worse than none: hence a share of it, and a strong damping.
+    """
+    damped_II = hessian_II.clone()
+    diagonal_I = damped_II.diagonal()
+    diagonal_I[diagonal_I == 0] = diagonal_I.mean().clamp_min(1e-12)  # a column without input has no drift either
+    diagonal_I += FOLLOW_DAMP * diagonal_I.mean()
+    return weight_OI + share * torch.linalg.solve(damped_II, (weight_OI @ drift_II).t()).t()
 
 
 def assign(target_OI: Tensor, scale_OI: Tensor, codebook_KD: Tensor, feedback: Feedback) -> Tensor:
@@ -53,12 +73,13 @@ def assign(target_OI: Tensor, scale_OI: Tensor, codebook_KD: Tensor, feedback: F
     # Transposed and padded, so that a column of the weight is a contiguous run of whole vectors; padding has scale 0.
     scale_IP = torch.nn.functional.pad(scale_OI.t(), (0, pad)).contiguous()
     square_IP = scale_IP.square()
+    nearest = NearestEntry(codebook_KD)
     code_IV = torch.empty(columns, (rows + pad) // dim, dtype=torch.int64, device=target_OI.device)
 
     def quantise(position: int, column: int, values_O: Tensor) -> Tensor:
         scale_P = scale_IP[column]
         values_P = torch.nn.functional.pad(values_O, (0, pad)) if pad else values_O
-        code_V = nearest(square_IP[column].view(-1, dim), (scale_P * values_P).view(-1, dim), codebook_KD)
+        code_V = nearest(square_IP[column].view(-1, dim), (scale_P * values_P).view(-1, dim))
         code_IV[column] = code_V
         return (codebook_KD[code_V].view(-1) * scale_P)[:rows]
 

@@ -44,7 +44,10 @@ def compress_data_free(
             rest_OI = rest_OI.gather(1, packed.order.per_row())
         scales = absmax_scales(rest_OI, packed.block, packed.scales.kind)
         square_OI = scales.scale_OI.square()  # an error of a scaled entry costs scale^2
-        codebook_KD = fit_codebook(rest_OI / scales.scale_OI, square_OI, packed.dim, 2**packed.index_bits, seed, codebook_KD)
+        if packed.table_key:
+            codebook_KD = packed.entries()
+        else:
+            codebook_KD = fit_codebook(rest_OI / scales.scale_OI, square_OI, packed.dim, 2**packed.index_bits, seed, codebook_KD)
         square_VID, cross_VID = to_vectors(square_OI, packed.dim), to_vectors(scales.scale_OI * rest_OI, packed.dim)
         code_N = nearest(square_VID.reshape(-1, packed.dim), cross_VID.reshape(-1, packed.dim), codebook_KD)
         code_VI = code_N.view(square_VID.shape[:2])
@@ -85,8 +88,5 @@ def lowrank_part(matrix_OI: Tensor, packed: CodebookLinear, whitener_II: Tensor 
 
 def codebook_tensors(packed: CodebookLinear, code_VI: Tensor, codebook_KD: Tensor, scales: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stored buffers of the quantised part."""
-    return {
-        "codes": pack(code_VI, packed.index_bits),
-        "codebook": codebook_KD.half(),
-        **{f"scales.{name}": tensor for name, tensor in scales.items()},
-    }
+    own = {} if packed.table_key else {"codebook": codebook_KD.half()}
+    return {"codes": pack(code_VI, packed.index_bits), **own, **{f"scales.{name}": tensor for name, tensor in scales.items()}}

@@ -132,7 +132,7 @@ def test_the_released_settings_decode_what_they_report(weight):
     assert error == pytest.approx(done.report["relative_error"], rel=1e-4)
     bits = done.packed.stored_bits()
     assert bits.tables == 3 * 576 * 16 + 16 * 2 * 16 and bits.scales >= 16 * 192
-    plain = parse_method("reallm:data-free,dim=2,index_bits=4,rank=4,adapter_bits=16,rounds=3")
+    plain = parse_method("reallm:data-free,dim=2,index_bits=4,block=64,rank=4,adapter_bits=16,rounds=3")
     (config,) = plain.candidates(layer)
     without = plain.compress(weight, None, layer, config, seed=0)
     assert done.report["relative_error"] < without.report["relative_error"]  # at a quarter of a bit more

@@ -10,7 +10,7 @@ from methods.base import LayerConfig, LayerSpec
     "text, hint",
     [
         ("gtpq", "did you mean 'gptq'"),
-        ("nonsense", "choose from fp16, rtn, nf, gptq, reallm"),
+        ("nonsense", "choose from fp16, rtn, nf, gptq, gptvq, reallm"),
         ("gptq:grup=64", "did you mean 'group'"),
         ("gptq:group=many", "group=many is not int or none"),
         ("gptq:act_order=3", "is not true/false"),

@@ -1,0 +1,137 @@
+"""Block-wise fine-tuning: what a packed block stores in real numbers, trained to give the uncompressed model's outputs.
+
+After all layers of a block are packed, codes stay as they are and block scales, codebooks and low-rank factors are trained by Adam on
+the mean squared error between the block's output, behind the packed prefix, and that of the uncompressed model (the paper's block-wise
+stage, after AQLM, arXiv 2401.06118, sec. 3.4). Every forward pass sees stored numbers: each tensor is rounded to its stored form with a
+straight-through gradient, so that what training ends with is what is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels.bitpack import unpack
+from kernels.codebook import CodebookLinear
+from kernels.lowrank import quantise_lowrank
+from kernels.scales import quantise_scales
+from methods.base import Block
+
+WARM_UP = 0.1  # share of the steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    epochs: int
+    rate: float  # step of Adam in units of each tensor's own size
+    batch: int  # windows per step
+
+    def factor(self, step: int, steps: int) -> float:
+        """Linear warm-up, then a cosine to zero."""
+        warm = max(1, round(WARM_UP * steps))
+        angle = torch.pi * max(0, step - warm) / max(1, steps - warm)
+        return min(1.0, (step + 1) / warm) * 0.5 * (1 + torch.tensor(angle).cos().item())
+
+
+class TunedLinear(nn.Module):
+    """A packed layer whose stored real numbers are trained: start * (1 + change) for scales, start + size * change for the others."""
+
+    def __init__(self, packed: CodebookLinear) -> None:
+        super().__init__()
+        object.__setattr__(self, "packed", packed)  # its buffers are not this module's
+        self.code_VI = unpack(packed.codes, packed.index_bits, packed.in_features)
+        self.start = {"scale": packed.scales.decode()}
+        if packed.codebook is not None:
+            self.start["entries"] = packed.entries()
+        if packed.lowrank is not None:
+            self.start["left"], self.start["right"] = packed.lowrank.factors()
+        self.size = {name: value if name == "scale" else _rms(value) for name, value in self.start.items()}
+        self.change = nn.ParameterDict({name: torch.zeros_like(value) for name, value in self.start.items()})
+
+    def _now(self, name: str) -> Tensor:
+        return self.start[name] + self.size[name] * self.change[name]
+
+    def stored(self) -> dict[str, Tensor]:
+        """The trained buffers of `packed`, by name."""
+        tensors = {f"scales.{k}": v for k, v in quantise_scales(self._positive_scales(), self.packed.scales.kind).items()}
+        if "entries" in self.start:
+            tensors["codebook"] = self._now("entries").half()
+        if "left" in self.start:
+            stored = quantise_lowrank(self._now("left"), self._now("right"), self.packed.lowrank.bits)
+            tensors |= {f"lowrank.{k}": v for k, v in stored.items()}
+        return tensors
+
+    def _positive_scales(self) -> Tensor:
+        return self._now("scale").clamp_min(2.0**-24)
+
+    def weight(self) -> Tensor:
+        """What the stored form of the current numbers decodes to, with the gradient of the numbers."""
+        scale_OG = self._positive_scales()
+        with torch.no_grad():
+            self.packed.refill(**self.stored())
+            stored_scale_OG = self.packed.scales.decode()
+            factors = self.packed.lowrank.factors() if "left" in self.start else None
+        entry_KD = _through(self._now("entries"), self.packed.entries()) if "entries" in self.start else self.packed.entries()
+        if factors is not None:
+            factors = (_through(self._now("left"), factors[0]), _through(self._now("right"), factors[1]))
+        return self.packed.combine(self.code_VI, entry_KD, _through(scale_OG, stored_scale_OG), factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.packed.bias is None else self.packed.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight().to(x.dtype), bias)
+
+
+def tune_block(block: Block, packed: dict[str, CodebookLinear], schedule: Schedule, seed: int) -> dict[str, float]:
+    """Train the layers in place; they are left in the block as `TunedLinear`s, to be installed again. Returns {steps, tokens, loss_before,
+    loss_after}, losses relative to the mean square of the target.
+
+    The numbers of the epoch with the least loss over all windows are kept; the start is one of them, so tuning never hurts on them.
+    """
+    tuned = {name: TunedLinear(layer) for name, layer in packed.items()}
+    for name, module in tuned.items():
+        block.lend(name, module)
+    hidden_NTH, target_NTH = block.windows()
+    norm = float(target_NTH.square().mean())
+    parameters = [p for module in tuned.values() for p in module.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=schedule.rate, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(seed)
+    steps = schedule.epochs * -(-len(hidden_NTH) // schedule.batch)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule.factor(step, steps))
+    before = best = _loss(block, hidden_NTH, target_NTH, schedule.batch) / norm
+    kept = [p.detach().clone() for p in parameters]
+    for _ in range(schedule.epochs):
+        for index_B in torch.randperm(len(hidden_NTH), generator=generator).split(schedule.batch):
+            index_B = index_B.to(hidden_NTH.device)
+            loss = (block.run(hidden_NTH[index_B]).float() - target_NTH[index_B].float()).square().mean() / norm
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            rate.step()
+        now = _loss(block, hidden_NTH, target_NTH, schedule.batch) / norm
+        if now < best:
+            best, kept = now, [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+        for module in tuned.values():
+            module.packed.refill(**module.stored())
+    tokens = schedule.epochs * hidden_NTH[..., 0].numel()
+    return {"tuning_steps": steps, "tuning_tokens": tokens, "loss_before": before, "loss_after": best}
+
+
+@torch.no_grad()
+def _loss(block: Block, hidden_NTH: Tensor, target_NTH: Tensor, batch: int) -> float:
+    parts: Iterable[tuple[Tensor, Tensor]] = zip(hidden_NTH.split(batch), target_NTH.split(batch), strict=True)
+    return float(sum((block.run(h).float() - t.float()).square().sum() for h, t in parts)) / target_NTH.numel()
+
+
+def _through(value: Tensor, stored: Tensor) -> Tensor:
+    """`stored` with the gradient of `value`."""
+    return value + (stored - value).detach()
+
+
+def _rms(value: Tensor) -> Tensor:
+    return value.square().mean().sqrt()
