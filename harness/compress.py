@@ -106,9 +106,8 @@ def _tables(
         return {}
     if not file.exists():
         fitted = method.fit_tables(plan, layers, lambda name: model.get_submodule(name).weight.detach().float(), seed)
-        tensors = {
-            f"{key}/{leaf}": table.get_buffer(leaf).contiguous().cpu() for key, table in fitted.items() for leaf in table.stored_parts()
-        }
+        stored = {f"{key}/{leaf}": table.get_buffer(leaf) for key, table in fitted.items() for leaf in table.stored_parts()}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
         with atomic_path(file) as path:
             save_file(tensors, path)
     tensors = load_file(file, device=str(next(model.parameters()).device))

@@ -48,8 +48,8 @@ class ReALLM(Method):
         "data-free": {"calibrated": False},
         "blockwise": {"epochs": 4},
         "released": {
-            "calibrated": False, "share": "none", "dim": 2, "index_bits": 4, "block": 64, "rank": 64, "adapter_bits": 16, "band": 64, "order_bits": 16,
-            "row_scales": True, "rounds": 100, "tolerance": 0.0,
+            "calibrated": False, "share": "none", "dim": 2, "index_bits": 4, "block": 64, "rank": 64, "adapter_bits": 16,
+            "band": 64, "order_bits": 16, "row_scales": True, "rounds": 100, "tolerance": 0.0,
         },
     }  # fmt: skip
 
