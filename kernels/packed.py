@@ -75,6 +75,7 @@ class PackedLinear(StoredModule):
     """
 
     format: ClassVar[str]
+    decode_on_load: ClassVar[bool] = False  # True: `loaded(dtype)` decodes once and keeps the weight
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
