@@ -12,6 +12,9 @@ the stem's weights do what a scale per channel would do. The network is
 with fewer channels at every stage. Its weights are codes of a table of levels under one fp16 absmax per output channel. All
 layers share three streams: codes, absmax, biases.
 
+A matrix is no image: its rows and columns may stand in any order, and neighbours have nothing in common. With `reorder` one order
+of the rows and one of the columns are stored, ceil(log2 n) bits an index, and the image is that of the reordered matrix.
+
 A decoder costs thousands of multiplications per weight, so it runs once, on first use, and the decoded weight stays in memory:
 what this format saves is storage, never memory or bandwidth.
 """
@@ -28,6 +31,7 @@ from torch.nn import functional as F
 from kernels.bitpack import packed_words, unpack
 from kernels.lowrank import LowRank
 from kernels.normal_float import nf_levels
+from kernels.order import index_bits
 from kernels.packed import PackedLinear
 from kernels.scales import BlockScales, per_column
 
@@ -40,23 +44,25 @@ class ConvLinear(PackedLinear):
     decode_on_load: ClassVar[bool] = True
     part_of: ClassVar[dict[str, str]] = {
         "latents": "codes", "weights": "tables", "absmax": "tables", "biases": "tables", "gain": "scales",
+        "row_order": "tables", "column_order": "tables",
     }  # fmt: skip
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, *,
         patch: int, latent_channels: int, latent_bits: int, stages: int, width: int, kernel: int = 3, weight_bits: int = 6,
-        levels: str = "nf", block: int = 64, scales: str = "double", rank: int = 0, adapter_bits: int = 8,
+        levels: str = "nf", block: int = 64, scales: str = "double", reorder: bool = False, rank: int = 0,
+        adapter_bits: int = 8,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, out_features, bias,
             patch=patch, latent_channels=latent_channels, latent_bits=latent_bits, stages=stages, width=width, kernel=kernel,
-            weight_bits=weight_bits, levels=levels, block=block, scales=scales, rank=rank, adapter_bits=adapter_bits,
+            weight_bits=weight_bits, levels=levels, block=block, scales=scales, reorder=reorder, rank=rank, adapter_bits=adapter_bits,
         )  # fmt: skip
         assert patch >= 1 and stages >= 0 and patch % 2**stages == 0, f"a patch of {patch} cannot be halved {stages} times"
         assert latent_channels >= 1 and (1 <= latent_bits <= 8 or latent_bits == 16) and width >= 1 and kernel % 2 == 1
         assert (2 <= weight_bits <= 8 or weight_bits == 16) and levels in ("nf", "uniform") and block >= 0
         self.patch, self.latent_channels, self.latent_bits = patch, latent_channels, latent_bits
-        self.weight_bits, self.levels, self.rank = weight_bits, levels, rank
+        self.weight_bits, self.levels, self.reorder, self.rank = weight_bits, levels, reorder, rank
         self.block = min(block or in_features, in_features)  # 0: one block for the whole row
         self.side = patch >> stages
         self.grid = (-(-out_features // patch), -(-in_features // patch))  # patches down and across
@@ -69,6 +75,8 @@ class ConvLinear(PackedLinear):
         self.register_buffer("biases", torch.empty(channels, dtype=torch.float16))
         self.scales = BlockScales(out_features, -(-in_features // self.block), scales) if scales != "none" else None
         self.register_buffer("gain", torch.empty(1, dtype=torch.float32) if scales == "none" else None)
+        for name, count in (("row_order", out_features), ("column_order", in_features)):
+            self.register_buffer(name, _stream(count, index_bits(count)) if reorder else None)
         self.lowrank = LowRank(in_features, out_features, rank, adapter_bits) if rank else None
         self.decode_seconds: float | None = None  # of the last decoding for `loaded`
         self._loaded: Tensor | None = None  # a plain attribute: never saved, never counted as stored
@@ -96,6 +104,12 @@ class ConvLinear(PackedLinear):
             weights = [weight * top[:, None, None, None] for weight, top in zip(weights, absmax, strict=True)]
         return list(zip(weights, self.biases.float().split(channels), strict=True))
 
+    def orders(self) -> tuple[Tensor, Tensor]:
+        """Which row, and which column, of the weight stands at every place of the image: int64 [O], [I]."""
+        pairs = ((self.row_order, self.out_features), (self.column_order, self.in_features))
+        row_O, column_I = (unpack(packed[None], index_bits(count), count)[0].long() for packed, count in pairs)
+        return row_O, column_I
+
     def unit_scales(self) -> Tensor:
         """What the drawn weights are multiplied by: fp32, broadcasts to [O, I]."""
         return self.gain if self.scales is None else per_column(self.scales.decode(), self.block, self.in_features)
@@ -106,6 +120,9 @@ class ConvLinear(PackedLinear):
         with exact_convolutions():
             drawn = [draw(part, network) for part in latent_PCHW.split(max(1, CHUNK // self.patch**2))]
         weight_OI = from_patches(torch.cat(drawn), self.grid, self.out_features, self.in_features) * self.unit_scales()
+        if self.row_order is not None:
+            row_O, column_I = self.orders()
+            weight_OI = torch.empty_like(weight_OI).index_copy_(0, row_O, torch.empty_like(weight_OI).index_copy_(1, column_I, weight_OI))
         return weight_OI if self.lowrank is None else weight_OI + self.lowrank.decode()
 
     def loaded(self, dtype: torch.dtype) -> Tensor:
