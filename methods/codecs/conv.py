@@ -56,9 +56,9 @@ def fit_conv(
         scales = absmax_scales(rest_OI, layout.block, layout.scales.kind)
         tensors |= {f"scales.{name}": tensor for name, tensor in scales.stored.items()}
         unit = scales.scale_OI
-    cost_OI = cost_OI * unit.square()  # an error of a scaled entry costs scale^2
     target_PHW = to_patches(rest_OI / unit, layout.patch)
-    cost_PHW = to_patches(cost_OI / cost_OI.mean().clamp_min(torch.finfo(torch.float32).tiny), layout.patch)  # padding costs nothing
+    cost_PHW = to_patches(cost_OI * unit.square(), layout.patch)  # an error of a scaled entry costs scale^2, one of padding nothing
+    cost_PHW /= cost_PHW.mean().clamp_min(torch.finfo(torch.float32).tiny)
     with exact_convolutions():
         code_PCHW, network = _train(target_PHW, cost_PHW, layout, steps, sweeps, torch.Generator().manual_seed(seed))
         with torch.no_grad():
