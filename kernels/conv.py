@@ -195,12 +195,13 @@ def from_patches(patch_PHW: Tensor, grid: tuple[int, int], rows: int, columns: i
 
 def latent_levels(bits: int) -> Tensor:
     """2**bits even levels of [-1, 1], fp32."""
-    return torch.linspace(-1, 1, 2**bits)
+    return torch.arange(1 - 2**bits, 2**bits, 2) / (2**bits - 1)
 
 
 def weight_levels(bits: int, kind: str) -> Tensor:
     """Ascending levels in [-1, 1], fp32: NormalFloat's 2**bits, or 2**bits - 1 even ones with zero among them."""
-    return nf_levels(bits) if kind == "nf" else torch.linspace(-1, 1, 2**bits - 1)
+    highest = 2 ** (bits - 1) - 1
+    return nf_levels(bits) if kind == "nf" else torch.arange(-highest, highest + 1) / highest
 
 
 def exact_convolutions():

@@ -44,9 +44,9 @@ def image(rows: int = 128, columns: int = 192) -> torch.Tensor:
 
 
 def test_training_reduces_the_error_of_a_real_matrix_and_says_by_how_much(weight):
-    short, long = (fit(weight, steps, block=64, scales="double")[1]["relative_error"] for steps in (2, 100))
-    packed, report = fit(weight, 100, block=64, scales="double", sweeps=2)
-    assert report["relative_error"] < 0.95 * long < 0.7 * short
+    short, long = (fit(weight, steps, block=64, scales="double")[1]["relative_error"] for steps in (2, 60))
+    packed, report = fit(weight, 60, block=64, scales="double", sweeps=2)
+    assert report["relative_error"] < 0.98 * long < 0.75 * short
     assert relative(weight, packed) == pytest.approx(report["relative_error"], rel=1e-5) and report["seconds"] > 0
 
 
@@ -74,13 +74,13 @@ def test_same_seed_same_bytes_other_seed_other_bytes(weight, hyper, monkeypatch)
 
 
 def test_an_image_is_where_it_wins():
-    """Smooth in rows and columns: a twentieth of plain vector quantisation's squared error, at fewer bits."""
+    """Smooth in rows and columns: a twentieth of plain vector quantisation's squared error, at two thirds of its bits."""
     matrix = image()
-    packed, _ = fit(matrix, 200, patch=64, latent_channels=2, latent_bits=4, stages=3, width=8)
+    packed, _ = fit(matrix, 200, patch=64, latent_channels=1, latent_bits=4, stages=2)
     layer = LayerSpec("layer", "layer", *matrix.shape, bias=False)
     config = LayerConfig.of("codebook", dim=4, index_bits=3, block=64, scales="double", rank=0, adapter_bits=8)
     vectors = parse_method("reallm:data-free").compress(matrix, None, layer, config, seed=0).packed
-    assert packed.stored_bits().total < vectors.stored_bits().total
+    assert packed.stored_bits().total < 0.67 * vectors.stored_bits().total
     assert relative(matrix, packed) ** 2 < 0.05 * relative(matrix, vectors) ** 2
 
 
@@ -93,9 +93,9 @@ def test_noise_is_where_it_does_not():
 
 def test_importance_moves_the_error_to_where_it_costs_less(weight):
     importance = torch.ones_like(weight)
-    importance[:, :64] = 30.0
+    importance[::2] = 30.0
     plain, weighted = (fit(weight, 60, importance_OI=i)[0].decode() - weight for i in (None, importance))
-    assert weighted[:, :64].norm() < 0.9 * plain[:, :64].norm() and weighted[:, 64:].norm() > plain[:, 64:].norm()
+    assert weighted[::2].norm() < 0.9 * plain[::2].norm() and weighted[1::2].norm() > plain[1::2].norm()
 
 
 def test_padding_is_not_learnt(weight):
