@@ -163,7 +163,8 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
     Measuring what errors cost, for a mixed plan, holds the states of some windows in front of every block (and of all of them, a few
     times, at one), and the most of three: a Gram matrix for every layer of a block, one of them being factored; a window's
     activations, to go back through a block; copies of a slice of logits. Compressing holds every calibration token's hidden state
-    (in and out) and, inside one block, its widest activations and a Hessian being factored. Scoring holds one chunk of logits.
+    (in and out) and, inside one block, its widest activations and a Hessian being factored; twice the states for a method that also
+    looks at the uncompressed model's. Scoring holds one chunk of logits.
     """
     dtype_bytes = getattr(torch, cell.compute.dtype).itemsize
     calibration, layers = cell.calibration, stock.blocks[0].layers
@@ -179,7 +180,8 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
         grams = working + sum(4 * layer.in_features**2 for layer in layers) if calibration else 0
         measuring = states + max(grams, 2 * context * (hidden + inner) * dtype_bytes, 6 * 4 * HEAD_TOKENS * vocabulary)
     tokens = calibration.context * calibration.sequences if calibration else 0
-    compressing = tokens * (2 * hidden + inner) * dtype_bytes + working
+    streams = 2 if cell.method.needs.original else 1
+    compressing = streams * tokens * (2 * hidden + inner) * dtype_bytes + working
     scoring = BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(HEAD_LOGITS, vocabulary)
     python = 0.6 * 2**30  # interpreter, torch and transformers
     return (model + max(measuring, compressing, scoring) + python) / 2**30

@@ -1,7 +1,8 @@
 """Which product runs on which format and device: one table, filled by the kernel packages.
 
-A pair without an entry takes the reference path: decode the whole weight, multiply, forget it. What runs decides the *kind*
-a leaderboard row carries, so a latency can never be attributed to a kernel that did not run.
+A pair without an entry takes the reference path: decode the whole weight, multiply, forget it (or keep it, in a format whose
+decoder is too slow to run for every product). What runs decides the *kind* a leaderboard row carries, so a latency can never be
+attributed to a kernel that did not run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ PRODUCTS: dict[tuple[str, str], Product] = {}  # (format, device type) -> fused 
 def reference(layer: PackedLinear, x: Tensor) -> Tensor:
     """The oracle: y = x W^T + b with W decoded in fp32 and rounded once to the dtype of x."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return torch.nn.functional.linear(x, layer.decode().to(x.dtype), bias)
+    weight_OI = layer.loaded(x.dtype) if layer.decode_on_load else layer.decode().to(x.dtype)
+    return torch.nn.functional.linear(x, weight_OI, bias)
 
 
 def linear(layer: PackedLinear, x: Tensor) -> Tensor:
@@ -28,7 +30,9 @@ def linear(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 def kind(layer: PackedLinear, device_type: str) -> str:
-    """Row kind of this layer on this device: dense | fused | decode-per-call."""
+    """Row kind of this layer on this device: dense | fused | decode-per-call | decode-on-load."""
     if layer.format == "dense":
         return "dense"
-    return "fused" if (layer.format, device_type) in PRODUCTS else "decode-per-call"
+    if (layer.format, device_type) in PRODUCTS:
+        return "fused"
+    return "decode-on-load" if layer.decode_on_load else "decode-per-call"

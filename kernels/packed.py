@@ -76,6 +76,7 @@ class PackedLinear(StoredModule):
 
     format: ClassVar[str]
     table_key: str = ""  # of the shared table it decodes from (kernels.tables)
+    decode_on_load: ClassVar[bool] = False  # True: `loaded(dtype)` decodes once and keeps the weight
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -52,14 +52,27 @@ class Table(StoredModule):
             self._entries = self.compute().half().float()
         return self._entries
 
+    def fill(self, **tensors: Tensor) -> None:
+        """Set all buffers, insisting on the laid out shapes and dtypes."""
+        assert tensors.keys() == self.part_of.keys(), sorted(tensors)
+        for name, value in tensors.items():
+            declared = self.get_buffer(name)
+            assert value.shape == declared.shape and value.dtype == declared.dtype, (name, value.shape, value.dtype)
+            setattr(self, name, value.contiguous())
+        self._entries = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._entries = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def compute(self) -> Tensor:
         """`entries` from the stored tensors."""
         raise AssertionError(f"{type(self).__name__} must define compute()")
 
     @property
     def resident_bits(self) -> int:
-        """Bits held while decoding: the table itself at 16 bits, whatever is stored."""
-        return 16 * self.dim * 2**self.index_bits
+        """Bits held while decoding: what is stored, and the entries in fp32."""
+        return self.stored_bits().total + 32 * self.dim * 2**self.index_bits
 
 
 class PlainTable(Table):

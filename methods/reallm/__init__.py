@@ -170,7 +170,7 @@ class ReALLM(Method):
             matrices = ((weight(name), plan[name]["block"]) for name in users)
             values_KD = fit_table(matrices, len(users), table.dim, entries, layer_seed(seed, key), latest.get(entries))
             latest[entries] = values_KD
-            table.values = values_KD.half()
+            table.fill(values=values_KD.half())
             tables[key] = table
         return tables
 
