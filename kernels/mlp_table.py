@@ -36,7 +36,7 @@ class MlpTable(Table):
     def __init__(self, dim: int, index_bits: int, *, digits: int = 8, width: int = 32, layers: int = 2, weight_bits: int = 6) -> None:
         super().__init__(dim, index_bits, digits=digits, width=width, layers=layers, weight_bits=weight_bits)
         assert 1 <= digits <= index_bits and layers >= 0 and (width >= 1 or not layers) and 2 <= weight_bits <= 16
-        self.weight_bits = weight_bits
+        self.layers, self.weight_bits = layers, weight_bits
         # The first digits take what does not divide evenly.
         self.digit_bits = tuple(index_bits // digits + (digit < index_bits % digits) for digit in range(digits))
         hidden = [digits] + [width] * layers

@@ -77,6 +77,7 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
         if is_reference and states:
             result["divergence"] = noise_floor(reloaded.model, tokens.tokens_NL, states, tokens.articles)
         run = {"seconds": seconds, "peak_ram_gib": peak_ram_gib(), "kind": reloaded.kind, "resident_bpw": reloaded.resident_bpw}
+        run["decode_s"] = sum(getattr(layer, "decode_seconds", None) or 0.0 for layer in reloaded.packed.values())
         store.put_score(key, {"protocol": data, "tokens_sha256": tokens.sha256, **result, **run})
 
 

@@ -31,10 +31,11 @@ COLUMNS_BEFORE = (
     "checkpoint_bytes", "weights_gib",
 )  # fmt: skip
 COLUMNS_AFTER = (
-    "allocate", "plan_cost", "plan_gap", "plan_s", "compress_s", "eval_s", "peak_ram_gib", "device",
+    "allocate", "plan_cost", "plan_gap", "plan_s", "compress_s", "eval_s", "decode_s_on_load", "peak_ram_gib", "tuning_steps",
+    "tuning_tokens", "device",
     "seed", "harness_version", "cell", "reason", "model_note",
 )  # fmt: skip
-TIME_COLUMNS = ("plan_s", "compress_s", "eval_s", "peak_ram_gib")  # the only ones two identical runs may differ in
+TIME_COLUMNS = ("plan_s", "compress_s", "eval_s", "decode_s_on_load", "peak_ram_gib")  # the only ones two identical runs may differ in
 
 
 def protocol_columns(names: Sequence[str]) -> list[str]:
@@ -103,10 +104,14 @@ def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, A
         row["harness_version"] = artifact["environment"]["harness"]
         if allocation := artifact["allocation"]:
             row |= {"plan_cost": allocation["predicted"], "plan_gap": allocation["gap"], "plan_s": allocation["seconds"]}
+        for name in ("tuning_steps", "tuning_tokens"):  # the same for every block
+            row[name] = max((layer["report"][name] for layer in artifact["layers"].values() if name in layer["report"]), default="")
         row["weights_gib"] = artifact["checkpoint_bytes"] / 2**30
         row["peak_ram_gib"] = max([artifact["peak_ram_gib"], *(score["peak_ram_gib"] for score in done)])
     if done:
         row |= {"kind": done[0]["kind"], "resident_bpw": done[0]["resident_bpw"], "eval_s": sum(score["seconds"] for score in done)}
+        if any(seconds := [score.get("decode_s") or 0.0 for score in done]):
+            row["decode_s_on_load"] = max(seconds)
     for name, score in scores.items():
         if score:
             row |= _protocol_values(name, score)

@@ -31,14 +31,10 @@ RATE, WARM_UP, LAST_RATE = 1e-2, 0.02, 0.02  # Adam's rate, cosine to a fiftieth
 BETAS = (0.9, 0.95)
 
 
-def fit_mlp_table(
-    vector_ND: Tensor, weight_ND: Tensor, *, dim: int, index_bits: int, digits: int, width: int, layers: int, weight_bits: int,
-    seed: int, steps: int = 2000,
-) -> MlpTable:  # fmt: skip
-    """A filled table that locally minimises sum weight (vector - nearest entry)^2, on the vectors' device."""
-    assert vector_ND.shape == weight_ND.shape and vector_ND.shape[1] == dim and steps >= 1
-    with vector_ND.device:
-        table = MlpTable(dim, index_bits, digits=digits, width=width, layers=layers, weight_bits=weight_bits)
+def fit_mlp_table(vector_ND: Tensor, weight_ND: Tensor, table: MlpTable, *, seed: int, steps: int = 2000) -> MlpTable:
+    """`table`, which is on the vectors' device, filled: it locally minimises sum weight (vector - nearest entry)^2."""
+    assert vector_ND.shape == weight_ND.shape and vector_ND.shape[1] == table.dim and steps >= 1
+    index_bits, layers, dim = table.index_bits, table.layers, table.dim
     generator = torch.Generator().manual_seed(seed)
     # Unit variance: rates and first weights then suit every table.
     scale = (weight_ND * vector_ND.square()).sum().div(weight_ND.sum()).sqrt().clamp_min(2.0**-20)

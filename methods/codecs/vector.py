@@ -74,11 +74,9 @@ def fit_codebook(unit_OI: Tensor, importance_OI: Tensor, dim: int, count: int, s
     return kmeans(vector_ND, weight_ND, count, seed=seed, iterations=iterations, start_KD=start_KD).half().float()
 
 
-def fit_table(
-    matrices: Iterable[tuple[Tensor, int]], count: int, dim: int, entries: int, seed: int, start_KD: Tensor | None = None
-) -> Tensor:
-    """One codebook [entries, D] for `count` matrices, each with its block size, by k-means on an equal sample of all; fp32 values of fp16
-    numbers. `start_KD` is that of other matrices: under their scales all are much alike."""
+def table_sample(matrices: Iterable[tuple[Tensor, int]], count: int, dim: int, entries: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Vectors under block scales and their weights, both [N, D], TABLE_SAMPLE for each of `entries`: an equal share of each of the
+    `count` matrices, given with their block sizes."""
     generator = torch.Generator().manual_seed(seed)
     each = -(-TABLE_SAMPLE * entries // count)
     vectors, weights = [], []
@@ -91,11 +89,16 @@ def fit_table(
         chosen_N = torch.randint(len(vector_ND), (each,), generator=generator).to(weight_OI.device)
         vectors.append(vector_ND[chosen_N])
         weights.append(weight_ND[chosen_N])
-    vector_ND, weight_ND = torch.cat(vectors), torch.cat(weights)
+    mixed_N = torch.randperm(each * count, generator=generator).to(vectors[0].device)
+    return torch.cat(vectors)[mixed_N], torch.cat(weights)[mixed_N]
+
+
+def fit_table(vector_ND: Tensor, weight_ND: Tensor, entries: int, seed: int, start_KD: Tensor | None = None) -> Tensor:
+    """A codebook [entries, D] of a `table_sample` by k-means; fp32 values of fp16 numbers. `start_KD` is that of other matrices: under
+    their scales all are much alike."""
     if start_KD is None:  # most of the way on an eighth of the sample
         few = len(vector_ND) // 8
-        mixed_N = torch.randperm(len(vector_ND), generator=generator)[:few].to(vector_ND.device)
-        start_KD = kmeans(vector_ND[mixed_N], weight_ND[mixed_N], entries, seed=seed, iterations=COLD_ITERATIONS)
+        start_KD = kmeans(vector_ND[:few], weight_ND[:few], entries, seed=seed, iterations=COLD_ITERATIONS)
     return kmeans(vector_ND, weight_ND, entries, seed=seed, iterations=WARM_ITERATIONS, start_KD=start_KD).half().float()
 
 

@@ -20,12 +20,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kernels.mlp_table import MlpTable
 from kernels.packed import StoredBits
 from kernels.tables import Table
 from methods.base import Block, Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track, layer_seed
 from methods.codecs.error_feedback import check_damp
 from methods.codecs.lowrank import svd_factors
-from methods.codecs.vector import block_absmax, fit_table, gaussian_error
+from methods.codecs.mlp_table import fit_mlp_table
+from methods.codecs.vector import block_absmax, fit_table, gaussian_error, table_sample
 from methods.reallm.blockwise import Schedule, tune_block
 from methods.reallm.calibrated import compress_calibrated, followed
 from methods.reallm.data_free import compress_data_free
@@ -33,6 +35,7 @@ from methods.reallm.data_free import compress_data_free
 # (vector length, index bits) of a codebook of a matrix's own: 1.5 to 6 bits a weight; longer ones cost small matrices more than they gain.
 SHAPES = ((2, 3), (4, 6), (4, 7), (2, 4), (4, 8), (2, 5), (2, 6), (2, 7), (2, 8), (2, 9), (1, 5), (1, 6))
 SHARED_SHAPES = ((4, 9), (4, 10), (4, 11), (4, 12))  # of one that all matrices of a kind share
+DECODERS = ("identity", "mlp")
 SHARES = ("none", "kind", "model")
 MAX_RANK = 32
 BLOCKS = (64, 128)  # columns under one scale
@@ -69,9 +72,10 @@ class ReALLM(Method):
     damp: float = 0.01  # calibrated
     refit: int = 6  # calibrated: conjugate-gradient steps on the codebook
     follow: float = 0.5  # calibrated: share of the inputs' drift that the weights are moved against
+    decoder: str = "identity"  # decoders on offer beside the identity: "mlp" for shared tables
     share: str = "kind"  # whose matrices the large codebooks serve: those of a kind, or all of the model's
     epochs: int = 0  # of block-wise tuning
-    rate: float = 2e-3  # of its optimiser, relative to each tensor's size
+    rate: float = 5e-3  # of its optimiser, relative to each tensor's size
     batch: int = 2  # windows per step of it
 
     def __post_init__(self) -> None:
@@ -92,6 +96,8 @@ class ReALLM(Method):
             raise ValueError("band must be a multiple of the vector length")
         if self.order_bits is not None and not (self.band and 1 <= self.order_bits <= 16):
             raise ValueError("order_bits must be 1 to 16, and needs a band")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}")
         if self.share not in SHARES:
             raise ValueError(f"share must be one of {', '.join(SHARES)}")
         if not 0 <= self.follow <= 1:
@@ -102,6 +108,13 @@ class ReALLM(Method):
             raise ValueError("block-wise tuning (epochs) needs the calibrated variant")
         if self.scales not in ("half", "double") or self.adapter_bits not in (8, 16):
             raise ValueError("scales must be half or double, adapter_bits 8 or 16")
+
+    @property
+    def _forms(self) -> tuple[str, ...]:
+        """Of shared tables on offer."""
+        if self.share == "none":
+            return ()
+        return ("plain", "mlp") if self.decoder == "mlp" else ("plain",)
 
     @property
     def track(self) -> Track:
@@ -118,8 +131,9 @@ class ReALLM(Method):
         if self.dim is not None:
             shapes = [(self.dim, self.index_bits, own)]
         else:
-            shared = {"table": "plain", "share": layer.kind if self.share == "kind" else self.share}
-            shapes = [(*shape, own) for shape in SHAPES] + [(*shape, shared) for shape in SHARED_SHAPES if self.share != "none"]
+            group = layer.kind if self.share == "kind" else self.share
+            forms = [{"table": form, "share": group} for form in self._forms]
+            shapes = [(*shape, own) for shape in SHAPES] + [(*shape, form) for shape in SHARED_SHAPES for form in forms]
         ranks = range(MAX_RANK + 1) if self.rank is None else (self.rank,)
         extras = {}
         if self.band or self.row_scales:
@@ -165,13 +179,17 @@ class ReALLM(Method):
         latest: dict[int, Tensor] = {}
         for key in sorted({config.table_key for config in plan.values() if config.table_key}):
             users = [layer.name for layer in layers if plan[layer.name].table_key == key]
-            table = plan[users[0]].table()
-            entries = 2**table.index_bits
+            config, own_seed = plan[users[0]], layer_seed(seed, key)
+            entries = 2 ** config["index_bits"]
             matrices = ((weight(name), plan[name]["block"]) for name in users)
-            values_KD = fit_table(matrices, len(users), table.dim, entries, layer_seed(seed, key), latest.get(entries))
-            latest[entries] = values_KD
-            table.fill(values=values_KD.half())
-            tables[key] = table
+            sample = table_sample(matrices, len(users), config["dim"], entries, own_seed)
+            table = config.table(sample[0].device)
+            if isinstance(table, MlpTable):
+                tables[key] = fit_mlp_table(*sample, table, seed=own_seed)
+            else:
+                latest[entries] = fit_table(*sample, entries, own_seed, latest.get(entries))
+                table.fill(values=latest[entries].half())
+                tables[key] = table
         return tables
 
     def compress_block(self, block: Block, plan: Mapping[str, LayerConfig], seed: int) -> None:

@@ -94,25 +94,23 @@ def tune_block(block: Block, packed: dict[str, CodebookLinear], schedule: Schedu
     for name, module in tuned.items():
         block.lend(name, module)
     hidden_NTH, target_NTH = block.windows()
-    energy_NT1 = target_NTH.float().square().mean(dim=-1, keepdim=True)
-    weight_NT1 = 1 / energy_NT1.clamp_min(torch.finfo(torch.float32).tiny)
+    norm = float(target_NTH.square().mean())
     parameters = [p for module in tuned.values() for p in module.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=schedule.rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     steps = schedule.epochs * -(-len(hidden_NTH) // schedule.batch)
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule.factor(step, steps))
-    before = best = _loss(block, hidden_NTH, target_NTH, weight_NT1, schedule.batch)
+    before = best = _loss(block, hidden_NTH, target_NTH, schedule.batch) / norm
     kept = [p.detach().clone() for p in parameters]
     for _ in range(schedule.epochs):
         for index_B in torch.randperm(len(hidden_NTH), generator=generator).split(schedule.batch):
             index_B = index_B.to(hidden_NTH.device)
-            error_BTH = block.run(hidden_NTH[index_B]).float() - target_NTH[index_B].float()
-            loss = (error_BTH.square() * weight_NT1[index_B]).mean()
+            loss = (block.run(hidden_NTH[index_B]).float() - target_NTH[index_B].float()).square().mean() / norm
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             rate.step()
-        now = _loss(block, hidden_NTH, target_NTH, weight_NT1, schedule.batch)
+        now = _loss(block, hidden_NTH, target_NTH, schedule.batch) / norm
         if now < best:
             best, kept = now, [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -125,9 +123,9 @@ def tune_block(block: Block, packed: dict[str, CodebookLinear], schedule: Schedu
 
 
 @torch.no_grad()
-def _loss(block: Block, hidden_NTH: Tensor, target_NTH: Tensor, weight_NT1: Tensor, batch: int) -> float:
-    parts: Iterable[tuple[Tensor, ...]] = zip(*(x.split(batch) for x in (hidden_NTH, target_NTH, weight_NT1)), strict=True)
-    return float(sum(((block.run(h).float() - t.float()).square() * w).sum() for h, t, w in parts)) / target_NTH.numel()
+def _loss(block: Block, hidden_NTH: Tensor, target_NTH: Tensor, batch: int) -> float:
+    parts: Iterable[tuple[Tensor, Tensor]] = zip(hidden_NTH.split(batch), target_NTH.split(batch), strict=True)
+    return float(sum((block.run(h).float() - t.float()).square().sum() for h, t in parts)) / target_NTH.numel()
 
 
 def _through(value: Tensor, stored: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from harness.ledger import payload_bytes, planned
 from harness.model import BlockSpec, Inventory, decoder_blocks, inventory, load_reference
 from harness.protocol import parse_calibration
 from harness.windows import calibration_windows
+from kernels.mlp_table import MlpTable
 from methods import parse_method
 from methods.base import LayerConfig, LayerSpec, shared_bits
 from methods.reallm.calibrated import followed
@@ -34,9 +35,10 @@ def shared_plan(method, stock, rank=2):
     """The shared codebook for up and down projections, one of their own for the others."""
     plan = {}
     for layer in stock.layers:
-        configs = [c for c in method.candidates(layer) if c["rank"] == rank]
         shared = "up_proj" in layer.name or "down_proj" in layer.name
-        plan[layer.name] = next(c for c in configs if (c["dim"], c["index_bits"], c["block"]) == (*(SHAPE if shared else (2, 6)), 64))
+        form = "learnt" if not shared else "mlp" if method.decoder == "mlp" else "plain"
+        wanted = dict(rank=rank, block=64, table=form) | dict(zip(("dim", "index_bits"), SHAPE if shared else (2, 6), strict=True))
+        plan[layer.name] = next(c for c in method.candidates(layer) if all(c[key] == value for key, value in wanted.items()))
         assert bool(plan[layer.name].table_key) == shared
     return plan
 
@@ -48,11 +50,14 @@ def compress(folder, text, tokens, path):
     return compressed, plan, report
 
 
-@pytest.mark.parametrize("text", ["reallm", "reallm:data-free,rounds=1", "reallm:epochs=1"])
+@pytest.mark.parametrize("text", ["reallm", "reallm:epochs=1", "reallm:data-free,rounds=1", "reallm:data-free,rounds=1,decoder=mlp"])
 def test_shared_tables_are_stored_and_counted_once(text, truncated, tokens, tmp_path):
     compressed, plan, report = compress(tmp_path / "blocks", text, tokens, truncated.path)
     assert len(compressed.tables) == 2
-    assert shared_bits(plan.values()).total == 2 * 2**9 * 4 * 16
+    if "mlp" in text:
+        assert 2 * 2**9 * 4 * 16 > shared_bits(plan.values()).total == 2 * MlpTable(*SHAPE).stored_bits().total
+    else:
+        assert shared_bits(plan.values()).total == 2 * 2**9 * 4 * 16
     compressed.save(tmp_path / "artifact")
     stock = inventory(load_reference(truncated.path, "cpu", torch.float32))
     expected = planned(plan, stock.layers, stock.uncovered_bits, stock.weights)

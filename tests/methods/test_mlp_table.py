@@ -3,11 +3,16 @@
 import pytest
 import torch
 
+from kernels.mlp_table import MlpTable
+from methods.codecs import mlp_table
 from methods.codecs.kmeans import kmeans, nearest
-from methods.codecs.mlp_table import fit_mlp_table
 from methods.codecs.vector import absmax_scales, to_vectors
 
 SMALL = dict(dim=4, index_bits=7, digits=7, width=16, layers=1, weight_bits=8, seed=0)
+
+
+def fit_mlp_table(vectors, weights, *, steps, seed, **shape) -> MlpTable:
+    return mlp_table.fit_mlp_table(vectors, weights, MlpTable(**shape), seed=seed, steps=steps)
 
 
 @pytest.fixture(scope="module")
