@@ -26,7 +26,7 @@ from methods.codecs.vector import TINY, absmax_scales
 
 BATCH = 1 << 17  # weights drawn in a step, at most: whole patches
 ENCODER_WIDTH = 32
-ENCODER_SHARE, SEARCH_SHARE = 0.1, 0.3  # of all steps: the first with an encoder, the last between sweeps of the search
+ENCODER_SHARE, SEARCH_SHARE = 0.3, 0.3  # of all steps: the first with an encoder, the last between sweeps of the search
 WARM_UP = 0.1
 RATE, LATENT_RATE = 2e-2, 0.1  # Adam's, of networks and of free latents
 SMALLEST = 2.0**-14  # normal fp16

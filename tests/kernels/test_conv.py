@@ -63,7 +63,7 @@ def test_bits_are_what_the_shapes_say():
     latents = 3 * 5 * 4 * 4 * 3  # 3 x 5 patches, the last ones mostly padding, of 4 x 4 latents on 3 channels
     assert bits.codes == -(-3 * latents // 32) * 32
     assert bits.tables == -(-5 * numbers // 32) * 32 + 2 * 16 * (6 + 20 + 16 + 1)
-    assert layer_shapes(1, 3, 2, 3)[-1] == (1, 2, 3) and layer_shapes(1, 9, 64, 3)[-1] == (1, FLOOR, 3)
+    assert layer_shapes(1, 3, 2, 3)[-1] == (1, 2, 3) and layer_shapes(1, 20, 64, 3)[-1] == (1, FLOOR, 3)
 
 
 @pytest.mark.parametrize("shape", [(33, 65), (16, 16), (1, 40)])
