@@ -12,7 +12,7 @@ Lagrangian dual, computed here without it (Kellerer, Pferschy, Pisinger, Knapsac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import median
@@ -140,6 +140,7 @@ def mixed(stock: Inventory, budget: Fraction, costs: Mapping[str, Mapping[LayerC
     """The plan of least total cost under the budget. `costs` holds every layer's candidates; the bound is over these."""
     capacity = math.floor(budget * stock.weights) - stock.uncovered_bits
     names = [layer.name for layer in stock.layers]
+    _require_finite(own.values() for own in costs.values())
     configs, floor = _without_idle_tables(stock.layers, [costs[name] for name in names], capacity)
     bits = [[config.stored_bits(layer).total for config in own] for layer, own in zip(stock.layers, configs, strict=True)]
     room = capacity - shared_bits(config for own in configs for config in own).total
@@ -166,6 +167,8 @@ def _without_idle_tables(
         return configs, None
     bits = [np.array([c.stored_bits(layer).total for c in own]) for layer, own in zip(layers, configs, strict=True)]
     cost = [np.array([own[c] for c in kept]) for own, kept in zip(costs, configs, strict=True)]
+    if sum(int(b.min()) for b in bits) > capacity:
+        raise ValueError("no choice fits the budget")
     uses = {key: [np.array([k == key for k in own]) for own in keys] for key in charge}
     floor = _lagrangian(bits, cost, capacity)[1]  # as if tables took no bits: nothing can be cheaper
     gone = [np.zeros(len(own), dtype=bool) for own in keys]
@@ -196,8 +199,7 @@ def choose(bits: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], capa
 
     Raises ValueError when nothing fits, or a cost is not a number.
     """
-    if not all(math.isfinite(cost) for row in costs for cost in row):
-        raise ValueError("an expected error is not a finite number: the model overflows on the calibration text")
+    _require_finite(costs)
     fronts = [_pareto(b, c) for b, c in zip(bits, costs, strict=True)]
     spare = capacity - sum(row[front[0]] for row, front in zip(bits, fronts, strict=True))
     if spare < 0:
@@ -212,6 +214,11 @@ def choose(bits: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], capa
             picks = min(picks, solved[0], key=lambda p: _total(cost, p))
     assert _total(more, picks) <= spare
     return [front[pick] for front, pick in zip(fronts, picks, strict=True)], bound
+
+
+def _require_finite(costs: Iterable[Iterable[float]]) -> None:
+    if not all(math.isfinite(cost) for row in costs for cost in row):
+        raise ValueError("an expected error is not a finite number: the model overflows on the calibration text")
 
 
 def _pareto(bits: Sequence[int], costs: Sequence[float]) -> list[int]:

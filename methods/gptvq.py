@@ -1,8 +1,8 @@
 """GPTVQ (van Baalen et al., arXiv 2402.15319): vector codebooks with GPTQ's error feedback, and nothing else.
 
-    sec. 3.1, alg. 1   vectors assigned column by column, errors passed on              methods.reallm.calibrated.assign
-    sec. 3.2           codebooks by k-means weighted with the Hessian                   methods.codecs.vector.fit_codebook
-    sec. 3.3           block scales; the codebook again, by least squares on tr(E H E^T)   methods.codecs.vector.refit_codebook
+    vectors assigned column by column, errors passed on (its algorithm 1)      methods.reallm.calibrated.assign
+    codebooks by k-means weighted with the Hessian, under block scales         methods.codecs.vector.fit_codebook
+    the codebook again, on the true objective tr(E H E^T)                      methods.codecs.vector.refit_codebook
 
 It is what `reallm:calibrated` is built on, so the two share their code and differ in exactly what ReALLM adds: here no low-rank part,
 no codebook shared between matrices, and weights that do not follow the drift of their inputs.

@@ -2,7 +2,7 @@
 
 After all layers of a block are packed, codes stay as they are and block scales, codebooks and low-rank factors are trained by Adam on
 the mean squared error between the block's output, behind the packed prefix, and that of the uncompressed model (the paper's block-wise
-stage, after AQLM, arXiv 2401.06118, sec. 3.4). Every forward pass sees stored numbers: each tensor is rounded to its stored form with a
+stage, after AQLM, arXiv 2401.06118). Every forward pass sees stored numbers: each tensor is rounded to its stored form with a
 straight-through gradient, so that what training ends with is what is decoded.
 """
 
