@@ -27,7 +27,7 @@ STEPS_PER_BATCH = 20  # Adam steps on the means of one assignment
 FIRST_BATCH, LAST_BATCH = 4, 12  # vectors per entry in the first and in the last batch: the later, the finer the gradient must be
 SMALLEST_BATCH = 16384
 SAMPLE_1D, ITERATIONS_1D = 8192, 30  # of the scalar codebooks it starts from
-RATE, WARM_UP, LAST_RATE = 1e-2, 0.02, 0.02  # Adam's rate, cosine to a fiftieth
+RATE, WARM_UP, LAST_RATE = 2e-2, 0.02, 0.02  # Adam's rate, cosine to a fiftieth
 BETAS = (0.9, 0.95)
 
 

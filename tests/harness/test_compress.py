@@ -17,7 +17,7 @@ from kernels.packed import PackedLinear
 from methods import parse_method
 from methods.base import Compressed
 
-METHODS = ["fp16", "rtn", "rtn:offset=zero", "gptq", "gptq:static_groups=false", "reallm", "reallm:data-free,rounds=2"]
+METHODS = ["fp16", "rtn", "rtn:offset=zero", "gptq", "gptq:static_groups=false", "gptvq", "reallm:data-free,rounds=2"]
 
 
 @pytest.fixture(scope="module")
