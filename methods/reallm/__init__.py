@@ -76,7 +76,7 @@ class ReALLM(Method):
     decoder: str = "identity"  # decoders on offer beside the identity: "mlp" for shared tables
     share: str = "kind"  # whose matrices the large codebooks serve: those of a kind, or all of the model's
     epochs: int = 0  # of block-wise tuning
-    rate: float = 5e-3  # of its optimiser, relative to each tensor's size
+    rate: float = 2e-3  # of its optimiser, relative to each tensor's size
     batch: int = 2  # windows per step of it
 
     def __post_init__(self) -> None:
