@@ -15,7 +15,7 @@ from harness.model import load_tokenizer
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # pytest runs two workers on two cores; threads that wait for each other would cost far more than they save
 
 
 @pytest.fixture(scope="session")

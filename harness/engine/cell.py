@@ -1,21 +1,21 @@
-"""The process of one cell: compress, save, reload, score. Started by harness.engine.local with the cell's JSON on stdin.
+"""The process of one cell: compress, save, reload, score. Started by harness.engine.local.
 
-Speaks JSON lines on stdout ({"phase", "done", "total"}, at last {"error"} or {"finished"}); everything a library prints goes to
-stderr, which is the cell's log.
+Sends messages ({"phase", "done", "total"}, at last {"error"} or {"finished"}); everything that is printed goes to the cell's log.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ from methods.base import LayerConfig, Method
 class Speaker:
     """Progress to the parent, at most a few lines a second. A parent that is gone ends the cell: nobody will read the rest."""
 
-    def __init__(self, out: TextIO) -> None:
-        self.out, self._last = out, 0.0
+    def __init__(self, messages: Connection) -> None:
+        self.messages, self._last = messages, 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if done == total or time.monotonic() - self._last > 0.2:
@@ -49,8 +49,7 @@ class Speaker:
             self.say(phase=phase, done=done, total=total)
 
     def say(self, **message: Any) -> None:
-        self.out.write(json.dumps(message) + "\n")
-        self.out.flush()
+        self.messages.send(message)
 
 
 def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
@@ -161,24 +160,23 @@ def environment(threads: int) -> dict[str, Any]:
     return {"harness": __version__, "python": platform.python_version(), **packages, **machine}
 
 
-def main() -> int:
-    speak = Speaker(os.fdopen(os.dup(sys.stdout.fileno()), "w"))
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not look like a message
-    spec = json.load(sys.stdin)
+def main(spec: dict[str, Any], messages: Connection, log: str, environment: Mapping[str, str]) -> None:
+    """Entry of the process, whose environment may be older than its orders: the server of the forks started once."""
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(log, "a") as out:
+        for descriptor in (1, 2):  # stdout, stderr
+            os.dup2(out.fileno(), descriptor)
+    speak = Speaker(messages)
     store = CellStore(spec["key"])
     try:
         with store.locked():
             run_cell(spec, store, speak)
         speak.say(finished=True)
-        return 0
     except BrokenPipeError:
-        return 1
+        sys.exit(1)
     except BaseException as error:  # the one place where every failure becomes a row
         traceback.print_exc()
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         speak.say(error=f"{type(error).__name__}: {first}" if not isinstance(error, ValueError) else first)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(1)

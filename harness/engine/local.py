@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from harness.engine import cell
 from harness.store import CellStore
 
+# Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an accelerator may not
+# survive a fork, so there every cell starts from nothing.
+START = {"cpu": "forkserver"}
 Watch = Callable[[str, dict[str, Any]], None]  # (cell key, message of the cell's process)
 
 
@@ -36,7 +41,7 @@ def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[
 
     Cells that need the reference's states wait until it has them, or until its process is over (a file of this run says so).
     """
-    running: list[subprocess.Popen[str]] = []
+    running: list[BaseProcess] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=jobs) as pool:
         over = Path(folder) / "reference_over"
         if all(spec["key"] != spec["reference"] for spec in specs):
@@ -59,38 +64,43 @@ def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[
     return {outcome.key: outcome for outcome in outcomes}
 
 
-def _run_one(spec: dict[str, Any], watch: Watch, running: list[subprocess.Popen[str]]) -> str:
+def _run_one(spec: dict[str, Any], watch: Watch, running: list[BaseProcess]) -> str:
     """Run one cell to its end; returns its error in one line, empty when it finished."""
     store = CellStore(spec["key"])
     store.folder.mkdir(parents=True, exist_ok=True)
+    context = _context(spec["device"].partition(":")[0])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=cell.main, args=(spec, sender, str(store.log), os.environ | _settings(spec["threads"])))
     error = ""
-    with open(store.log, "a") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "harness.engine.cell"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(spec["threads"]),
-        )  # fmt: skip
-        running.append(process)
-        assert process.stdin and process.stdout
-        with contextlib.suppress(BrokenPipeError):  # it died before it read its orders; the exit code tells
-            json.dump(spec, process.stdin)
-            process.stdin.close()
-        for line in process.stdout:
-            try:
-                message = json.loads(line)
-            except json.JSONDecodeError:  # killed in the middle of a line
-                break
+    with _environment(_settings(spec["threads"])):
+        process.start()
+    running.append(process)
+    sender.close()  # the cell has its own: when that is gone, there is nothing more to hear
+    with contextlib.suppress(EOFError, OSError):  # killed, perhaps in the middle of a message; the exit code tells
+        while True:
+            message = receiver.recv()
             error = message.get("error", error)
             watch(spec["key"], message)
-        code = process.wait()
-        running.remove(process)
+    process.join()
+    receiver.close()
+    running.remove(process)
+    code = process.exitcode or 0
     if code < 0:
         memory = " (out of memory?)" if -code == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{memory}; log: {store.log}"
     return error or (f"exit code {code}; log: {store.log}" if code else "")
 
 
-def _environment(threads: int) -> dict[str, str]:
-    return os.environ | {
+def _context(device_type: str) -> BaseContext:
+    context = multiprocessing.get_context(START.get(device_type, "spawn"))
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload([cell.__name__])
+    return context
+
+
+def _settings(threads: int) -> dict[str, str]:
+    """Variables that are read when a process starts, or a library is loaded."""
+    return {
         # Passive waiting: threads of two cells share the cores, and a spinning one would steal from the other.
         "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
@@ -98,3 +108,19 @@ def _environment(threads: int) -> dict[str, str]:
         # of the run's time went there.
         "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """What a process that is started inside inherits; the server of the forks is one."""
+    with _STARTING:
+        before = dict(os.environ)
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+_STARTING = threading.Lock()  # the environment is everybody's

@@ -1,9 +1,13 @@
 """Block-wise fine-tuning: what a packed block stores in real numbers, trained to give the uncompressed model's outputs.
 
 After all layers of a block are packed, codes stay as they are and block scales, codebooks and low-rank factors are trained by Adam on
-the mean squared error between the block's output, behind the packed prefix, and that of the uncompressed model (the paper's block-wise
-stage, after AQLM, arXiv 2401.06118). Every forward pass sees stored numbers: each tensor is rounded to its stored form with a
-straight-through gradient, so that what training ends with is what is decoded.
+the mean squared error of the block's output behind the packed prefix (the paper's block-wise stage, after AQLM, arXiv 2401.06118).
+Every forward pass sees stored numbers: each tensor is rounded to its stored form with a straight-through gradient, so that what training
+ends with is what is decoded.
+
+The target lies between two: what the original block makes of the inputs it now gets, and, `follow` of the way, what it made of the
+uncompressed model's. The first takes back none of the errors made before the block; the second asks a block for what it cannot know, and
+from few windows it learns their noise. As with the weights (`calibrated.followed`), half way is better than either.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ class Schedule:
     epochs: int
     rate: float  # step of Adam in units of each tensor's own size
     batch: int  # windows per step
+    follow: float  # where the target lies between the original block's outputs on drifted inputs (0) and on its own (1)
 
     def factor(self, step: int, steps: int) -> float:
         """Linear warm-up, then a cosine to zero."""

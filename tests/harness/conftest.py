@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import os
+import io
 import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from harness.assets import DEFAULT_MODEL, TEXTS, fetch, resolve_model
+from harness.cli import main
 from harness.files import CACHE_VARIABLE, cache_dir
 
 
@@ -36,7 +37,12 @@ def cache(assets_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def run_harness(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m harness ...` as a user runs it."""
-    return subprocess.run(
-        [sys.executable, "-m", "harness", *arguments], capture_output=True, text=True, cwd=cwd, env=os.environ | environment, timeout=900
-    )
+    """`python -m harness ...`, in this process: the cells have processes of their own, and importing torch takes as long as a cell."""
+    out, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        if cwd is not None:
+            patch.chdir(cwd)
+        code = main(arguments)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())

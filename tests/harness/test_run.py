@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from harness.cli import main
@@ -78,7 +79,7 @@ def test_a_run_reuses_what_is_finished_and_writes_the_same_leaderboard(truncated
     row = read_rows(tmp_path / "uniform")["gptq 3.25"]
     assert float(row["stored_bpw"]) == 3.25 and float(row["code_bpw"]) == 3 and row["cell"] != rows["gptq 3.25"]["cell"]
 
-    fewer = run_harness("run", "--model", str(truncated.path), "--methods", "rtn", *SMALL, cwd=tmp_path, PYTHONPATH=os.getcwd())
+    fewer = run_harness("run", "--model", str(truncated.path), "--methods", "rtn", *SMALL, cwd=tmp_path)
     assert fewer.stderr.count("found, not repeated") == 2
     assert len(list((tmp_path / "results").iterdir())) == 1
 
@@ -129,15 +130,25 @@ def test_one_crash_is_one_failed_row(truncated, cache, tmp_path):
     while victim is None and time.time() < deadline:
         time.sleep(0.02)
         if list(cache.glob("cells/*/blocks/block_0000.safetensors")):
-            children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
-            victim = next(iter(children), None)
-    os.kill(int(victim), signal.SIGKILL)
+            # Of all processes below it, the two cells: the server they were forked from is an only child.
+            family = psutil.Process(process.pid).children(recursive=True)
+            victim = next((p for p in family if p.parent().pid != process.pid), None)
+    victim.kill()
     _, errors = process.communicate()
     assert process.returncode == 1, errors
     rows = read_rows(tmp_path / "out")
     assert sorted(row["status"] for row in rows.values()) == ["failed", "ok", "ok"]
     assert "killed by SIGKILL" in next(row["reason"] for row in rows.values() if row["status"] == "failed")
     assert run_harness(*arguments).returncode == 0  # the same command mends it
+
+
+def test_spawned_cells_do_the_same_work(truncated, cache, tmp_path, monkeypatch):
+    """As they start beside an accelerator: a fresh interpreter, which must store the same bytes as a forked one."""
+    arguments = ("run", "--model", str(truncated.path), "--methods", "rtn", *SMALL)
+    assert run_harness(*arguments, "--out", str(tmp_path / "forked")).returncode == 0
+    monkeypatch.setattr("harness.engine.local.START", {})
+    assert run_harness(*arguments, "--out", str(tmp_path / "spawned"), "--fresh").returncode == 0
+    assert steady(read_rows(tmp_path / "spawned")) == steady(read_rows(tmp_path / "forked"))
 
 
 def test_a_budget_out_of_reach_is_a_refused_row(truncated, cache, tmp_path):
