@@ -253,6 +253,9 @@ class BlockRun:
         self._slots[name].layer = module
         self._stale = True
 
+    def restore(self, name: str) -> None:
+        self.lend(name, self._slots[name].original)
+
     def run(self, hidden_NTH: Tensor) -> Tensor:
         return self._forward(hidden_NTH)
 

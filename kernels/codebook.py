@@ -3,8 +3,9 @@
     w[o, i] = table[code[o // d, i], o % d] * scale[o, i // block]   (+ low-rank branch)   (* scale of the row)
 
 The d weights of a vector are consecutive *rows* of one column, as in ReALLM's released code: one column of the matrix is a
-whole number of vectors, so column-by-column error feedback assigns vectors without looking ahead. Rows are padded up to a multiple
-of d; the padded codes are stored and counted. With `band`, columns stand in an order of their own in every band of rows
+whole number of vectors, so column-by-column error feedback assigns vectors without looking ahead. With along="columns" they are
+consecutive columns of one row, table[code[o, i // d], i % d]. What they run along is padded up to a multiple of d; the padded codes are
+stored and counted. With `band`, columns stand in an order of their own in every band of rows
 (kernels.order), which decides which of them share a scale. Where the table comes from:
 
     learnt        stored with the layer, a codebook of its own
@@ -48,20 +49,23 @@ class CodebookLinear(PackedLinear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool, *,
         dim: int, index_bits: int, block: int, scales: str = "double", rank: int = 0, adapter_bits: int = 8, table: str = "learnt",
-        share: str = "", band: int = 0, order_bits: int = 0, row_scales: bool = False,
+        share: str = "", band: int = 0, order_bits: int = 0, row_scales: bool = False, along: str = "rows",
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, out_features, bias,
             dim=dim, index_bits=index_bits, block=block, scales=scales, rank=rank, adapter_bits=adapter_bits, table=table,
-            share=share, band=band, order_bits=order_bits, row_scales=row_scales,
+            share=share, band=band, order_bits=order_bits, row_scales=row_scales, along=along,
         )  # fmt: skip
-        assert dim in (1, 2, 4, 8) and 1 <= index_bits <= 16 and block >= 0 and band % dim == 0
+        assert dim in (1, 2, 4, 8) and 1 <= index_bits <= 16 and block >= 0 and along in ("rows", "columns")
+        assert along == "columns" or band % dim == 0
         assert table in ("learnt", "nf", *SHARED) and (table != "nf" or dim == 1) and bool(share) == (table in SHARED)
         self.dim, self.index_bits, self.rank = dim, index_bits, rank
         self.table_key = table_key(self._hyper)
         self.block = min(block or in_features, in_features)  # 0: one block for the whole row
-        self.vector_rows = -(-out_features // dim)
-        self.register_buffer("codes", torch.empty(self.vector_rows, packed_words(in_features, index_bits), dtype=torch.int32))
+        self.along = along
+        down, across = (-(-out_features // dim), in_features) if along == "rows" else (out_features, -(-in_features // dim))
+        self.codes_across = across
+        self.register_buffer("codes", torch.empty(down, packed_words(across, index_bits), dtype=torch.int32))
         self.register_buffer("codebook", torch.empty(2**index_bits, dim, dtype=torch.float16) if table == "learnt" else None)
         self.scales = BlockScales(out_features, -(-in_features // self.block), scales)
         self.lowrank = LowRank(in_features, out_features, rank, adapter_bits) if rank else None
@@ -81,13 +85,22 @@ class CodebookLinear(PackedLinear):
 
     def decode(self) -> Tensor:
         factors = self.lowrank.factors() if self.lowrank is not None else None
-        return self.combine(unpack(self.codes, self.index_bits, self.in_features), self.entries(), self.scales.decode(), factors)
+        return self.combine(self.indices(), self.entries(), self.scales.decode(), factors)
+
+    def indices(self) -> Tensor:
+        """Codes [V, I], or with along="columns" [O, V]; V vectors to a column or row."""
+        return unpack(self.codes, self.index_bits, self.codes_across)
+
+    def unit(self, code_VI: Tensor, entry_KD: Tensor) -> Tensor:
+        """What the codes stand for under scales of one, [O, I] in the stored order of columns."""
+        vector_VID = torch.nn.functional.embedding(code_VI, entry_KD)
+        if self.along == "columns":
+            return vector_VID.flatten(1)[:, : self.in_features]
+        return vector_VID.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
     def combine(self, code_VI: Tensor, entry_KD: Tensor, scale_OG: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """The weight [O, I] that these parts stand for; differentiable in all but the codes."""
-        vector_VID = torch.nn.functional.embedding(code_VI, entry_KD)
-        unit_OI = vector_VID.transpose(1, 2).reshape(self.vector_rows * self.dim, self.in_features)[: self.out_features]
-        weight_OI = unit_OI * per_column(scale_OG, self.block, self.in_features)
+        weight_OI = self.unit(code_VI, entry_KD) * per_column(scale_OG, self.block, self.in_features)
         if self.order is not None:
             weight_OI = self.order.restore(weight_OI)
         if factors is not None:

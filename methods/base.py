@@ -163,6 +163,9 @@ class Block(Protocol):
     def lend(self, name: str, module: nn.Module) -> None:
         """Let `run` use this module in the layer's place, until the next `install`."""
 
+    def restore(self, name: str) -> None:
+        """Let `run` use the original layer, until the next `install`."""
+
     def run(self, hidden_NTH: Tensor) -> Tensor:
         """The block as it is now on hidden states in front of it, with gradients if they are wanted."""
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from harness.assets import Say
 from harness.cli.options import add_plan_options, build_plan, read_request
 from harness.cli.progress import Display
+from harness.cli.tables import print_table
 from harness.engine.local import Outcome, run_cells
 from harness.model import read_config
 from harness.plan import Cell, Plan
@@ -57,7 +56,7 @@ def main(arguments: argparse.Namespace) -> int:
     folder = arguments.out or Path("results") / plan.key
     rows, tables = write_leaderboard(plan, outcomes, folder)
     for table in tables:
-        _print_table(*table)
+        print_table(*table)
     console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
     return 0 if all(row["status"] in GOOD for row in rows) else 1
 
@@ -85,16 +84,3 @@ def _prepare_texts(plan: Plan, model: dict[str, str], vocabulary: int, data: str
         raise ValueError(
             f"the tokenizer of {model['path']} yields token {largest}, the model knows {vocabulary}: they do not belong together"
         )
-
-
-def _print_table(header: list[str], cells: list[list[str]]) -> None:
-    if sys.stdout.isatty():
-        table = Table(*header)
-        for line in cells:
-            table.add_row(*line)
-        Console(highlight=False).print(table)
-        return
-    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
-    for line in [header, *cells]:
-        print("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
-    print()

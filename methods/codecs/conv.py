@@ -81,6 +81,15 @@ def chain_order(matrix_NM: Tensor) -> Tensor:
     return torch.tensor(order, device=matrix_NM.device)
 
 
+def unlikeness(matrix_NM: Tensor) -> float:
+    """What is left of a row, on average, when the one before it in `chain_order` is known: 1 where rows have nothing in common."""
+    row_NM = matrix_NM[chain_order(matrix_NM)]
+    cosine_N = F.cosine_similarity(row_NM[1:], row_NM[:-1], dim=1)
+    energy_N = row_NM[1:].square().sum(dim=1)
+    left_N = (1 - cosine_N.square()).clamp_min(0).sqrt()
+    return float((left_N * energy_N).sum() / energy_N.sum().clamp_min(torch.finfo(torch.float32).tiny))
+
+
 def round_latents(raw_PCHW: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """What is drawn from, with straight-through gradients, and what is stored: codes, or with 16 bits the values in fp16."""
     value_PCHW = torch.tanh(raw_PCHW)

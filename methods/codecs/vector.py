@@ -74,18 +74,20 @@ def fit_codebook(unit_OI: Tensor, importance_OI: Tensor, dim: int, count: int, s
     return kmeans(vector_ND, weight_ND, count, seed=seed, iterations=iterations, start_KD=start_KD).half().float()
 
 
-def table_sample(matrices: Iterable[tuple[Tensor, int]], count: int, dim: int, entries: int, seed: int) -> tuple[Tensor, Tensor]:
+def table_sample(
+    matrices: Iterable[tuple[Tensor, int]], count: int, dim: int, entries: int, seed: int, along: str = "rows"
+) -> tuple[Tensor, Tensor]:
     """Vectors under block scales and their weights, both [N, D], TABLE_SAMPLE for each of `entries`: an equal share of each of the
-    `count` matrices, given with their block sizes."""
+    `count` matrices, given with their block sizes. `along`: see kernels.codebook."""
     generator = torch.Generator().manual_seed(seed)
     each = -(-TABLE_SAMPLE * entries // count)
     vectors, weights = [], []
     for weight_OI, block in matrices:
         absmax_OG = block_absmax(weight_OI, block)
         scale_OI = per_column(absmax_OG, block, weight_OI.shape[1])
-        vector_ND = to_vectors(weight_OI / scale_OI, dim).reshape(-1, dim)
         # What an error costs goes with the square of the scale, within a matrix; between matrices all count alike.
-        weight_ND = to_vectors((scale_OI / absmax_OG.square().mean().sqrt()).square(), dim).reshape(-1, dim)
+        pair = (weight_OI / scale_OI, (scale_OI / absmax_OG.square().mean().sqrt()).square())
+        vector_ND, weight_ND = (to_vectors(m if along == "rows" else m.t(), dim).reshape(-1, dim) for m in pair)
         chosen_N = torch.randint(len(vector_ND), (each,), generator=generator).to(weight_OI.device)
         vectors.append(vector_ND[chosen_N])
         weights.append(weight_ND[chosen_N])

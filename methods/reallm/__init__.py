@@ -1,7 +1,8 @@
 """ReALLM (Leconte, Bedin, Nguyen, Moulines; arXiv 2405.13155): W ~ Q + L1 L2, Q a vector-quantised latent of an autoencoder.
 
-Here the decoder is the identity, the form the released code uses for every language model it evaluates: Q is a k-means
-codebook over short vectors under block scales, plus a low-rank part. Four variants:
+By default the decoder is the identity, the form the released code uses for every language model it evaluates: Q is a k-means
+codebook over short vectors under block scales, plus a low-rank part. `decoder=mlp` and `decoder=conv` offer neural ones to the plan beside
+it. Four variants:
 
     data-free    the paper's alternation of SVD and vector quantisation                       methods.reallm.data_free
     released     the same with the settings of the authors' code: 2 bits nominal, 2.78 stored on Llama-2-7B
@@ -20,22 +21,28 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kernels.conv import ConvLinear
 from kernels.mlp_table import MlpTable
 from kernels.packed import StoredBits
 from kernels.tables import Table
 from methods.base import Block, Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track, layer_seed
+from methods.codecs.conv import unlikeness
 from methods.codecs.error_feedback import check_damp
 from methods.codecs.lowrank import svd_factors
 from methods.codecs.mlp_table import fit_mlp_table
 from methods.codecs.vector import block_absmax, fit_table, gaussian_error, table_sample
 from methods.reallm.blockwise import Schedule, tune_block
 from methods.reallm.calibrated import compress_calibrated, followed
-from methods.reallm.data_free import compress_data_free
+from methods.reallm.data_free import compress_conv, compress_data_free
 
 # (vector length, index bits) of a codebook of a matrix's own: 1.5 to 6 bits a weight; longer ones cost small matrices more than they gain.
 SHAPES = ((2, 3), (4, 6), (4, 7), (2, 4), (4, 8), (2, 5), (2, 6), (2, 7), (2, 8), (2, 9), (1, 5), (1, 6))
 SHARED_SHAPES = ((4, 9), (4, 10), (4, 11), (4, 12))  # of one that all matrices of a kind share
-DECODERS = ("identity", "mlp")
+DECODERS = ("identity", "mlp", "conv")
+CONV = dict(patch=64, latent_bits=2, stages=1, width=12, weight_bits=6, block=64, reorder=True)  # decoders that draw matrices
+CONV_CHANNELS = (2, 3, 4)  # of the latents: 1, 1.5 and 2 bits a weight; at more they lose to vectors wherever it was tried
+CONV_RANKS = (0, 8)
+CONV_UNLIKE = 0.9  # `unlikeness` of rows beyond which no decoder has been seen to beat vectors: none is trained for an estimate
 MLP_LOSS = 1.03  # squared error of a table drawn by a decoder over that of the plain one: 1.01 to 1.05 for K = 256 to 4096
 SHARES = ("none", "kind", "model")
 MAX_RANK = 32
@@ -46,7 +53,7 @@ MIXED_RANKS = (0, 2, 4, 8, 16)
 @dataclass(frozen=True, kw_only=True)
 class ReALLM(Method):
     name: ClassVar[str] = "reallm"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "calibrated": {"calibrated": True},
         "data-free": {"calibrated": False},
@@ -63,6 +70,7 @@ class ReALLM(Method):
     rank: int | None = None
     block: int | None = None
     scales: str = "double"
+    along: str = "rows"  # what a vector's weights are consecutive along; "columns" for data-free alone
     adapter_bits: int = 8
     band: int = 0  # data-free: rows that share an order of the columns; 0 leaves them in place
     order_bits: int | None = None  # of an index in it; None: as few as hold it
@@ -70,14 +78,14 @@ class ReALLM(Method):
     rounds: int = 10  # data-free: alternations at most
     tolerance: float = 1e-3  # data-free: stop at a smaller relative gain
     act_order: bool = True  # calibrated
-    damp: float = 0.01  # calibrated
+    damp: float = 0.1  # calibrated: share of mean diag(H) added to it
     refit: int = 6  # calibrated: conjugate-gradient steps on the codebook
-    follow: float = 0.5  # calibrated: share of the inputs' drift that the weights are moved against
-    decoder: str = "identity"  # decoders on offer beside the identity: "mlp" for shared tables
+    follow: float = 0.5  # calibrated: share of the inputs' drift that weights, and blocks as they are tuned, take back
+    decoder: str = "identity"  # on offer beside the identity: "mlp" for shared tables; data-free: "conv", convolutional, for a matrix
     share: str = "kind"  # whose matrices the large codebooks serve: those of a kind, or all of the model's
     epochs: int = 0  # of block-wise tuning
-    rate: float = 2e-3  # of its optimiser, relative to each tensor's size
-    batch: int = 2  # windows per step of it
+    rate: float = 4e-3  # of its optimiser, relative to each tensor's size
+    batch: int = 1  # windows per step of it
 
     def __post_init__(self) -> None:
         if (self.dim is None) != (self.index_bits is None):
@@ -93,12 +101,16 @@ class ReALLM(Method):
             raise ValueError("block must be at least 1")
         if self.calibrated and (self.band or self.row_scales):
             raise ValueError("column orders (band) and row_scales belong to reallm:data-free")
-        if self.band < 0 or self.band % (self.dim or 4):
+        if self.along not in ("rows", "columns") or (self.calibrated and self.along != "rows"):
+            raise ValueError("along must be rows, or with reallm:data-free columns: error feedback goes from column to column")
+        if self.band < 0 or (self.along == "rows" and self.band % (self.dim or 4)):
             raise ValueError("band must be a multiple of the vector length")
         if self.order_bits is not None and not (self.band and 1 <= self.order_bits <= 16):
             raise ValueError("order_bits must be 1 to 16, and needs a band")
         if self.decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}")
+        if self.decoder == "conv" and self.calibrated:
+            raise ValueError("a convolutional decoder is trained on the weights alone: write reallm:data-free,decoder=conv")
         if self.share not in SHARES:
             raise ValueError(f"share must be one of {', '.join(SHARES)}")
         if not 0 <= self.follow <= 1:
@@ -136,9 +148,9 @@ class ReALLM(Method):
             forms = [{"table": form, "share": group} for form in self._forms]
             shapes = [(*shape, own) for shape in SHAPES] + [(*shape, form) for shape in SHARED_SHAPES for form in forms]
         ranks = range(MAX_RANK + 1) if self.rank is None else (self.rank,)
-        extras = {}
+        extras: dict[str, Any] = {"along": self.along} if self.along != "rows" else {}
         if self.band or self.row_scales:
-            extras = {"band": self.band, "order_bits": self.order_bits or 0, "row_scales": self.row_scales}
+            extras |= {"band": self.band, "order_bits": self.order_bits or 0, "row_scales": self.row_scales}
         return [
             LayerConfig.of(
                 "codebook", dim=dim, index_bits=bits, block=block, scales=self.scales, rank=rank, adapter_bits=self.adapter_bits,
@@ -151,22 +163,35 @@ class ReALLM(Method):
         ]  # fmt: skip
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
-        return [config for config in self.candidates(layer) if self.rank is not None or config["rank"] in MIXED_RANKS]
+        mixable = [config for config in self.candidates(layer) if self.rank is not None or config["rank"] in MIXED_RANKS]
+        if self.decoder != "conv":
+            return mixable
+        form = CONV | {"scales": self.scales, "adapter_bits": self.adapter_bits}
+        ranks = [rank for rank in (CONV_RANKS if self.rank is None else (self.rank,)) if rank < min(layer.in_features, layer.out_features)]
+        return mixable + [LayerConfig.of("conv", latent_channels=count, rank=rank, **form) for count in CONV_CHANNELS for rank in ranks]
 
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
     ) -> list[float]:
-        """The low-rank part for real (diagonally whitened), the codebook by what it leaves of normal weights of that scale."""
+        """The low-rank part for real (diagonally whitened), the codebook by what it leaves of normal weights of that scale; a
+        convolutional decoder by training it, where rows are alike enough, and elsewhere as if it drew nothing."""
         root_I = sensitivity.column_I.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         ranks, blocks = ({config[key] for config in configs} for key in ("rank", "block"))
         left_OR, right_RI = svd_factors(weight_OI * root_I, max(ranks), None, seed)
-        scale_cost = {}
+        scale_cost, drawn_cost = {}, {}
         for rank in ranks:
             rest_OI = weight_OI - left_OR[:, :rank] @ right_RI[:rank] / root_I
             for block in blocks:
                 column_BS = torch.nn.functional.pad(sensitivity.column_I, (0, -layer.in_features % block)).view(-1, block)
                 scale_cost[rank, block] = float(sensitivity.row_O @ block_absmax(rest_OI, block).square() @ column_BS.sum(dim=1))
-        return [0.5 * _unit_error(config) * scale_cost[config["rank"], config["block"]] for config in configs]
+            drawn = [config for config in configs if config.format == "conv" and config["rank"] == rank]
+            alike = bool(drawn) and unlikeness(rest_OI) < CONV_UNLIKE
+            for config in drawn:
+                error_OI = weight_OI - self.compress(weight_OI, None, layer, config, seed).packed.decode() if alike else rest_OI
+                drawn_cost[config] = sensitivity.cost(error_OI)
+        return [
+            drawn_cost[c] if c.format == "conv" else 0.5 * _unit_error(c) * scale_cost[c["rank"], c["block"]] for c in configs
+        ]  # fmt: skip
 
     def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
         """At equal index bits longer vectors, then smaller blocks, then the largest rank that fits."""
@@ -183,7 +208,7 @@ class ReALLM(Method):
             config, own_seed = plan[users[0]], layer_seed(seed, key)
             entries = 2 ** config["index_bits"]
             matrices = ((weight(name), plan[name]["block"]) for name in users)
-            sample = table_sample(matrices, len(users), config["dim"], entries, own_seed)
+            sample = table_sample(matrices, len(users), config["dim"], entries, own_seed, self.along)
             table = config.table(sample[0].device)
             if isinstance(table, MlpTable):
                 tables[key] = fit_mlp_table(*sample, table, seed=own_seed)
@@ -207,7 +232,7 @@ class ReALLM(Method):
                 block.install(name, done[name])
         if self.epochs:
             packed = {name: compressed.packed for name, compressed in done.items()}
-            report = tune_block(block, packed, Schedule(self.epochs, self.rate, self.batch), seed)
+            report = tune_block(block, packed, Schedule(self.epochs, self.rate, self.batch, self.follow), seed)
             for name, compressed in done.items():
                 block.install(name, Compressed(compressed.packed, compressed.report | report))
 
@@ -217,7 +242,9 @@ class ReALLM(Method):
         packed = config.layout(layer, weight_OI.device)
         if table is not None:
             packed.attach(table)
-        if self.calibrated:
+        if isinstance(packed, ConvLinear):
+            tensors, report = compress_conv(weight_OI, packed, seed=seed)
+        elif self.calibrated:
             assert hessian_II is not None
             tensors, report = compress_calibrated(
                 weight_OI, hessian_II, packed, act_order=self.act_order, damp=self.damp, refit=self.refit, seed=seed

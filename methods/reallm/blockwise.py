@@ -1,7 +1,8 @@
 """Block-wise fine-tuning: what a packed block stores in real numbers, trained to give the uncompressed model's outputs.
 
 After all layers of a block are packed, codes stay as they are and block scales, codebooks and low-rank factors are trained by Adam on
-the mean squared error of the block's output behind the packed prefix (the paper's block-wise stage, after AQLM, arXiv 2401.06118).
+the squared error of the block's output behind the packed prefix (the paper's block-wise stage, after AQLM, arXiv 2401.06118), of every
+token relative to its own size: a few tokens have states hundreds of times as large as the others', and would be all that counts.
 Every forward pass sees stored numbers: each tensor is rounded to its stored form with a straight-through gradient, so that what training
 ends with is what is decoded.
 
@@ -18,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels.bitpack import unpack
 from kernels.codebook import CodebookLinear
 from kernels.lowrank import quantise_lowrank
 from kernels.scales import quantise_scales
 from methods.base import Block
 
 WARM_UP = 0.1  # share of the steps
+SMALLEST = 2.0**-40  # square of a token's state
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TunedLinear(nn.Module):
     def __init__(self, packed: CodebookLinear) -> None:
         super().__init__()
         object.__setattr__(self, "packed", packed)  # its buffers are not this module's
-        self.code_VI = unpack(packed.codes, packed.index_bits, packed.in_features)
+        self.code_VI = packed.indices()
         self.start = {"scale": packed.scales.decode()}
         if packed.codebook is not None:
             self.start["entries"] = packed.entries()
@@ -91,31 +92,30 @@ class TunedLinear(nn.Module):
 
 def tune_block(block: Block, packed: dict[str, CodebookLinear], schedule: Schedule, seed: int) -> dict[str, float]:
     """Train the layers in place; they are left in the block as `TunedLinear`s, to be installed again. Returns {steps, tokens, loss_before,
-    loss_after}, losses relative to the mean square of the target.
+    loss_after}, losses as in `_errors`.
 
     The numbers of the epoch with the least loss over all windows are kept; the start is one of them, so tuning never hurts on them.
     """
+    hidden_NTH, target_NTH = _windows(block, packed, schedule)
     tuned = {name: TunedLinear(layer) for name, layer in packed.items()}
     for name, module in tuned.items():
         block.lend(name, module)
-    hidden_NTH, target_NTH = block.windows()
-    norm = float(target_NTH.square().mean())
     parameters = [p for module in tuned.values() for p in module.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=schedule.rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     steps = schedule.epochs * -(-len(hidden_NTH) // schedule.batch)
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule.factor(step, steps))
-    before = best = _loss(block, hidden_NTH, target_NTH, schedule.batch) / norm
+    before = best = _loss(block, hidden_NTH, target_NTH, schedule.batch)
     kept = [p.detach().clone() for p in parameters]
     for _ in range(schedule.epochs):
         for index_B in torch.randperm(len(hidden_NTH), generator=generator).split(schedule.batch):
             index_B = index_B.to(hidden_NTH.device)
-            loss = (block.run(hidden_NTH[index_B]).float() - target_NTH[index_B].float()).square().mean() / norm
+            loss = _errors(block.run(hidden_NTH[index_B]), target_NTH[index_B]).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             rate.step()
-        now = _loss(block, hidden_NTH, target_NTH, schedule.batch) / norm
+        now = _loss(block, hidden_NTH, target_NTH, schedule.batch)
         if now < best:
             best, kept = now, [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -128,9 +128,25 @@ def tune_block(block: Block, packed: dict[str, CodebookLinear], schedule: Schedu
 
 
 @torch.no_grad()
+def _windows(block: Block, names: Iterable[str], schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Hidden states in front of the block, and what it is to make of them, both [N, T, H]."""
+    hidden_NTH, original_NTH = block.windows()
+    for name in names:
+        block.restore(name)
+    own_NTH = torch.cat([block.run(h) for h in hidden_NTH.split(schedule.batch)])
+    return hidden_NTH, torch.lerp(own_NTH, original_NTH, schedule.follow)
+
+
+@torch.no_grad()
 def _loss(block: Block, hidden_NTH: Tensor, target_NTH: Tensor, batch: int) -> float:
-    parts: Iterable[tuple[Tensor, Tensor]] = zip(hidden_NTH.split(batch), target_NTH.split(batch), strict=True)
-    return float(sum((block.run(h).float() - t.float()).square().sum() for h, t in parts)) / target_NTH.numel()
+    parts = zip(hidden_NTH.split(batch), target_NTH.split(batch), strict=True)
+    return float(torch.cat([_errors(block.run(h), t) for h, t in parts]).mean())
+
+
+def _errors(output_NTH: Tensor, target_NTH: Tensor) -> Tensor:
+    """Squared error of every token, relative to the square of its target, [N, T]."""
+    target_NTH = target_NTH.float()
+    return (output_NTH.float() - target_NTH).square().sum(dim=-1) / target_NTH.square().sum(dim=-1).clamp_min(SMALLEST)
 
 
 def _through(value: Tensor, stored: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 The released code stops when the error rises and keeps the iterate before; here the best iterate is kept and the loop also
 stops at a relative gain below `tolerance`. Factors are rounded to their stored precision before the rest is quantised. Where
 columns are reordered, their order is found once, from the first rest. DoRA's magnitude is one scale per row: without training,
-the one of least error.
+the one of least error. Where Q is a convolutional decoder's, there is one round.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from torch import Tensor
 
 from kernels.bitpack import pack
 from kernels.codebook import CodebookLinear
+from kernels.conv import ConvLinear
 from kernels.lowrank import LowRank, quantise_lowrank
 from kernels.packed import PackedLinear
 from methods.codecs.column_order import greedy_order
+from methods.codecs.conv import fit_conv
 from methods.codecs.kmeans import nearest
 from methods.codecs.lowrank import svd_factors
-from methods.codecs.vector import absmax_scales, fit_codebook, from_vectors, to_vectors
+from methods.codecs.vector import absmax_scales, fit_codebook, to_vectors
+
+CONV_STEPS, CONV_SWEEPS = 200, 3  # of training a convolutional decoder
 
 
 def compress_data_free(
@@ -34,6 +38,10 @@ def compress_data_free(
     best_error, done = float("inf"), 0
     codebook_KD: Tensor | None = None
     order: dict[str, Tensor] = {}
+
+    def turn(matrix: Tensor) -> Tensor:  # vectors along columns are vectors along the rows of the transposed matrix
+        return matrix.t() if packed.along == "columns" else matrix
+
     for done in range(1, (rounds if packed.rank else 1) + 1):
         tensors, lowrank_OI = lowrank_part(weight_OI - quantised_OI, packed, None, seed)
         rest_OI = weight_OI - lowrank_OI
@@ -47,11 +55,12 @@ def compress_data_free(
         if packed.table_key:
             codebook_KD = packed.entries()
         else:
-            codebook_KD = fit_codebook(rest_OI / scales.scale_OI, square_OI, packed.dim, 2**packed.index_bits, seed, codebook_KD)
-        square_VID, cross_VID = to_vectors(square_OI, packed.dim), to_vectors(scales.scale_OI * rest_OI, packed.dim)
+            unit_OI = rest_OI / scales.scale_OI
+            codebook_KD = fit_codebook(*map(turn, (unit_OI, square_OI)), packed.dim, 2**packed.index_bits, seed, codebook_KD)
+        square_VID, cross_VID = (to_vectors(turn(matrix_OI), packed.dim) for matrix_OI in (square_OI, scales.scale_OI * rest_OI))
         code_N = nearest(square_VID.reshape(-1, packed.dim), cross_VID.reshape(-1, packed.dim), codebook_KD)
-        code_VI = code_N.view(square_VID.shape[:2])
-        quantised_OI = from_vectors(codebook_KD[code_VI], weight_OI.shape[0]) * scales.scale_OI
+        code_VI = turn(code_N.view(square_VID.shape[:2]))
+        quantised_OI = packed.unit(code_VI, codebook_KD) * scales.scale_OI
         if packed.order is not None:
             quantised_OI = packed.order.restore(quantised_OI)
         decoded_OI = quantised_OI + lowrank_OI
@@ -69,13 +78,23 @@ def compress_data_free(
     return best, {"rounds": done, "relative_error": best_error}
 
 
+def compress_conv(weight_OI: Tensor, packed: ConvLinear, *, seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Buffers of `packed`: the low-rank part once, a convolutional decoder trained on the rest; and {relative_error}, of the weight."""
+    tensors, lowrank_OI = lowrank_part(weight_OI, packed, None, seed)
+    rest_OI = weight_OI - lowrank_OI
+    drawn, report = fit_conv(rest_OI, packed, steps=CONV_STEPS, sweeps=CONV_SWEEPS, seed=seed)
+    return tensors | drawn, {"relative_error": report["relative_error"] * float(rest_OI.norm()) / (float(weight_OI.norm()) or 1.0)}
+
+
 def _row_scales(weight_OI: Tensor, decoded_OI: Tensor) -> Tensor:
     """fp16 [O]: the factor of every decoded row that leaves the least squared error."""
     square_O = decoded_OI.square().sum(dim=1)
     return torch.where(square_O > 0, (weight_OI * decoded_OI).sum(dim=1) / square_O, 1.0).half()
 
 
-def lowrank_part(matrix_OI: Tensor, packed: CodebookLinear, whitener_II: Tensor | None, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+def lowrank_part(
+    matrix_OI: Tensor, packed: CodebookLinear | ConvLinear, whitener_II: Tensor | None, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
     """Stored buffers of the low-rank branch fitted to `matrix_OI`, and what they decode to (zeros at rank 0)."""
     if packed.lowrank is None:
         return {}, torch.zeros_like(matrix_OI)

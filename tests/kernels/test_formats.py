@@ -11,6 +11,7 @@ from kernels.packed import PackedLinear
 UNIFORM = dict(format="uniform", bits=3, group=64, offset="symmetric")
 CODEBOOK = dict(format="codebook", dim=2, index_bits=6, block=64, rank=3)
 PERMUTED = UNIFORM | {"offset": "minimum", "permuted": True}
+ACROSS = CODEBOOK | dict(dim=4, along="columns")
 BANDED = CODEBOOK | dict(band=64, order_bits=12, row_scales=True)
 
 
@@ -27,7 +28,7 @@ def test_packing_is_lossless_and_no_wider_than_it_says(bits: int, count: int):
 
 @pytest.mark.parametrize("shape", [(576, 576), (192, 576), (576, 1536), (7, 13), (1, 1), (33, 65)])
 @pytest.mark.parametrize(
-    "base", [UNIFORM, UNIFORM | {"offset": "zero"}, UNIFORM | {"offset": "minimum", "permuted": True}, CODEBOOK, BANDED]
+    "base", [UNIFORM, UNIFORM | {"offset": "zero"}, UNIFORM | {"offset": "minimum", "permuted": True}, CODEBOOK, ACROSS, BANDED]
 )
 def test_a_layout_on_meta_counts_what_a_real_one_stores(shape: tuple[int, int], base: dict):
     spec = base | dict(out_features=shape[0], in_features=shape[1], bias=True)
@@ -134,6 +135,19 @@ def test_codebook_decodes_by_its_definition():
         scale = scale_codes[o, i // 16].float() * 0.01 + 0.5
         lowrank = sum(float(left[o, r]) * float(left_scale[r]) * float(right[r, i]) * float(right_scale[r]) for r in range(2))
         assert decoded[o, i].item() == pytest.approx(book[codes[o // 4, i], o % 4].item() * scale.item() + lowrank, rel=1e-5, abs=1e-4)
+
+
+def test_vectors_along_columns_decode_by_their_definition():
+    generator = torch.Generator().manual_seed(0)
+    layer = PackedLinear.from_spec(
+        ACROSS | dict(index_bits=5, block=16, scales="half", rank=0, out_features=3, in_features=22, bias=False), "cpu"
+    )
+    codes = torch.randint(0, 32, (3, 6), generator=generator)  # 22 columns are padded to 6 vectors of 4
+    book, scales = torch.randn(32, 4, generator=generator).half(), torch.rand(3, 2, generator=generator).half()
+    layer.fill(**{"codes": pack(codes, 5), "codebook": book, "scales.direct": scales})
+    for o in range(3):
+        for i in range(22):
+            assert layer.decode()[o, i] == book[codes[o, i // 4], i % 4].float() * scales[o, i // 16].float()
 
 
 def test_the_reference_product_is_the_decoded_weight():

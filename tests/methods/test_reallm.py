@@ -3,9 +3,14 @@
 import pytest
 import torch
 
+from harness.model import load_reference
+from harness.protocol import parse_calibration
+from harness.windows import calibration_windows
+from kernels.bitpack import packed_words
 from methods import parse_method
-from methods.base import LayerConfig, LayerSpec
+from methods.base import LayerConfig, LayerSpec, Sensitivity
 from methods.codecs.column_order import greedy_order
+from methods.codecs.conv import unlikeness
 from methods.codecs.error_feedback import layer_error, prepare
 from methods.codecs.kmeans import kmeans, nearest
 from methods.codecs.lowrank import svd_factors
@@ -123,6 +128,41 @@ def test_columns_are_ordered_greedily_and_once_each(weight):
         assert sum(a != b for a, b in zip(band.tolist(), taken, strict=True)) <= 8  # ties between equal columns, and rounding
 
 
+def test_vectors_along_columns_are_vectors_along_rows_of_the_transposed_matrix(weight):
+    """With one scale for all, so that the blocks are the same either way round."""
+    weight = weight[:, :190] / weight.abs().amax(dim=1, keepdim=True).half().float()
+    options = dict(dim=4, index_bits=6, rank=0, scales="half", block=0)
+    across = compress("reallm:data-free", weight, along="columns", **options).packed
+    assert across.codes.shape == (192, packed_words(48, 6))
+    flat = weight.sign() * 0.7
+    first, second = (
+        compress("reallm:data-free", m, along=a, **options).packed.decode() for m, a in ((flat, "columns"), (flat.t(), "rows"))
+    )
+    assert torch.equal(first, second.t())
+    errors = [
+        float((compress("reallm:data-free", weight, along=a, **options).packed.decode() - weight).norm()) for a in ("rows", "columns")
+    ]
+    assert 0.8 < errors[0] / errors[1] < 1.25
+
+
+def test_a_convolutional_decoder_is_on_offer_where_rows_are_alike(weights, weight):
+    """Estimated by training it on a matrix whose rows are alike; elsewhere, untrained, as if it drew nothing."""
+    method = parse_method("reallm:data-free,decoder=conv")
+    alike, other = weights["model.layers.0.self_attn.k_proj.weight"], weight
+    assert unlikeness(alike) < 0.9 < unlikeness(other)
+    layer = LayerSpec("layer", "layer", *alike.shape, bias=False)
+    offers = [config for config in method.mixed_candidates(layer) if config.format == "conv"]
+    assert len(offers) == 6 and not any(config.format == "conv" for config in method.candidates(layer))
+    config = next(c for c in offers if (c["latent_channels"], c["rank"]) == (2, 8))
+    flat = Sensitivity(torch.ones(192), torch.ones(576))
+    done = method.compress(alike, None, layer, config, seed=0)
+    error = alike - done.packed.decode()
+    assert done.report["relative_error"] == pytest.approx(float(error.norm() / alike.norm()), rel=1e-4)
+    assert method.expected_costs(alike, flat, layer, [config], seed=0) == [pytest.approx(flat.cost(error))]
+    lowrank = other - torch.matmul(*svd_factors(other, 8))
+    assert method.expected_costs(other, flat, layer, [config], seed=0) == [pytest.approx(flat.cost(lowrank), rel=1e-3)]
+
+
 def test_the_released_settings_decode_what_they_report(weight):
     layer = LayerSpec("layer", "layer", *weight.shape, bias=False)
     method = parse_method("reallm:released,rank=4,rounds=3")
@@ -150,12 +190,27 @@ def test_data_helps(weight, shape):
     assert errors["calibrated"] < 0.75 * errors["data-free,rounds=2"]
 
 
-def test_calibrated_beats_gptq_at_equal_bits(weight):
-    hessian = hessian_of(576)
+@pytest.fixture(scope="module")
+def inputs(truncated, tokenizer) -> dict[str, torch.Tensor]:
+    """What two layers of the fourth block see of eight windows of text, [8, T, I]."""
+    model = load_reference(truncated.path, "cpu", torch.float32)
+    seen = {}
+    for name in ("self_attn.v_proj", "mlp.up_proj"):
+        model.get_submodule(f"model.layers.3.{name}").register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    with torch.no_grad():
+        model(calibration_windows(parse_calibration("c4-mini@512x8"), tokenizer, seed=0).tokens_NL)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.up_proj"])
+def test_calibrated_beats_gptq_at_equal_bits(name, inputs, weights):
+    """On windows that neither has seen."""
+    weight = weights[f"model.layers.3.{name}.weight"]
+    hessian, held_out = (x.flatten(0, 1).T @ x.flatten(0, 1) for x in inputs[name].split(6))
     reallm = compress("reallm", weight, hessian, rank=1).packed
-    assert reallm.stored_bits().total < (3 + 16 / 60) * weight.numel()  # 3.20 bits; its codebook costs 0.02 on this small matrix
+    assert reallm.stored_bits().total < (3 + 16 / 60) * weight.numel()  # 3.20 bits on the smaller one, 0.02 of them its codebook
     gptq = decode_uniform("gptq", weight, hessian, group=60)
-    assert layer_error(weight, reallm.decode(), hessian) < layer_error(weight, gptq, hessian)
+    assert layer_error(weight, reallm.decode(), held_out) < layer_error(weight, gptq, held_out)
 
 
 @pytest.mark.parametrize("variant", ["data-free", "calibrated"])
@@ -167,10 +222,18 @@ def test_same_seed_same_bytes_other_seed_other_bytes(weight, variant):
 
 
 @pytest.mark.parametrize(
-    "options", ["band=64", "data-free,band=3", "data-free,dim=8,index_bits=4,band=4", "data-free,band=64,order_bits=17"]
+    "options",
+    [
+        "along=columns",
+        "data-free,along=diagonal",
+        "band=64",
+        "data-free,band=3",
+        "data-free,dim=8,index_bits=4,band=4",
+        "data-free,band=64,order_bits=17",
+    ],
 )
 def test_orders_that_cannot_be_are_refused(options):
-    with pytest.raises(ValueError, match="band|order_bits"):
+    with pytest.raises(ValueError, match="along|band|order_bits"):
         parse_method(f"reallm:{options}")
 
 
