@@ -17,9 +17,10 @@ from harness.report.table import GOOD, label
 
 Rows = dict[str, dict[str, str]]
 # The reference has no choices to make. A quantiser's roundings may fall differently in another CPU's arithmetic, and one code
-# that flips early moves everything behind it; the 5 % is an allowance for that, not a measurement.
+# that flips early moves everything behind it, as does a near-tie of a mixed plan. On three windows of two texts, two machines were
+# up to 4.9 % apart (rtn; gptq 3.9 %, nf 2.2 %).
 REFERENCE_TOLERANCE = 0.002
-TOLERANCE = 0.05
+TOLERANCE = 0.08
 STORED_TOLERANCE = 1e-9
 
 

@@ -130,6 +130,25 @@ def test_drift_is_the_difference_of_two_models(truncated, tokens):
 
 
 @torch.no_grad()
+def test_a_restored_block_is_the_original_until_it_is_packed_again(truncated, tokens):
+    model, rtn = load_reference(truncated.path, "cpu", torch.float32), parse_method("rtn")
+    stock, inputs, (_, modules) = inventory(model), BlockInputs(model, tokens[:2]), decoder_blocks(model)
+    with BlockRun(model, stock.blocks[0], modules[0], inputs.hidden_NTH, inputs.kwargs[0], inputs.hidden_NTH) as block:
+        packed = {name: rtn.compress(block.weight(name), None, layer, rtn.candidates(layer)[0], 0) for name, layer in block.layers.items()}
+        original = block.original_outputs()
+        for name in packed:
+            block.install(name, packed[name])
+        outputs = block.outputs()
+        assert not torch.allclose(outputs, original, rtol=1e-2)
+        for name in packed:
+            block.restore(name)
+        assert torch.equal(block.run(inputs.hidden_NTH), original)
+        for name in packed:
+            block.install(name, packed[name])
+        assert torch.equal(block.outputs(), outputs)
+
+
+@torch.no_grad()
 def _inputs(model, name, tokens):
     seen = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
