@@ -41,8 +41,7 @@ SHARED_SHAPES = ((4, 9), (4, 10), (4, 11), (4, 12))  # of one that all matrices 
 DECODERS = ("identity", "mlp", "conv")
 CONV = dict(patch=64, latent_bits=2, stages=1, width=12, weight_bits=6, block=64, reorder=True)  # decoders that draw matrices
 CONV_CHANNELS = (2, 3, 4)  # of the latents: 1, 1.5 and 2 bits a weight; at more they lose to vectors wherever it was tried
-CONV_RANKS = (0, 8)
-CONV_UNLIKE = 0.9  # `unlikeness` of rows beyond which no decoder has been seen to beat vectors: none is trained for an estimate
+CONV_UNLIKE = 0.85  # `unlikeness` of rows beyond which no decoder has been seen to beat vectors: none is trained for an estimate
 MLP_LOSS = 1.03  # squared error of a table drawn by a decoder over that of the plain one: 1.01 to 1.05 for K = 256 to 4096
 SHARES = ("none", "kind", "model")
 MAX_RANK = 32
@@ -166,9 +165,9 @@ class ReALLM(Method):
         mixable = [config for config in self.candidates(layer) if self.rank is not None or config["rank"] in MIXED_RANKS]
         if self.decoder != "conv":
             return mixable
-        form = CONV | {"scales": self.scales, "adapter_bits": self.adapter_bits}
-        ranks = [rank for rank in (CONV_RANKS if self.rank is None else (self.rank,)) if rank < min(layer.in_features, layer.out_features)]
-        return mixable + [LayerConfig.of("conv", latent_channels=count, rank=rank, **form) for count in CONV_CHANNELS for rank in ranks]
+        # With a low-rank part of its own choice it has not been seen to win: what makes rows alike is of low rank.
+        form = CONV | {"scales": self.scales, "adapter_bits": self.adapter_bits, "rank": self.rank or 0}
+        return mixable + [LayerConfig.of("conv", latent_channels=count, **form) for count in CONV_CHANNELS]
 
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int

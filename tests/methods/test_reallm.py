@@ -145,22 +145,22 @@ def test_vectors_along_columns_are_vectors_along_rows_of_the_transposed_matrix(w
     assert 0.8 < errors[0] / errors[1] < 1.25
 
 
-def test_a_convolutional_decoder_is_on_offer_where_rows_are_alike(weights, weight):
+def test_a_convolutional_decoder_is_on_offer_where_rows_are_alike(weights, weight, monkeypatch):
     """Estimated by training it on a matrix whose rows are alike; elsewhere, untrained, as if it drew nothing."""
+    monkeypatch.setattr("methods.reallm.data_free.CONV_STEPS", 20)
     method = parse_method("reallm:data-free,decoder=conv")
     alike, other = weights["model.layers.0.self_attn.k_proj.weight"], weight
-    assert unlikeness(alike) < 0.9 < unlikeness(other)
+    assert unlikeness(alike) < 0.85 < unlikeness(other)
     layer = LayerSpec("layer", "layer", *alike.shape, bias=False)
     offers = [config for config in method.mixed_candidates(layer) if config.format == "conv"]
-    assert len(offers) == 6 and not any(config.format == "conv" for config in method.candidates(layer))
-    config = next(c for c in offers if (c["latent_channels"], c["rank"]) == (2, 8))
+    assert len(offers) == 3 and not any(config.format == "conv" for config in method.candidates(layer))
+    config = next(c for c in offers if c["latent_channels"] == 2)
     flat = Sensitivity(torch.ones(192), torch.ones(576))
     done = method.compress(alike, None, layer, config, seed=0)
     error = alike - done.packed.decode()
     assert done.report["relative_error"] == pytest.approx(float(error.norm() / alike.norm()), rel=1e-4)
     assert method.expected_costs(alike, flat, layer, [config], seed=0) == [pytest.approx(flat.cost(error))]
-    lowrank = other - torch.matmul(*svd_factors(other, 8))
-    assert method.expected_costs(other, flat, layer, [config], seed=0) == [pytest.approx(flat.cost(lowrank), rel=1e-3)]
+    assert method.expected_costs(other, flat, layer, [config], seed=0) == [pytest.approx(flat.cost(other), rel=1e-5)]
 
 
 def test_the_released_settings_decode_what_they_report(weight):
