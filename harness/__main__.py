@@ -2,5 +2,5 @@ import sys
 
 from harness.cli import main
 
-if __name__ == "__main__":  # cells import this module again under another name
+if __name__ == "__main__":
     sys.exit(main())

@@ -84,7 +84,10 @@ def uniform(method: Method, stock: Inventory, budget: Fraction | None) -> Alloca
 def require_mixable(method: Method, stock: Inventory, budget: Fraction) -> None:
     """Raises BudgetError when even the smallest configuration of every layer, with no table to share, is too much together."""
     least = {
-        key: min((config.stored_bits(x).total for config in method.candidates(x) if not config.table_key), default=math.inf)
+        key: min(
+            (config.stored_bits(x).total for config in (*method.candidates(x), *method.mixed_candidates(x)) if not config.table_key),
+            default=math.inf,
+        )
         for key, x in _alike(stock).items()
     }
     bits = sum(least[_sort(layer)] for layer in stock.layers) + stock.uncovered_bits

@@ -160,16 +160,16 @@ def environment(threads: int) -> dict[str, Any]:
     return {"harness": __version__, "python": platform.python_version(), **packages, **machine}
 
 
-def main(spec: dict[str, Any], messages: Connection, log: str, environment: Mapping[str, str]) -> None:
+def main(spec: dict[str, Any], messages: Connection, log: str, variables: Mapping[str, str]) -> None:
     """Entry of the process, whose environment may be older than its orders: the server of the forks started once."""
-    os.environ.clear()
-    os.environ.update(environment)
-    with open(log, "a") as out:
-        for descriptor in (1, 2):  # stdout, stderr
-            os.dup2(out.fileno(), descriptor)
     speak = Speaker(messages)
-    store = CellStore(spec["key"])
     try:
+        os.environ.clear()
+        os.environ.update(variables)
+        with open(log, "a") as out:
+            for descriptor in (1, 2):  # stdout, stderr
+                os.dup2(out.fileno(), descriptor)
+        store = CellStore(spec["key"])
         with store.locked():
             run_cell(spec, store, speak)
         speak.say(finished=True)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,6 +23,7 @@ from harness.store import CellStore
 # Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an accelerator may not
 # survive a fork, so there every cell starts from nothing.
 START = {"cpu": "forkserver"}
+LONGEST = 70  # name of the folder for temporary files, in bytes: the server's socket lies there, and its whole name has 108
 Watch = Callable[[str, dict[str, Any]], None]  # (cell key, message of the cell's process)
 
 
@@ -42,15 +44,22 @@ def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[
     Cells that need the reference's states wait until it has them, or until its process is over (a file of this run says so).
     """
     running: list[BaseProcess] = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=jobs) as pool:
+    settings = _settings(max((spec["threads"] for spec in specs), default=1))
+    with tempfile.TemporaryDirectory() as folder, _variables(settings), ThreadPoolExecutor(max_workers=jobs) as pool:
         over = Path(folder) / "reference_over"
         if all(spec["key"] != spec["reference"] for spec in specs):
             over.touch()  # finished earlier
+        for device_type in {_device_type(spec) for spec in specs}:
+            _prepare(device_type)
 
         def run(spec: dict[str, Any]) -> Outcome:
-            error = _run_one(spec | {"reference_over": str(over)}, watch, running)
-            if spec["key"] == spec["reference"]:
-                over.touch()
+            try:
+                error = _run_one(spec | {"reference_over": str(over)}, watch, running)
+            except Exception as failure:  # no process to be had
+                error = f"could not be started ({type(failure).__name__}: {failure}); the same command tries again"
+            finally:
+                if spec["key"] == spec["reference"]:
+                    over.touch()
             watch(spec["key"], {"ended": True, "error": error})
             return Outcome(spec["key"], error)
 
@@ -68,34 +77,52 @@ def _run_one(spec: dict[str, Any], watch: Watch, running: list[BaseProcess]) -> 
     """Run one cell to its end; returns its error in one line, empty when it finished."""
     store = CellStore(spec["key"])
     store.folder.mkdir(parents=True, exist_ok=True)
-    context = _context(spec["device"].partition(":")[0])
+    context = _context(_device_type(spec))
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=cell.main, args=(spec, sender, str(store.log), os.environ | _settings(spec["threads"])))
-    error = ""
-    with _environment(_settings(spec["threads"])):
-        process.start()
+    process = context.Process(target=cell.main, args=(spec, sender, str(store.log), dict(os.environ)))
+    error, finished = "", False
+    process.start()
     running.append(process)
     sender.close()  # the cell has its own: when that is gone, there is nothing more to hear
     with contextlib.suppress(EOFError, OSError):  # killed, perhaps in the middle of a message; the exit code tells
         while True:
             message = receiver.recv()
-            error = message.get("error", error)
+            error, finished = message.get("error", error), finished or "finished" in message
             watch(spec["key"], message)
     process.join()
     receiver.close()
     running.remove(process)
     code = process.exitcode or 0
+    if finished:  # it said so itself; the exit code comes by way of the server of the forks, which may have been killed
+        return ""
     if code < 0:
+        name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
         memory = " (out of memory?)" if -code == signal.SIGKILL else ""
-        return f"killed by {signal.Signals(-code).name}{memory}; log: {store.log}"
-    return error or (f"exit code {code}; log: {store.log}" if code else "")
+        return f"killed by {name}{memory}; log: {store.log}"
+    return error or f"exit code {code}; log: {store.log}"
+
+
+def _device_type(spec: dict[str, Any]) -> str:
+    return spec["device"].partition(":")[0]
 
 
 def _context(device_type: str) -> BaseContext:
-    context = multiprocessing.get_context(START.get(device_type, "spawn"))
+    fits = len(os.fsencode(tempfile.gettempdir())) <= LONGEST
+    return multiprocessing.get_context(START.get(device_type, "spawn") if fits else "spawn")
+
+
+def _prepare(device_type: str) -> None:
+    """Start the server of the forks, if there is to be one. Ctrl-C is for this process: it ends the others itself."""
+    context = _context(device_type)
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload([cell.__name__])
-    return context
+        main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
+        try:
+            forkserver.ensure_running()
+        finally:
+            if main_thread:
+                signal.signal(signal.SIGINT, before)
 
 
 def _settings(threads: int) -> dict[str, str]:
@@ -111,16 +138,15 @@ def _settings(threads: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """What a process that is started inside inherits; the server of the forks is one."""
-    with _STARTING:
-        before = dict(os.environ)
-        os.environ.update(variables)
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-
-
-_STARTING = threading.Lock()  # the environment is everybody's
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables of this process, and of those it starts inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

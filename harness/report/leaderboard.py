@@ -115,7 +115,7 @@ def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, A
     for name, score in scores.items():
         if score:
             row |= _protocol_values(name, score)
-    return row, {"row": row, "artifact": artifact, "scores": scores}
+    return row, {"row": row, "seeded": cell.method.seeded, "artifact": artifact, "scores": scores}
 
 
 def _protocol_values(name: str, score: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ BATCH = 1 << 17  # weights drawn in a step, at most: whole patches
 ENCODER_WIDTH = 32
 ENCODER_SHARE, SEARCH_SHARE = 0.3, 0.3  # of all steps: the first with an encoder, the last between sweeps of the search
 WARM_UP = 0.1
+LIKENESS_ROWS = 1024
 RATE, LATENT_RATE = 2e-2, 0.1  # Adam's, of networks and of free latents
 SMALLEST = 2.0**-14  # normal fp16
 
@@ -82,7 +83,10 @@ def chain_order(matrix_NM: Tensor) -> Tensor:
 
 
 def unlikeness(matrix_NM: Tensor) -> float:
-    """What is left of a row, on average, when the one before it in `chain_order` is known: 1 where rows have nothing in common."""
+    """What is left of a row, on average, when the one before it in `chain_order` is known: 1 where rows have nothing in common. Of long
+    matrices, of LIKENESS_ROWS rows: the order takes the square of their number."""
+    if len(matrix_NM) > LIKENESS_ROWS:
+        matrix_NM = matrix_NM[torch.linspace(0, len(matrix_NM) - 1, LIKENESS_ROWS).long().to(matrix_NM.device)]
     row_NM = matrix_NM[chain_order(matrix_NM)]
     cosine_N = F.cosine_similarity(row_NM[1:], row_NM[:-1], dim=1)
     energy_N = row_NM[1:].square().sum(dim=1)

@@ -80,7 +80,7 @@ class ReALLM(Method):
     damp: float = 0.1  # calibrated: share of mean diag(H) added to it
     refit: int = 6  # calibrated: conjugate-gradient steps on the codebook
     follow: float = 0.5  # calibrated: share of the inputs' drift that weights, and blocks as they are tuned, take back
-    decoder: str = "identity"  # on offer beside the identity: "mlp" for shared tables; data-free: "conv", convolutional, for a matrix
+    decoder: str = "identity"  # on offer beside the identity: "mlp" for shared tables; data-free, in mixed plans: "conv", for a matrix
     share: str = "kind"  # whose matrices the large codebooks serve: those of a kind, or all of the model's
     epochs: int = 0  # of block-wise tuning
     rate: float = 4e-3  # of its optimiser, relative to each tensor's size

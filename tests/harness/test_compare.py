@@ -28,7 +28,9 @@ def folder(tmp_path):
             cell = f"{method}{seed}"
             lines.append((method, "", "3.25", seed, "ok", 3.25, cell, 30.0))
             score = {"window_nll": [x + shift for x in losses], "divergence": {"window_kld": [divergence * x for x in base]}}
-            (tmp_path / "cells" / f"{cell}.json").write_text(json.dumps({"row": {"stored_bpw": 3.25}, "scores": {P: score}}))
+            (tmp_path / "cells" / f"{cell}.json").write_text(
+                json.dumps({"row": {"stored_bpw": 3.25, f"ppl_{P}": 30.0 + seed}, "scores": {P: score}})
+            )
     with open(tmp_path / "leaderboard.csv", "w", newline="") as handle:
         csv.writer(handle).writerows([COLUMNS, *lines])
     return tmp_path
@@ -38,8 +40,8 @@ def test_ratios_are_paired(folder, capsys):
     assert main(["compare", str(folder), "--to", "gptq", "--markdown"]) == 0
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
     table = {line[0]: line[1:] for line in lines}
-    perplexity, ratio = math.exp(sum([3.0, 3.5, 2.5, 4.0, 3.2]) / 5), math.exp(0.1)
-    assert table["gptq"] == ["3.25", "3.2500", f"{perplexity:.2f}", "1", "1"]
+    ratio = math.exp(0.1)
+    assert table["gptq"] == ["3.25", "3.2500", "30.50", "1", "1"]
     assert table["nf"][3:] == [f"{ratio:.3f} [{ratio:.3f}, {ratio:.3f}]", "2.000 [2.000, 2.000]"]
     assert table["rtn"][3].startswith("1.000 [0.") and table["rtn"][3].endswith("tie") and table["rtn"][4].endswith("tie")
 
@@ -51,3 +53,28 @@ def test_what_cannot_be_compared_is_said_in_a_line(folder, capsys):
     assert main(["compare", str(folder), "--to", "gptq"]) == 2
     assert "writes it again" in capsys.readouterr().err
     assert main(["compare", str(folder / "nowhere"), "--to", "gptq"]) == 2
+    assert main(["compare", str(folder / "leaderboard.csv"), "--to", "gptq"]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_a_row_without_a_partner_or_a_divergence_is_left_empty(folder, capsys):
+    text = (folder / "leaderboard.csv").read_text().replace("rtn,,3.25", "rtn,,2.25")
+    (folder / "leaderboard.csv").write_text(text)
+    cell = folder / "cells" / "nf0.json"
+    record = json.loads(cell.read_text())
+    record["scores"][P]["divergence"] = None
+    cell.write_text(json.dumps(record))
+    assert main(["compare", str(folder), "--to", "gptq", "--markdown"]) == 0
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
+    table = {line[0]: line[1:] for line in lines}
+    assert table["rtn"][3:] == ["", ""] and table["nf"][3].startswith("1.105 [") and table["nf"][4] == ""
+
+
+def test_seeds_must_match_unless_none_can_change_a_row(folder, capsys):
+    text = (folder / "leaderboard.csv").read_text().replace("nf,,3.25,1,ok", "nf,,3.25,1,failed")
+    (folder / "leaderboard.csv").write_text(text)
+    assert main(["compare", str(folder), "--to", "gptq"]) == 2
+    assert "different seeds" in capsys.readouterr().err
+    cell = folder / "cells" / "nf0.json"
+    cell.write_text(json.dumps(json.loads(cell.read_text()) | {"seeded": False}))
+    assert main(["compare", str(folder), "--to", "gptq"]) == 0

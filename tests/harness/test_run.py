@@ -130,9 +130,10 @@ def test_one_crash_is_one_failed_row(truncated, cache, tmp_path):
     while victim is None and time.time() < deadline:
         time.sleep(0.02)
         if list(cache.glob("cells/*/blocks/block_0000.safetensors")):
-            # Of all processes below it, the two cells: the server they were forked from is an only child.
+            # Of all processes below it, the cells: they are children of the server they were forked from.
             family = psutil.Process(process.pid).children(recursive=True)
             victim = next((p for p in family if p.parent().pid != process.pid), None)
+    assert victim is not None, process.stderr.read()
     victim.kill()
     _, errors = process.communicate()
     assert process.returncode == 1, errors
