@@ -12,15 +12,18 @@ Lagrangian dual, computed here without it (Kellerer, Pferschy, Pisinger, Knapsac
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from harness.files import read_json, write_json
 from harness.ledger import Ledger, planned
 from harness.model import Inventory
 from methods.base import LayerConfig, LayerSpec, Method, Sensitivity, layer_seed, shared_bits
@@ -28,6 +31,7 @@ from methods.base import LayerConfig, LayerSpec, Method, Sensitivity, layer_seed
 MODES = ("ilp", "uniform")
 REACH = 2.0  # bits per weight from the budget beyond which a configuration is not considered for any layer
 TOLERANCE = 1e-6  # of the solver, relative to the cost of the plan
+SAVE_SECONDS = 20.0  # between two writes of a table of costs
 NODES = 20_000  # of the branch-and-bound tree: a limit that cuts every machine off at the same plan, as seconds would not
 
 
@@ -54,16 +58,15 @@ class Allocation:
         return {"layers": layers, "predicted": self.predicted, "bound": self.bound, "gap": self.gap}
 
 
-def common_candidates(method: Method, stock: Inventory) -> list[tuple[LayerConfig, Ledger]]:
-    """Every configuration that all layers can take, with what the whole model would then store."""
-    common: dict[LayerConfig, None] | None = None
-    for layer in _alike(stock).values():
-        own = dict.fromkeys(method.candidates(layer))
-        common = own if common is None else {config: None for config in common if config in own}
+def common_candidates(method: Method, stock: Inventory) -> list[tuple[dict[str, LayerConfig], Ledger]]:
+    """Every plan of one configuration for all layers (up to what `Method.family` leaves out), and what a whole model then stores."""
+    alike = _alike(stock)
+    own = {key: {method.family(config): config for config in method.candidates(layer)} for key, layer in alike.items()}
     found = []
-    for config in common or {}:
-        plan = {layer.name: config for layer in stock.layers}
-        found.append((config, planned(plan, stock.layers, stock.uncovered_bits, stock.weights)))
+    for family in next(iter(own.values())):
+        if all(family in configs for configs in own.values()):
+            plan = {layer.name: own[_sort(layer)][family] for layer in stock.layers}
+            found.append((plan, planned(plan, stock.layers, stock.uncovered_bits, stock.weights)))
     return found
 
 
@@ -73,12 +76,13 @@ def uniform(method: Method, stock: Inventory, budget: Fraction | None) -> Alloca
     Raises BudgetError with the least the method reaches.
     """
     found = common_candidates(method, stock)
-    fitting = [(c, ledger) for c, ledger in found if budget is None or not method.budgeted or ledger.fits(budget)]
+    fitting = [(plan, ledger) for plan, ledger in found if budget is None or not method.budgeted or ledger.fits(budget)]
     if not fitting:
         least = min((ledger.stored_bpw for _, ledger in found), default=math.inf)
         raise _least(method, least)
-    config, ledger = max(fitting, key=lambda item: method.preference(item[0], item[1].bits, item[1].weights))
-    return Allocation({layer.name: config for layer in stock.layers}, ledger)
+    first = stock.layers[0].name
+    plan, ledger = max(fitting, key=lambda item: method.preference(item[0][first], item[1].bits, item[1].weights))
+    return Allocation(plan, ledger)
 
 
 def require_mixable(method: Method, stock: Inventory, budget: Fraction) -> None:
@@ -114,20 +118,48 @@ def expected_costs(
     measured: Mapping[str, Sensitivity],
     seed: int,
     progress: Callable[[int, int], None] = lambda *_: None,
+    known: CostTable | None = None,
 ) -> dict[str, dict[LayerConfig, float]]:
     """Predicted divergence of every candidate of every layer. A layer that no measured token reached (an expert, say) is taken to
-    matter as much as the median layer of its shape, or of all."""
+    matter as much as the median layer of its shape, or of all. What `known` holds is not estimated again, and what is new is added."""
     costs = {}
+    known = known or CostTable(None)
     room = (budget * stock.weights - stock.uncovered_bits) / sum(layer.weights for layer in stock.layers)
     configs_of = {key: considered(method, layer, room) for key, layer in _alike(stock).items()}
     for index, layer in enumerate(stock.layers):
         weight_OI = model.get_submodule(layer.name).weight.detach().float()
         sensitivity = measured.get(layer.name) or _median(measured, weight_OI)
         configs = configs_of[_sort(layer)]
-        values = method.expected_costs(weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))
-        costs[layer.name] = dict(zip(configs, values, strict=True))
+        if new := known.missing(layer.name, configs):
+            known.add(layer.name, new, method.expected_costs(weight_OI, sensitivity, layer, new, layer_seed(seed, layer.name)))
+        costs[layer.name] = {config: known.cost(layer.name, config) for config in configs}
         progress(index + 1, len(stock.layers))
+    known.save()
     return costs
+
+
+class CostTable:
+    """Estimates kept in a file, so that another budget, or the next attempt, finds them."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self._saved = path, time.monotonic()
+        self._costs: dict[str, dict[str, float]] = read_json(path) if path and path.exists() else {}
+
+    def missing(self, layer: str, configs: Sequence[LayerConfig]) -> list[LayerConfig]:
+        return [config for config in configs if str(config) not in self._costs.get(layer, {})]
+
+    def cost(self, layer: str, config: LayerConfig) -> float:
+        return self._costs[layer][str(config)]
+
+    def add(self, layer: str, configs: Sequence[LayerConfig], costs: Sequence[float]) -> None:
+        self._costs.setdefault(layer, {}).update({str(config): cost for config, cost in zip(configs, costs, strict=True)})
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        if self.path:
+            write_json(self.path, self._costs)
+            self._saved = time.monotonic()
 
 
 def _median(measured: Mapping[str, Sensitivity], weight_OI: Tensor) -> Sensitivity:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from harness.model import BlockSpec, decoder_blocks
 from kernels.tables import Table
-from methods.base import Compressed, LayerSpec
+from methods.base import Compressed, LayerSpec, Sensitivity
 
 BATCH_TOKENS = 8192  # tokens pushed through a block at once: amortises decoding packed layers, bounds activations
 
@@ -184,9 +184,10 @@ class BlockRun:
     def __init__(
         self, model: PreTrainedModel, spec: BlockSpec, module: nn.Module, hidden_NTH: Tensor, kwargs: dict[str, Any],
         original_NTH: Tensor | None = None, tables: Mapping[str, Table] | None = None,
+        fisher: Mapping[str, Sensitivity] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.module, self.kwargs = model, module, kwargs
-        self.tables = tables or {}
+        self.tables, self._fisher = tables or {}, fisher or {}
         self.hidden_NTH, self.original_NTH = hidden_NTH, original_NTH
         self.layers: dict[str, LayerSpec] = {layer.name: layer for layer in spec.layers}
         self.reports: dict[str, dict[str, float]] = {}
@@ -239,6 +240,12 @@ class BlockRun:
                 x_NI, original_NI = (p.input.reshape(-1, size).float() for p in (paused, original))
                 drift_II.addmm_((original_NI - x_NI).t(), x_NI)
         return drift_II
+
+    def fisher(self, name: str) -> Sensitivity:
+        """Zero for a layer that no calibration token reached."""
+        layer = self.layers[name]
+        zeros = (torch.zeros(size, device=self.hidden_NTH.device) for size in (layer.out_features, layer.in_features))
+        return self._fisher.get(name) or Sensitivity(*zeros)
 
     def install(self, name: str, compressed: Compressed) -> None:
         slot = self._slots[name]

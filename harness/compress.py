@@ -25,7 +25,7 @@ from harness.model import decoder_blocks, inventory
 from kernels.dense import HALF_DTYPES
 from kernels.packed import PackedLinear
 from kernels.tables import Table
-from methods.base import Compressed, LayerConfig, LayerSpec, Method
+from methods.base import Compressed, LayerConfig, LayerSpec, Method, Sensitivity
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
@@ -38,12 +38,13 @@ def compress_model(
     seed: int,
     folder: Path,
     half: str = "float16",
+    fisher: Mapping[str, Sensitivity] | None = None,
     progress: Progress = lambda *_: None,
 ) -> tuple[CompressedModel, dict[str, Any]]:
     """Compress every block in place; returns the model and {"layers": {name: report}, "seconds"}.
 
-    `tokens_NT` may be None for a data-free method. `folder` keeps finished blocks, `half` is the 16-bit type of everything that is
-    not packed.
+    `tokens_NT` may be None for a method that needs no activations, `fisher` for one that does not ask for it. `folder` keeps finished
+    blocks, `half` is the 16-bit type of everything that is not packed.
     """
     stock = inventory(model)
     tables = _tables(model, method, plan, stock.layers, seed, folder / "tables.safetensors")
@@ -60,7 +61,7 @@ def compress_model(
         file = folder / f"block_{index:04d}.safetensors"
         finished = file.exists()
         start = time.perf_counter()
-        with BlockRun(model, spec, module, hidden_NTH, inputs.kwargs[index], original_NTH, tables) as block:
+        with BlockRun(model, spec, module, hidden_NTH, inputs.kwargs[index], original_NTH, tables, fisher) as block:
             if finished:
                 done = _load_block(block, file, hidden_NTH.device)
             else:

@@ -22,7 +22,8 @@ from harness.ledger import Ledger, payload_bytes
 from harness.model import Inventory, inventory
 from kernels.dense import HALF_DTYPES
 from kernels.dispatch import kind
-from kernels.packed import PackedLinear, StoredBits
+from kernels.packed import PackedLinear
+from kernels.stored import StoredBits
 from kernels.tables import Table
 
 TABLES = "shared_tables"  # the attribute of the model that holds them

@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from kernels.packed import StoredBits
+from kernels.stored import StoredBits
 from methods.base import LayerConfig, LayerSpec, shared_bits
 
 FILL_TOLERANCE = Fraction(2, 100)  # bits per weight a plan may leave unused before its row says `underspent`

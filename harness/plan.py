@@ -20,7 +20,7 @@ from harness.evaluate.score import BODY_TOKENS, HEAD_LOGITS
 from harness.files import digest
 from harness.ledger import parse_budget
 from harness.model import Inventory
-from harness.protocol import Calibration, Protocol, protocol_key
+from harness.protocol import Calibration, Protocol, Training, protocol_key
 from harness.sensitivity import GRADIENT_TOKENS, HEAD_TOKENS, HESSIAN_TOKENS, RANDOM_CONTEXT
 from methods.base import Method, Track
 
@@ -55,6 +55,7 @@ class Cell:
     model: ResolvedModel
     budget: Budget | None  # None: the reference
     calibration: Calibration | None  # None: a method that looks at no data
+    training: Training | None  # None: a method that trains nothing once the blocks are packed
     seed: int
     compute: Compute
     bos: str
@@ -65,15 +66,18 @@ class Cell:
 
     @property
     def key(self) -> str:
+        # Absent rather than none: a cell that trains nothing keeps the key it had before anything could be trained.
+        training = {"training": self.training.to_json()} if self.training else {}
         return digest(
             {
+                **training,
                 "artifact_version": ARTIFACT_VERSION,
                 "method": self.method.to_json(),
                 "model": self.model.fingerprint,
                 "budget": str(self.budget.bpw) if self.budget else None,
                 "allocate": self.allocate,
                 "calibration": self.calibration.to_json() if self.calibration else None,
-                "bos": self.bos if self.calibration else None,
+                "bos": self.bos if self.calibration or self.training else None,
                 "seed": self.seed,
                 "dtype": self.compute.dtype,
                 "device": self.compute.device.partition(":")[0],
@@ -95,6 +99,7 @@ class Cell:
             "model": self.model.to_json(),
             "budget": self.budget.text if self.budget else None,
             "calibration": self.calibration.to_json() if self.calibration else None,
+            "training": self.training.to_json() if self.training else None,
             "bos": self.bos,
             "half": self.half,
             "allocate": self.allocate,
@@ -131,6 +136,7 @@ def make_plan(
     stock: Inventory,
     protocols: Sequence[Protocol],
     calibration: Calibration,
+    training: Training,
     seeds: Sequence[int],
     compute: Compute,
     bos: str,
@@ -141,8 +147,9 @@ def make_plan(
     cells: dict[str, Cell] = {}
     for text, method in methods:
         for budget in budgets if method.budgeted else (None,):
-            looks = calibration if method.track != Track.DATA_FREE else None
             mode = allocate if budget else "uniform"
+            looks = calibration if method.track != Track.DATA_FREE and (mode == "ilp" or _uses_text(method)) else None
+            trains = training if method.adaptation else None
             allocation, refusal = None, ""
             try:
                 if budget and mode == "ilp":
@@ -152,19 +159,24 @@ def make_plan(
             except BudgetError as error:
                 refusal = str(error)
             for seed in seeds if method.seeded else (0,):
-                cell = Cell(method, text, model, budget, looks, seed, compute, bos, half, mode, allocation, refusal)
+                cell = Cell(method, text, model, budget, looks, trains, seed, compute, bos, half, mode, allocation, refusal)
                 cells.setdefault(cell.key, cell)
     return Plan(tuple(cells.values()), tuple(protocols))
 
 
+def _uses_text(method: Method) -> bool:
+    return method.needs.hessian or method.needs.fisher
+
+
 def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: int) -> float:
-    """Process memory a cell will need at most, in GiB: the most of its three phases, each with the whole model loaded.
+    """Process memory a cell will need at most, in GiB: the most of its phases, each with the whole model loaded.
 
     Measuring what errors cost, for a mixed plan, holds the states of some windows in front of every block (and of all of them, a few
     times, at one), and the most of three: a Gram matrix for every layer of a block, one of them being factored; a window's
     activations, to go back through a block; copies of a slice of logits. Compressing holds every calibration token's hidden state
     (in and out) and, inside one block, its widest activations and a Hessian being factored; twice the states for a method that also
-    looks at the uncompressed model's. Scoring holds one chunk of logits.
+    looks at the uncompressed model's. Training holds a window's activations in one block, the states in front of all, its logits a few
+    times, and a block's decoded weights. Scoring holds one chunk of logits.
     """
     dtype_bytes = getattr(torch, cell.compute.dtype).itemsize
     calibration, layers = cell.calibration, stock.blocks[0].layers
@@ -182,6 +194,11 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
     tokens = calibration.context * calibration.sequences if calibration else 0
     streams = 2 if cell.method.needs.original else 1
     compressing = streams * tokens * (2 * hidden + inner) * dtype_bytes + working
+    training = 0
+    if cell.training:
+        width = cell.training.windows.context
+        block = max(sum(layer.weights for layer in spec.layers) for spec in stock.blocks)
+        training = width * (len(stock.blocks) * hidden + 6 * (hidden + inner)) * dtype_bytes + 8 * block + 5 * 4 * width * vocabulary
     scoring = BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(HEAD_LOGITS, vocabulary)
     python = 0.6 * 2**30  # interpreter, torch and transformers
-    return (model + max(measuring, compressing, scoring) + python) / 2**30
+    return (model + max(measuring, compressing, training, scoring) + python) / 2**30

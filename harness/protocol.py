@@ -93,15 +93,38 @@ class Calibration(_Named):
 
 
 @dataclass(frozen=True)
+class Training:
+    """What the methods of the fine-tuned track are trained on: windows as for calibration, each seen once, `batch` of them to a step."""
+
+    windows: Calibration
+    batch: int
+
+    @property
+    def text(self) -> str:
+        """As `--training` reads it."""
+        return f"{self.windows.text}/{self.batch}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"windows": self.windows.to_json(), "batch": self.batch}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(Calibration.from_json(data["windows"]), data["batch"])
+
+
+@dataclass(frozen=True)
 class Profile:
     protocols: tuple[str, ...]
     calibration: Calibration
+    training: Training
 
 
 PROFILES = {
-    "quick": Profile(("wiki-mini@512", "c4-mini@512"), Calibration("c4-mini", 512, 24)),
-    "standard": Profile(("wikitext2@2048", "c4@2048"), Calibration("c4", 1024, 128)),
-    "paper": Profile(("wikitext2@2048", "c4@2048", "c4-new@2048"), Calibration("c4", 2048, 128)),
+    "quick": Profile(("wiki-mini@512", "c4-mini@512"), Calibration("c4-mini", 512, 24), Training(Calibration("c4-mini", 512, 64), 1)),
+    "standard": Profile(("wikitext2@2048", "c4@2048"), Calibration("c4", 1024, 128), Training(Calibration("c4", 1024, 2048), 8)),
+    "paper": Profile(
+        ("wikitext2@2048", "c4@2048", "c4-new@2048"), Calibration("c4", 2048, 128), Training(Calibration("c4", 2048, 8192), 16)
+    ),
 }
 
 
@@ -133,6 +156,17 @@ def parse_calibration(text: str) -> Calibration:
     if not match or match[1] not in CALIBRATION_SOURCES or not 2 <= int(match[2]) <= MAX_CONTEXT or int(match[3]) < 1:
         raise ValueError(f"unknown calibration '{text}': write TEXT@CONTEXTxSEQUENCES, TEXT one of {', '.join(CALIBRATION_SOURCES)}")
     return Calibration(match[1], int(match[2]), int(match[3]))
+
+
+def parse_training(text: str) -> Training:
+    windows, slash, batch = text.strip().partition("/")
+    if slash and not (batch.isdecimal() and int(batch) >= 1):
+        raise ValueError(f"unknown training '{text}': write TEXT@CONTEXTxSEQUENCES/BATCH, BATCH windows to a step, at least 1")
+    try:
+        return Training(parse_calibration(windows), int(batch or 1))
+    except ValueError:
+        sources = ", ".join(CALIBRATION_SOURCES)
+        raise ValueError(f"unknown training '{text}': write TEXT@CONTEXTxSEQUENCES/BATCH, TEXT one of {sources}") from None
 
 
 def bos_policy(model_type: str) -> str:

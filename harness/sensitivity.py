@@ -13,6 +13,10 @@ Measured on the original model, so that a plan does not depend on itself.
 A data-free method may not look at text. Its layers are measured on token ids drawn uniformly (as Malinovskii et al., arXiv
 2411.17525, do), without error feedback (column_i = mean x_i^2), and only the mean of either vector is kept: such tokens tell how
 much a layer matters, but not which of its columns.
+
+LQ-LoRA (Guo et al., arXiv 2311.12023, sec. 3.3) weighs errors with the Fisher information of the text itself: every weight's squared
+gradient of a sequence's loss, summed over sequences, of which the means per row and per column are kept. `measure_fisher` reduces them
+in hooks on the way back: no gradient of the size of a matrix outlives its window.
 """
 
 from __future__ import annotations
@@ -39,7 +43,12 @@ RANDOM_CONTEXT = 512
 HEAD_TOKENS = 256  # through the head at once: a handful of copies of their logits are held
 DAMP = 0.01  # share of mean diag(H), as in compression
 
+FISHER_TOKENS = 4096  # whose states are kept in front of every block at once
+NOTHING = -100  # a target that is none
+KINDS = ("feedback", "plain", "fisher")
+
 Progress = Callable[[int, int], None]
+Watch = Callable[[str, Tensor, Tensor], None]  # name, input and output of a layer that has run
 
 
 def measure_sensitivities(
@@ -47,55 +56,119 @@ def measure_sensitivities(
 ) -> dict[str, Sensitivity]:
     """One `Sensitivity` for every linear layer the windows [N, T] reach; `seed` draws the predicted tokens. `feedback`: errors will
     be passed on between columns."""
-    _, modules = decoder_blocks(model)
     blocks = inventory(model).blocks
     column_I: dict[str, Tensor] = {}
     row_O: dict[str, Tensor] = {}
     tokens_NT = tokens_NT[: -(-HESSIAN_TOKENS // tokens_NT.shape[1])]
     few = -(-GRADIENT_TOKENS // tokens_NT.shape[1])
     with _frozen(model):
-        inputs = BlockInputs(model, tokens_NT)
-        hidden_NTH, kept_NTH = inputs.hidden_NTH, []
-        for index, (module, kwargs) in enumerate(zip(modules, inputs.kwargs, strict=True)):
-            kept_NTH.append(hidden_NTH[:few].clone())
-            inputs_of = _Grams(feedback)
-            with torch.no_grad(), _hooked(model, blocks[index], inputs_of):
-                hidden_NTH = torch.cat([run_block(module, window_TH[None], kwargs) for window_TH in hidden_NTH])
-            column_I |= inputs_of.columns()
-            progress(index + 1, 2 * len(modules))
-        with torch.no_grad():
-            returns_tuple = not isinstance(modules[0](inputs.hidden_NTH[:1], **inputs.kwargs[0]), Tensor)
-        gradient_NTH = _head_gradient(model, hidden_NTH[:few], seed, returns_tuple)
-        for index in reversed(range(len(modules))):
-            squares = _Squares()
-            hidden_NTH = kept_NTH.pop()
-            with _hooked(model, blocks[index], squares):
-                for n, window_TH in enumerate(hidden_NTH):
-                    given_NTH = window_TH[None].detach().requires_grad_()
-                    run_block(modules[index], given_NTH, inputs.kwargs[index]).backward(gradient_NTH[n : n + 1])
-                    gradient_NTH[n] = given_NTH.grad[0]
-            row_O |= {name: square_O / hidden_NTH[..., 0].numel() for name, square_O in squares.square_O.items()}
-            progress(2 * len(modules) - index, 2 * len(modules))
+        grams = [_Grams(feedback) for _ in blocks]
+        walk = _Walk(model, tokens_NT, few)
+        for index in walk.forward(grams):
+            column_I |= grams[index].columns()
+            progress(index + 1, 2 * len(blocks))
+        squares = [_Squares() for _ in blocks]
+        for index in walk.backward(squares, seed=seed):
+            row_O |= {name: square_O / walk.tokens for name, square_O in squares[index].square_O.items()}
+            progress(2 * len(blocks) - index, 2 * len(blocks))
     return {name: Sensitivity(row, column_I[name]) for name, row in row_O.items() if row.any() and column_I[name].any()}
 
 
-def _head_gradient(model: PreTrainedModel, hidden_NTH: Tensor, seed: int, returns_tuple: bool) -> Tensor:
-    """Gradient of each window's summed -log p(drawn token) with respect to the state behind the last block, [N, T, H]."""
+def measure_fisher(model: PreTrainedModel, tokens_NT: Tensor, progress: Progress = lambda *_: None) -> dict[str, Sensitivity]:
+    """The Fisher information of every linear layer as a product of rows and columns, per token; of rows that no loss reaches it is zero.
+    A window is a sequence; its loss is that of predicting its own tokens."""
+    blocks = inventory(model).blocks
+    squares = [_Gradients() for _ in blocks]
+    at_once = max(1, FISHER_TOKENS // tokens_NT.shape[1])
+    with _frozen(model):
+        for start in range(0, len(tokens_NT), at_once):
+            walk = _Walk(model, tokens_NT[start : start + at_once], at_once)
+            for _ in walk.forward([_ignore] * len(blocks)):
+                pass
+            for index in walk.backward(squares, targets_NT=walk.tokens_NT.roll(-1, dims=1)):
+                progress(start * len(blocks) + len(walk.tokens_NT) * (len(blocks) - index), len(tokens_NT) * len(blocks))
+    found = {}
+    for name, (row_O, column_I) in ((name, means) for block in squares for name, means in block.means.items()):
+        mean = row_O.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        found[name] = Sensitivity(row_O / tokens_NT.numel(), column_I / mean)
+    return found
+
+
+class _Walk:
+    """A pass through the model block by block, and back: each block is run again with gradients, from the states kept in front of it."""
+
+    def __init__(self, model: PreTrainedModel, tokens_NT: Tensor, few: int) -> None:
+        """Only the first `few` windows are followed back."""
+        self.model, self.tokens_NT, self.few = model, tokens_NT, few
+        _, self.modules = decoder_blocks(model)
+        self.blocks = inventory(model).blocks
+        self.inputs = BlockInputs(model, tokens_NT)
+        self.kept_NTH: list[Tensor] = []
+
+    @property
+    def tokens(self) -> int:
+        """Followed back."""
+        return self.tokens_NT[: self.few].numel()
+
+    def forward(self, watches: Sequence[Watch]) -> Iterator[int]:
+        """Yields the index of every block when it has run."""
+        hidden_NTH = self.inputs.hidden_NTH
+        for index, module in enumerate(self.modules):
+            self.kept_NTH.append(hidden_NTH[: self.few].clone())
+            with torch.no_grad(), _hooked(self.model, self.blocks[index], watches[index]):
+                hidden_NTH = torch.cat([run_block(module, window_TH[None], self.inputs.kwargs[index]) for window_TH in hidden_NTH])
+            yield index
+        self.last_NTH = hidden_NTH[: self.few]
+
+    def backward(self, watches: Sequence[Watch], *, seed: int = 0, targets_NT: Tensor | None = None) -> Iterator[int]:
+        """From the loss of predicting `targets_NT` (of the last place of a window nothing), or tokens drawn by `seed`; yields the index of
+        every block when it has been gone back through."""
+        with torch.no_grad():
+            returns_tuple = not isinstance(self.modules[0](self.inputs.hidden_NTH[:1], **self.inputs.kwargs[0]), Tensor)
+        gradient_NTH = _head_gradient(self.model, self.last_NTH, seed, targets_NT, returns_tuple)
+        for index in reversed(range(len(self.modules))):
+            hidden_NTH = self.kept_NTH.pop()
+            with _hooked(self.model, self.blocks[index], watches[index]):
+                for n, window_TH in enumerate(hidden_NTH):
+                    given_NTH = window_TH[None].detach().requires_grad_()
+                    run_block(self.modules[index], given_NTH, self.inputs.kwargs[index]).backward(gradient_NTH[n : n + 1])
+                    gradient_NTH[n] = given_NTH.grad[0]
+            yield index
+
+
+def _head_gradient(
+    model: PreTrainedModel, hidden_NTH: Tensor, seed: int, targets_NT: Tensor | None, returns_tuple: bool
+) -> Tensor:  # fmt: skip
+    """Gradient of each window's summed -log p(token) with respect to the state behind the last block, [N, T, H]; the tokens are
+    `targets_NT`, none for the last place of a window, or drawn."""
     generator = torch.Generator().manual_seed(seed)
     gradient_NTH = torch.empty_like(hidden_NTH)
     width = hidden_NTH.shape[-1]
+    if targets_NT is not None:
+        targets_NT = targets_NT.clone()
+        targets_NT[:, -1] = NOTHING
+    targets = iter(()) if targets_NT is None else iter(targets_NT.flatten().to(hidden_NTH.device).split(HEAD_TOKENS))
     with stubbed_blocks(model, returns_tuple) as stubs:
         # Final norm and head look at one position at a time, so any slice of positions will do, and the token ids are not looked at.
         for part_TH, out_TH in zip(*(x.view(-1, width).split(HEAD_TOKENS) for x in (hidden_NTH, gradient_NTH)), strict=True):
             stubs[-1].replay = part_TH[None].detach().requires_grad_()
             tokens_BT = torch.zeros(1, len(part_TH), dtype=torch.long, device=part_TH.device)
             log_p_TV = model(input_ids=tokens_BT, use_cache=False).logits[0].float().log_softmax(dim=-1)
-            # Drawn on the CPU: the same tokens on every device. Inverse of the cumulative distribution at one uniform number each.
-            level_T = torch.rand(len(log_p_TV), 1, generator=generator).to(log_p_TV.device)
-            drawn_T = torch.searchsorted(log_p_TV.detach().exp().cumsum(dim=-1), level_T).clamp_max_(log_p_TV.shape[1] - 1)
-            (-log_p_TV.gather(1, drawn_T).sum()).backward()
+            target_T = _drawn(log_p_TV.detach(), generator) if targets_NT is None else next(targets)
+            torch.nn.functional.nll_loss(log_p_TV, target_T, ignore_index=NOTHING, reduction="sum").backward()
             out_TH.copy_(stubs[-1].replay.grad[0])
     return gradient_NTH
+
+
+def _drawn(log_p_TV: Tensor, generator: torch.Generator) -> Tensor:
+    """One token of each distribution. Drawn on the CPU: the same tokens on every device. Inverse of the cumulative distribution at one
+    uniform number each."""
+    level_T = torch.rand(len(log_p_TV), 1, generator=generator).to(log_p_TV.device)
+    return torch.searchsorted(log_p_TV.exp().cumsum(dim=-1), level_T).clamp_max_(log_p_TV.shape[1] - 1)[:, 0]
+
+
+def _ignore(name: str, x: Tensor, out: Tensor) -> None:
+    """Watches nothing."""
 
 
 class _Grams:
@@ -125,7 +198,9 @@ class _Grams:
         self.tokens[name] += len(x_NI)
 
     def columns(self) -> dict[str, Tensor]:
+        """Of every layer; the sums are let go."""
         column_I = {name: self._column(total / self.tokens[name]) for name, total in self.sum.items()}
+        self.sum.clear()
         return {name: column_I[owner] for name, owner in self.owner.items()}
 
     def _column(self, mean: Tensor) -> Tensor:
@@ -150,8 +225,27 @@ class _Squares:
         self.square_O[name] += gradient.reshape(-1, gradient.shape[-1]).float().square().sum(dim=0)
 
 
+class _Gradients:
+    """Sums, over windows, the means per row and per column of the squared gradient of every weight. A layer must run once a window."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, name: str, x: Tensor, out: Tensor) -> None:
+        zeros = (torch.zeros(out.shape[-1], device=out.device), torch.zeros(x.shape[-1], device=x.device))
+        self.means.setdefault(name, zeros)
+        out.register_hook(partial(self._backward, name, x.detach()))
+
+    def _backward(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        g_TO, x_TI = (t.reshape(-1, t.shape[-1]).float() for t in (gradient, x))
+        square_OI = (g_TO.t() @ x_TI).square_()
+        row_O, column_I = self.means[name]
+        row_O += square_OI.mean(dim=1)
+        column_I += square_OI.mean(dim=0)
+
+
 @contextmanager
-def _hooked(model: PreTrainedModel, block: BlockSpec, watch: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def _hooked(model: PreTrainedModel, block: BlockSpec, watch: Watch) -> Iterator[None]:
     """Calls watch(name, input, output) whenever a linear layer of the block has run."""
 
     def hook(name: str, module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
@@ -179,13 +273,18 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 def remembered_sensitivities(
-    key: Sequence[Any], model: PreTrainedModel, tokens_NT: Tensor, seed: int, feedback: bool, progress: Progress = lambda *_: None
+    key: Sequence[Any], model: PreTrainedModel, tokens_NT: Tensor, seed: int, kind: str, progress: Progress = lambda *_: None
 ) -> dict[str, Sensitivity]:
-    """Measured by the first process that asks, read by all others; `key` and `tokens_NT` are everything the numbers depend on."""
-    path = cache_dir("sensitivities", digest([*key, stream_sha256(tokens_NT), seed, feedback])[:24] + ".safetensors")
+    """Measured by the first process that asks, read by all others; `key` and `tokens_NT` are everything the numbers depend on. Of a `kind`
+    in KINDS: the divergence of errors passed on between columns, of errors that are not, or the Fisher information of the text."""
+    assert kind in KINDS
+    path = cache_dir("sensitivities", digest([*key, stream_sha256(tokens_NT), seed, kind])[:24] + ".safetensors")
     with locked(path):
         if not path.exists():
-            found = measure_sensitivities(model, tokens_NT, seed, feedback, progress)
+            if kind == "fisher":
+                found = measure_fisher(model, tokens_NT, progress)
+            else:
+                found = measure_sensitivities(model, tokens_NT, seed, kind == "feedback", progress)
             tensors = {f"{name}.{leaf}": value for name, s in found.items() for leaf, value in (("row", s.row_O), ("column", s.column_I))}
             with atomic_path(path) as temporary:
                 save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary)

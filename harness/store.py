@@ -4,6 +4,7 @@
 <key>/plan.json          what every layer will be stored as, where the cell itself decided
 <key>/blocks/            finished blocks of an unfinished compression
 <key>/packed.safetensors ... packed.json      harness.compressed
+<key>/adapter/           of a trained method: its adapters as peft saves them
 <key>/artifact.json      written last: the artifact is complete
 <key>/score_<protocol key>.json               one per protocol
 <key>/states_<protocol key>.safetensors       the reference only: what divergences are taken from
@@ -34,6 +35,10 @@ class CellStore:
     @property
     def blocks(self) -> Path:
         return self.folder / "blocks"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
 
     @property
     def log(self) -> Path:

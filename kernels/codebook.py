@@ -1,6 +1,6 @@
 """Codebooks: each code is the index of one of K vectors of d weights, times a scale per block of input columns.
 
-    w[o, i] = table[code[o // d, i], o % d] * scale[o, i // block]   (+ low-rank branch)   (* scale of the row)
+    w[o, i] = table[code[o // d, i], o % d] * scale[o, i // block]
 
 The d weights of a vector are consecutive *rows* of one column, as in ReALLM's released code: one column of the matrix is a
 whole number of vectors, so column-by-column error feedback assigns vectors without looking ahead. With along="columns" they are
@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from kernels.bitpack import packed_words, unpack
-from kernels.lowrank import LowRank
 from kernels.normal_float import nf_levels
 from kernels.order import BandOrder
 from kernels.packed import PackedLinear
-from kernels.scales import BlockScales, per_column
+from kernels.scales import BlockScales, ScaleForm, per_column
 from kernels.tables import Table
 
 SHARED = ("plain", "mlp")  # forms of tables that a layer refers to
@@ -44,22 +43,23 @@ def table_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 class CodebookLinear(PackedLinear):
     format: ClassVar[str] = "codebook"
-    part_of: ClassVar[dict[str, str]] = {"codes": "codes", "codebook": "tables", "row_scale": "scales"}
+    part_of: ClassVar[dict[str, str]] = {"codes": "codes", "codebook": "tables"}
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, *,
-        dim: int, index_bits: int, block: int, scales: str = "double", rank: int = 0, adapter_bits: int = 8, table: str = "learnt",
-        share: str = "", band: int = 0, order_bits: int = 0, row_scales: bool = False, along: str = "rows",
+        dim: int, index_bits: int, block: int, scales: str = "double", scale_bits: int = 8, scale_group: int = 256,
+        scale_dtype: str = "float32", table: str = "learnt", share: str = "", band: int = 0, order_bits: int = 0, along: str = "rows",
+        **added: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, out_features, bias,
-            dim=dim, index_bits=index_bits, block=block, scales=scales, rank=rank, adapter_bits=adapter_bits, table=table,
-            share=share, band=band, order_bits=order_bits, row_scales=row_scales, along=along,
+            dim=dim, index_bits=index_bits, block=block, scales=scales, scale_bits=scale_bits, scale_group=scale_group,
+            scale_dtype=scale_dtype, table=table, share=share, band=band, order_bits=order_bits, along=along, **added,
         )  # fmt: skip
         assert dim in (1, 2, 4, 8) and 1 <= index_bits <= 16 and block >= 0 and along in ("rows", "columns")
         assert along == "columns" or band % dim == 0
         assert table in ("learnt", "nf", *SHARED) and (table != "nf" or dim == 1) and bool(share) == (table in SHARED)
-        self.dim, self.index_bits, self.rank = dim, index_bits, rank
+        self.dim, self.index_bits = dim, index_bits
         self.table_key = table_key(self._hyper)
         self.block = min(block or in_features, in_features)  # 0: one block for the whole row
         self.along = along
@@ -67,10 +67,8 @@ class CodebookLinear(PackedLinear):
         self.codes_across = across
         self.register_buffer("codes", torch.empty(down, packed_words(across, index_bits), dtype=torch.int32))
         self.register_buffer("codebook", torch.empty(2**index_bits, dim, dtype=torch.float16) if table == "learnt" else None)
-        self.scales = BlockScales(out_features, -(-in_features // self.block), scales)
-        self.lowrank = LowRank(in_features, out_features, rank, adapter_bits) if rank else None
+        self.scales = BlockScales(out_features, -(-in_features // self.block), ScaleForm(scales, scale_bits, scale_group, scale_dtype))
         self.order = BandOrder(out_features, in_features, band, order_bits) if band else None
-        self.register_buffer("row_scale", torch.empty(out_features, dtype=torch.float16) if row_scales else None)
 
     def attach(self, table: Table) -> None:
         """Decode from a table that the model owns. Not a submodule: the bytes are not this layer's."""
@@ -83,9 +81,8 @@ class CodebookLinear(PackedLinear):
             return self.shared.entries()
         return self.codebook.float() if self.codebook is not None else nf_levels(self.index_bits).to(self.codes.device)[:, None]
 
-    def decode(self) -> Tensor:
-        factors = self.lowrank.factors() if self.lowrank is not None else None
-        return self.combine(self.indices(), self.entries(), self.scales.decode(), factors)
+    def decode_base(self) -> Tensor:
+        return self.combine(self.indices(), self.entries(), self.scales.decode())
 
     def indices(self) -> Tensor:
         """Codes [V, I], or with along="columns" [O, V]; V vectors to a column or row."""
@@ -98,12 +95,7 @@ class CodebookLinear(PackedLinear):
             return vector_VID.flatten(1)[:, : self.in_features]
         return vector_VID.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
-    def combine(self, code_VI: Tensor, entry_KD: Tensor, scale_OG: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The weight [O, I] that these parts stand for; differentiable in all but the codes."""
-        weight_OI = self.unit(code_VI, entry_KD) * per_column(scale_OG, self.block, self.in_features)
-        if self.order is not None:
-            weight_OI = self.order.restore(weight_OI)
-        if factors is not None:
-            left_OR, right_RI = factors
-            weight_OI = weight_OI + left_OR @ right_RI
-        return weight_OI if self.row_scale is None else weight_OI * self.row_scale.float()[:, None]
+    def combine(self, code_VI: Tensor, entry_KD: Tensor, scale_OG: Tensor) -> Tensor:
+        """The base [O, I] that these parts stand for; differentiable in all but the codes."""
+        base_OI = self.unit(code_VI, entry_KD) * per_column(scale_OG, self.block, self.in_features)
+        return base_OI if self.order is None else self.order.restore(base_OI)

@@ -29,11 +29,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.bitpack import packed_words, unpack
-from kernels.lowrank import LowRank
 from kernels.normal_float import nf_levels
 from kernels.order import index_bits
 from kernels.packed import PackedLinear
-from kernels.scales import BlockScales, per_column
+from kernels.scales import BlockScales, ScaleForm, per_column
 
 SHRINK, FLOOR = 1.2, 4  # channels of a stage: those of the one before over SHRINK, no fewer than FLOOR
 CHUNK = 1 << 20  # weights drawn at once
@@ -50,19 +49,18 @@ class ConvLinear(PackedLinear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool, *,
         patch: int, latent_channels: int, latent_bits: int, stages: int, width: int, kernel: int = 3, weight_bits: int = 6,
-        levels: str = "nf", block: int = 64, scales: str = "double", reorder: bool = False, rank: int = 0,
-        adapter_bits: int = 8,
+        levels: str = "nf", block: int = 64, scales: str = "double", reorder: bool = False, **added: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, out_features, bias,
             patch=patch, latent_channels=latent_channels, latent_bits=latent_bits, stages=stages, width=width, kernel=kernel,
-            weight_bits=weight_bits, levels=levels, block=block, scales=scales, reorder=reorder, rank=rank, adapter_bits=adapter_bits,
+            weight_bits=weight_bits, levels=levels, block=block, scales=scales, reorder=reorder, **added,
         )  # fmt: skip
         assert patch >= 1 and stages >= 0 and patch % 2**stages == 0, f"a patch of {patch} cannot be halved {stages} times"
         assert latent_channels >= 1 and (1 <= latent_bits <= 8 or latent_bits == 16) and width >= 1 and kernel % 2 == 1
         assert (2 <= weight_bits <= 8 or weight_bits == 16) and levels in ("nf", "uniform") and block >= 0
         self.patch, self.latent_channels, self.latent_bits = patch, latent_channels, latent_bits
-        self.weight_bits, self.levels, self.reorder, self.rank = weight_bits, levels, reorder, rank
+        self.weight_bits, self.levels, self.reorder = weight_bits, levels, reorder
         self.block = min(block or in_features, in_features)  # 0: one block for the whole row
         self.side = patch >> stages
         self.grid = (-(-out_features // patch), -(-in_features // patch))  # patches down and across
@@ -73,11 +71,10 @@ class ConvLinear(PackedLinear):
         self.register_buffer("weights", _stream(weights, weight_bits))
         self.register_buffer("absmax", torch.empty(channels, dtype=torch.float16) if weight_bits < 16 else None)
         self.register_buffer("biases", torch.empty(channels, dtype=torch.float16))
-        self.scales = BlockScales(out_features, -(-in_features // self.block), scales) if scales != "none" else None
+        self.scales = BlockScales(out_features, -(-in_features // self.block), ScaleForm(scales)) if scales != "none" else None
         self.register_buffer("gain", torch.empty(1, dtype=torch.float32) if scales == "none" else None)
         for name, count in (("row_order", out_features), ("column_order", in_features)):
             self.register_buffer(name, _stream(count, index_bits(count)) if reorder else None)
-        self.lowrank = LowRank(in_features, out_features, rank, adapter_bits) if rank else None
         self.decode_seconds: float | None = None  # of the last decoding for `loaded`
         self._loaded: Tensor | None = None  # a plain attribute: never saved, never counted as stored
 
@@ -115,7 +112,7 @@ class ConvLinear(PackedLinear):
         return self.gain if self.scales is None else per_column(self.scales.decode(), self.block, self.in_features)
 
     @torch.no_grad()
-    def decode(self) -> Tensor:
+    def decode_base(self) -> Tensor:
         latent_PCHW, network = self.latent_values(), self.network()
         with exact_convolutions():
             drawn = [draw(part, network) for part in latent_PCHW.split(max(1, CHUNK // self.patch**2))]
@@ -123,7 +120,7 @@ class ConvLinear(PackedLinear):
         if self.row_order is not None:
             row_O, column_I = self.orders()
             weight_OI = torch.empty_like(weight_OI).index_copy_(0, row_O, torch.empty_like(weight_OI).index_copy_(1, column_I, weight_OI))
-        return weight_OI if self.lowrank is None else weight_OI + self.lowrank.decode()
+        return weight_OI
 
     def loaded(self, dtype: torch.dtype) -> Tensor:
         """The weight in the dtype of a product, decoded when it is first asked for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ class DenseLinear(PackedLinear):
     format: ClassVar[str] = "dense"
     part_of: ClassVar[dict[str, str]] = {"weight": "codes"}
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: str = "float16") -> None:
-        super().__init__(in_features, out_features, bias, dtype=dtype)
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: str = "float16", **added: Any) -> None:
+        super().__init__(in_features, out_features, bias, dtype=dtype, **added)
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=HALF_DTYPES[dtype]))
 
-    def decode(self) -> Tensor:
+    def decode_base(self) -> Tensor:
         return self.weight.float()

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.packed import StoredModule
+from kernels.stored import StoredModule
 
 
 class LowRank(StoredModule):

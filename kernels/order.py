@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.bitpack import pack, packed_words, unpack
-from kernels.packed import StoredModule
+from kernels.stored import StoredModule
 
 
 def index_bits(columns: int) -> int:

@@ -7,63 +7,13 @@ laid out on a real device receives the tensors of a checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-PARTS = ("codes", "scales", "tables", "adapters")
-
-
-@dataclass(frozen=True)
-class StoredBits:
-    """Bits of stored tensors, by what they are for. Padding is counted where it is stored."""
-
-    codes: int = 0  # indices of weights, nothing else
-    scales: int = 0  # scales, zero points, minima, per-row factors
-    tables: int = 0  # codebooks, decoders, permutations
-    adapters: int = 0  # low-rank factors and their scales
-
-    @property
-    def total(self) -> int:
-        return self.codes + self.scales + self.tables + self.adapters
-
-    def __add__(self, other: StoredBits) -> StoredBits:
-        return StoredBits(*(getattr(self, part) + getattr(other, part) for part in PARTS))
-
-
-class StoredModule(nn.Module):
-    """A module whose buffers keep the dtype they are stored in.
-
-    `.to(dtype)`, `.half()` and friends move the device and nothing else: converting a stored tensor would make the object
-    that is scored another one than the object that was counted.
-    """
-
-    part_of: ClassVar[dict[str, str]] = {}  # buffer name -> one of PARTS; a buffer that is not listed is not a weight (bias)
-
-    def _apply(self, fn, recurse: bool = True):
-        device = fn(torch.empty(0, device=self._device())).device
-        return super()._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device), recurse)
-
-    def _device(self) -> torch.device:
-        tensor = next((b for b in self.buffers()), None)
-        return tensor.device if tensor is not None else torch.device("cpu")
-
-    def stored_parts(self) -> dict[str, str]:
-        """Name of every stored weight tensor (dotted, relative to this module) -> the part it is counted under."""
-        own = {n: self.part_of[n] for n, b in self.named_buffers(recurse=False) if b is not None and n in self.part_of}
-        for child_name, child in self.named_children():
-            own |= {f"{child_name}.{name}": part for name, part in child.stored_parts().items()}
-        return own
-
-    def stored_bits(self) -> StoredBits:
-        bits = dict.fromkeys(PARTS, 0)
-        for name, part in self.stored_parts().items():
-            tensor = self.get_buffer(name)
-            bits[part] += 8 * tensor.numel() * tensor.element_size()
-        return StoredBits(**bits)
-
+from kernels.lowrank import LowRank
+from kernels.stored import StoredModule
 
 FORMATS: dict[str, type[PackedLinear]] = {}
 
@@ -71,7 +21,10 @@ FORMATS: dict[str, type[PackedLinear]] = {}
 class PackedLinear(StoredModule):
     """y = x @ decode().T + bias, on stored tensors only.
 
-    Subclasses set `format`, register buffers in `__init__` from plain shapes and enums, and implement `decode`.
+        weight = (base + left @ right) * row_scale
+
+    Any format may add the low-rank part (`rank`) and one factor per row (`row_scales`, DoRA's magnitudes) to its base. Subclasses set
+    `format`, register the buffers of the base in `__init__` from plain shapes and enums, and implement `decode_base`.
     """
 
     format: ClassVar[str]
@@ -81,12 +34,19 @@ class PackedLinear(StoredModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         assert cls.format not in FORMATS, cls.format
+        cls.part_of = {"row_scale": "scales"} | cls.part_of
         FORMATS[cls.format] = cls
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, **hyper: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, *,
+        rank: int = 0, adapter_bits: int = 8, row_scales: bool = False, **hyper: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self._hyper = dict(in_features=in_features, out_features=out_features, bias=bias, **hyper)
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        shape = dict(in_features=in_features, out_features=out_features, bias=bias)
+        self._hyper = shape | dict(rank=rank, adapter_bits=adapter_bits, row_scales=row_scales) | hyper
+        self.lowrank = LowRank(in_features, out_features, rank, adapter_bits) if rank else None
+        self.register_buffer("row_scale", torch.empty(out_features, dtype=torch.float16) if row_scales else None)
         # Biases stay at 16 bits for every method and are reported with the norms, outside the bits per weight.
         self.register_buffer("bias", torch.empty(out_features, dtype=torch.float16) if bias else None)
 
@@ -104,7 +64,12 @@ class PackedLinear(StoredModule):
             return cls(**hyper)
 
     def fill(self, **tensors: Tensor) -> None:
-        """Set all stored buffers, insisting on the declared shapes and dtypes: what was planned is what is stored."""
+        """Set all stored buffers, insisting on the declared shapes and dtypes: what was planned is what is stored. Where nothing is said of
+        the low-rank part or of row scales, they are to be trained, and start without effect."""
+        if self.lowrank is not None and not any(name.startswith("lowrank.") for name in tensors):
+            tensors |= {f"lowrank.{name}": torch.zeros_like(buffer) for name, buffer in self.lowrank.named_buffers()}
+        if self.row_scale is not None and "row_scale" not in tensors:
+            tensors["row_scale"] = torch.ones_like(self.row_scale)
         missing = self.stored_parts().keys() - tensors
         assert not missing, f"{self.format}: {sorted(missing)} left without a value"
         self.refill(**tensors)
@@ -135,7 +100,16 @@ class PackedLinear(StoredModule):
 
     def decode(self) -> Tensor:
         """The weight these bytes stand for: fp32 [out_features, in_features]."""
-        raise AssertionError(f"{type(self).__name__} must define decode()")
+        return self.finish(self.decode_base(), self.lowrank.factors() if self.lowrank is not None else None)
+
+    def decode_base(self) -> Tensor:
+        """The weight without its low-rank part and row scales, fp32 [O, I]."""
+        raise AssertionError(f"{type(self).__name__} must define decode_base()")
+
+    def finish(self, base_OI: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The weight made of these parts; differentiable in all of them."""
+        weight_OI = base_OI if factors is None else base_OI + factors[0] @ factors[1]
+        return weight_OI if self.row_scale is None else weight_OI * self.row_scale.float()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         from kernels.dispatch import linear

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels.packed import StoredModule
+from kernels.stored import StoredModule
 
 FORMS: dict[str, type[Table]] = {}
 

@@ -9,7 +9,7 @@ With `permuted`, groups are formed over the columns in a stored order (act-order
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ class UniformLinear(PackedLinear):
     }  # fmt: skip
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, *, bits: int, group: int, offset: str, permuted: bool = False
-    ) -> None:
-        super().__init__(in_features, out_features, bias, bits=bits, group=group, offset=offset, permuted=permuted)
+        self, in_features: int, out_features: int, bias: bool, *, bits: int, group: int, offset: str, permuted: bool = False,
+        **added: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, bits=bits, group=group, offset=offset, permuted=permuted, **added)
         assert offset in OFFSETS and group >= 0 and in_features < 2**16
         self.bits, self.offset = bits, offset
         self.group = min(group or in_features, in_features)  # 0: one group for the whole row
@@ -45,7 +46,7 @@ class UniformLinear(PackedLinear):
         # int16 holds column numbers below 2**16 as two's complement.
         self.register_buffer("order", torch.empty(in_features, dtype=torch.int16) if permuted else None)
 
-    def decode(self) -> Tensor:
+    def decode_base(self) -> Tensor:
         q_OI = unpack(self.codes, self.bits, self.in_features).float()
         scale_OI = per_column(self.scales.float(), self.group, self.in_features)
         if self.offset == "minimum":

@@ -17,6 +17,10 @@ REGISTRY: dict[str, str] = {
     "gptq": "methods.gptq:GPTQ",
     "gptvq": "methods.gptvq:GPTVQ",
     "reallm": "methods.reallm:ReALLM",
+    "qlora": "methods.qlora:QLoRA",
+    "gptq-lora": "methods.gptq_lora:GPTQLoRA",
+    "lq-lora": "methods.lq_lora:LQLoRA",
+    "fp16-lora": "methods.fp16_lora:HalfLoRA",
 }
 
 

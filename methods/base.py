@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.codebook import table_key, table_spec
-from kernels.packed import PackedLinear, StoredBits
+from kernels.packed import PackedLinear
+from kernels.stored import StoredBits
 from kernels.tables import Table
 
 SAMPLE_BANDS, BAND_ROWS = 4, 8  # of rows, for estimates; a band holds whole vectors of every codebook length
@@ -40,6 +41,16 @@ class Needs:
 
     hessian: bool = False  # sum over calibration tokens of x x^T, fp32 [I, I]
     original: bool = False  # the uncompressed model's activations beside those behind the packed prefix
+    fisher: bool = False  # mean squares of the gradient of the language-modelling loss, per row and per column of every weight
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How a method's low-rank factors are trained, by the one loop there is (harness.finetune): what text, for how many steps and in
+    what order is the run's affair, and the same for all."""
+
+    rate: float  # of AdamW
+    dora: bool = False  # magnitudes of the rows too (Liu et al., arXiv 2402.09353); they are stored as row scales
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,13 @@ class LayerConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         return cls.of(**data)
+
+    def without(self, key: str) -> Self:
+        return self.of(self.format, **{k: v for k, v in self.hyper if k != key})
+
+    def plus(self, **hyper: Any) -> Self:
+        """The same with more to it."""
+        return self.of(self.format, **dict(self.hyper), **hyper)
 
     def __str__(self) -> str:
         return f"{self.format}({', '.join(f'{k}={v}' for k, v in self.hyper)})"
@@ -157,6 +175,9 @@ class Block(Protocol):
     def drift(self, name: str) -> Tensor:
         """fp32 [I, I]: sum of (x' - x) x^T, x' being the uncompressed model's input. Only with `Needs.original`."""
 
+    def fisher(self, name: str) -> Sensitivity:
+        """Mean squared gradients as a product of rows and columns (harness.sensitivity). Only with `Needs.fisher`."""
+
     def install(self, name: str, packed: Compressed) -> None:
         """Replace the layer; everything later in the block now runs on the packed one."""
 
@@ -192,9 +213,17 @@ class Method(ABC):
     budgeted: ClassVar[bool] = True  # False for a reference, which runs once, outside any budget
     seeded: ClassVar[bool] = True  # whether the seed can change a byte: through calibration text, or the method's own draws
 
+    def __post_init__(self) -> None:  # noqa: B027  nothing to check is the usual case
+        """Raises ValueError for a configuration that makes no sense."""
+
     @property
     def needs(self) -> Needs:
         return Needs()
+
+    @property
+    def adaptation(self) -> Adaptation | None:
+        """None: nothing is trained once the blocks are packed."""
+        return None
 
     @property
     def variant(self) -> str:
@@ -204,6 +233,10 @@ class Method(ABC):
     @abstractmethod
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         """Configurations this method could store for the layer, from its shape alone."""
+
+    def family(self, config: LayerConfig) -> LayerConfig:
+        """What the configurations of unlike layers share where one is to serve a whole model: by default all of it."""
+        return config
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         """Those of `candidates` worth mixing over the layers of one model; fine steps in between are what mixing is for."""

@@ -60,6 +60,6 @@ class NormalFloat(Method):
         unit_OI = weight_OI / per_column(absmax_OG, packed.block, packed.in_features)
         levels = nf_levels(packed.index_bits).to(weight_OI.device)
         codes_OI = torch.bucketize(unit_OI, (levels[1:] + levels[:-1]) / 2)
-        scales = quantise_scales(absmax_OG, packed.scales.kind)
+        scales = quantise_scales(absmax_OG, packed.scales.form)
         packed.fill(codes=pack(codes_OI, packed.index_bits), **{f"scales.{name}": tensor for name, tensor in scales.items()})
         return Compressed(packed)

@@ -14,7 +14,7 @@ from harness.engine.local import cores
 from harness.model import Inventory, half_dtype, inventory, read_config, skeleton
 from harness.plan import Budget, Compute, Plan, make_plan
 from harness.presets import PRESETS
-from harness.protocol import PROFILES, Calibration, Protocol, bos_policy, parse_calibration, parse_protocol
+from harness.protocol import PROFILES, Calibration, Protocol, Training, bos_policy, parse_calibration, parse_protocol, parse_training
 from harness.streams import with_text
 from methods import parse_method, split_methods
 from methods.base import Method, Track
@@ -33,6 +33,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="quick", choices=sorted(PROFILES), help="texts and calibration (default: %(default)s)")
     parser.add_argument("--protocols", help="comma list of TEXT@CONTEXT[/WINDOWS] instead of the profile's")
     parser.add_argument("--calibration", help="TEXT@CONTEXTxSEQUENCES instead of the profile's")
+    parser.add_argument("--training", help="TEXT@CONTEXTxSEQUENCES/BATCH for methods that train adapters, instead of the profile's")
     parser.add_argument("--data", help="folder with wiki.test.raw, or C4's files (default: $HARNESS_DATA, else the hub)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: float32 on a CPU, the checkpoint's 16-bit type on a GPU)")
@@ -53,6 +54,7 @@ class Request:
     budgets: list[Budget]
     protocols: list[str]
     calibration: Calibration
+    training: Training
     seeds: list[int]
     jobs: int
 
@@ -68,11 +70,12 @@ def read_request(arguments: argparse.Namespace) -> Request:
     protocols = [p.strip() for p in arguments.protocols.split(",") if p.strip()] if arguments.protocols else list(profile.protocols)
     protocols = list(dict.fromkeys(parse_protocol(text).name for text in protocols))
     calibration = parse_calibration(arguments.calibration) if arguments.calibration else profile.calibration
+    training = parse_training(arguments.training) if arguments.training else profile.training
     _check_device(arguments.device)
     jobs = arguments.jobs if arguments.jobs is not None else (2 if arguments.device == "cpu" and cores() >= 2 else 1)
     if jobs < 1:
         raise ValueError("--jobs must be at least 1")
-    return Request(methods, budgets, protocols, calibration, _read_seeds(arguments.seeds), jobs)
+    return Request(methods, budgets, protocols, calibration, training, _read_seeds(arguments.seeds), jobs)
 
 
 def _read_seeds(text: str) -> list[int]:
@@ -96,15 +99,19 @@ def build_plan(
     if any(method.name == "fp16" and method != Half() for _, method in request.methods):
         raise ValueError("fp16 takes its type from the checkpoint; write --methods fp16 without options")
     # The reference is always there, and first: the others' divergences need its states.
-    methods = [("fp16", Half(dtype=half)), *((text, method) for text, method in request.methods if method.name != "fp16")]
+    others = [(text, method) for text, method in request.methods if method.name != "fp16"]
+    others = [(text, replace(method, dtype=half) if isinstance(method, Half) else method) for text, method in others]
+    methods = [("fp16", Half(dtype=half)), *others]
     bos = bos_policy(config.model_type)
     protocols: list[Protocol] = [parse_protocol(text, bos) for text in request.protocols]
-    calibration = request.calibration
+    calibration, training = request.calibration, request.training
     if model.fingerprint:
         try:
             protocols = [with_text(protocol, arguments.data, not from_config) for protocol in protocols]
             if any(method.track != Track.DATA_FREE for _, method in methods):
                 calibration = with_text(calibration, arguments.data, not from_config)
+            if any(method.adaptation for _, method in methods):
+                training = replace(training, windows=with_text(training.windows, arguments.data, not from_config))
         except ValueError:
             if not from_config:
                 raise
@@ -113,7 +120,9 @@ def build_plan(
     if dtype not in ("float32", half):
         raise ValueError(f"--dtype {dtype} would round a {half} checkpoint before anything is compressed: use {half} or float32")
     compute = Compute(arguments.device, dtype, max(1, cores() // request.jobs))
-    plan = make_plan(methods, request.budgets, model, stock, protocols, calibration, request.seeds, compute, bos, half, arguments.allocate)
+    plan = make_plan(
+        methods, request.budgets, model, stock, protocols, calibration, training, request.seeds, compute, bos, half, arguments.allocate
+    )
     return plan, stock, model
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +24,11 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("plan", help="cells, candidates and exact stored bits, without loading a model", description=__doc__)
     add_plan_options(parser)
     parser.add_argument("--all", action="store_true", help="list every candidate, not only those near the budget")
+    parser.add_argument(
+        "--scope", choices=("stored", "paper"), default="stored",
+        help="what --bits limits here: everything stored, as in `run`, or the quantised part without adapters, as papers count "
+        "(default: %(default)s)",
+    )  # fmt: skip
     parser.epilog = f"--model also takes a preset: {', '.join(PRESETS)}"
     parser.set_defaults(main=main)
 
@@ -35,27 +43,52 @@ def main(arguments: argparse.Namespace) -> int:
     for name, count in list(stock.uncovered.items())[:4]:
         print(f"  not covered by any method, counted at 16 bits: {name} ({count:,} weights)")
     for cell in plan.cells:
+        if arguments.scope == "paper" and cell.budget:
+            _print_paper_scope(cell, stock)
+            continue
         peak = predicted_peak_gib(cell, stock, config.hidden_size, config.vocab_size)
         key = f"  [{cell.key}]" if model.fingerprint else ""
         budget = f"under {cell.budget.text}" if cell.budget else "no budget"
         print(f"\n{cell.method_text} {budget}{key}  predicted peak {peak:.1f} GiB")
         _print_cell(cell, stock, arguments.all)
-    return 1 if any(cell.refusal for cell in plan.cells) else 0
+    return 1 if arguments.scope == "stored" and any(cell.refusal for cell in plan.cells) else 0
+
+
+def _print_paper_scope(cell: Cell, stock: Inventory) -> None:
+    """Sizes as papers on adapters give them: the budget is the quantised part's, and adapters come on top."""
+    assert cell.budget is not None
+    print(f"\n{cell.method_text}: {cell.budget.text} for the quantised part")
+    found = [(plan, ledger, ledger.stored_bits - ledger.bits.adapters) for plan, ledger in common_candidates(cell.method, stock)]
+    adapters = {ledger.bits.adapters for _, ledger, _ in found}
+    if len(adapters) == 1:
+        total = cell.budget.bpw + Fraction(adapters.pop(), stock.weights)
+        above = math.ceil(total * 10_000) / 10_000
+        print(f"  with adapters {float(total):.4f} stored: mixed over the matrices by `run --bits {above:.4f}`")
+    fitting = sorted((item for item in found if item[2] <= cell.budget.bpw * stock.weights), key=lambda item: item[2])
+    if fitting:
+        print("  the largest that fit, one configuration for all matrices:")
+        _print_candidates([(plan, ledger) for plan, ledger, _ in fitting[-3:]], stock, None)
 
 
 def _print_cell(cell: Cell, stock: Inventory, everything: bool) -> None:
     if cell.refusal:
         print(f"  refused: {cell.refusal}")
     found = sorted(common_candidates(cell.method, stock), key=lambda item: item[1].stored_bits)
-    chosen = next(iter(cell.allocation.layers.values())) if cell.allocation else None
+    chosen = cell.allocation.layers if cell.allocation else None
     near = [item for item in found if item[0] == chosen or not cell.budget or abs(item[1].stored_bpw - cell.budget.bpw) <= 0.06]
     shown = found if everything else near or found[:3]
     print(f"  {len(found)} candidates for a whole model" + ("" if len(shown) == len(found) else f", {len(shown)} near the budget") + ":")
-    print(f"    {'stored':>8} {'codes':>8} {'scales':>8} {'tables':>8} {'adapters':>8}")
-    for config, ledger in shown:
-        print(f"  {'*' if config == chosen else ' '} {_columns(ledger)}  {config}")
+    _print_candidates(shown, stock, chosen)
     if cell.allocate == "ilp" and not cell.refusal:
         _print_mix(CellStore(cell.key).plan(), stock)
+
+
+def _print_candidates(
+    shown: Sequence[tuple[dict[str, LayerConfig], Ledger]], stock: Inventory, chosen: dict[str, LayerConfig] | None
+) -> None:  # fmt: skip
+    print(f"    {'stored':>8} {'codes':>8} {'scales':>8} {'tables':>8} {'adapters':>8}")
+    for plan, ledger in shown:
+        print(f"  {'*' if plan == chosen else ' '} {_columns(ledger)}  {plan[stock.layers[0].name]}")
 
 
 def _print_mix(plan: dict[str, Any] | None, stock: Inventory) -> None:

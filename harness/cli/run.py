@@ -78,6 +78,8 @@ def _prepare_texts(plan: Plan, model: dict[str, str], vocabulary: int, data: str
     streams = [evaluation_stream(protocol, model, data, say) for protocol in plan.protocols]
     calibrated = {(cell.calibration, cell.seed, cell.bos) for cell in plan.cells if cell.calibration and not cell.refusal}
     streams += [calibration_stream(calibration, model, seed, bos, data, say) for calibration, seed, bos in calibrated if calibration]
+    trained = {(cell.training.windows, cell.seed, cell.bos) for cell in plan.cells if cell.training and not cell.refusal}
+    streams += [calibration_stream(windows, model, seed, bos, data, say) for windows, seed, bos in trained]
     c4_documents.cache_clear()  # most of a gigabyte, if it was read at all
     largest = max(int(stream.tokens_NL.max()) for stream in streams)
     if largest >= vocabulary:

@@ -22,19 +22,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness import __version__
-from harness.allocate import expected_costs, mixed
+from harness.allocate import CostTable, expected_costs, mixed
 from harness.compress import compress_model
 from harness.compressed import CompressedModel
 from harness.evaluate.score import noise_floor, score
+from harness.files import cache_dir, digest, locked
+from harness.finetune import finetune, save_adapter
 from harness.ledger import parse_budget
 from harness.model import Inventory, inventory, load_reference
 from harness.plan import ARTIFACT_VERSION
-from harness.protocol import Calibration, Protocol
+from harness.protocol import Calibration, Protocol, Training
 from harness.sensitivity import random_tokens, remembered_sensitivities
 from harness.store import CellStore
 from harness.streams import calibration_stream, evaluation_stream
+from harness.windows import stream_sha256
 from methods import method_class
-from methods.base import LayerConfig, Method
+from methods.base import LayerConfig, Method, Sensitivity
 
 
 class Speaker:
@@ -108,7 +111,9 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
             mix = _mix(spec, method, model, stock, tokens_NT, speak)
             store.put_plan(mix)
     plan = {name: LayerConfig.from_json(config) for name, config in mix["layers"].items()}
-    compressed, report = compress_model(model, method, plan, tokens_NT, spec["seed"], store.blocks, spec["half"], speak)
+    fisher = _measured(spec, method, model, tokens_NT, spec["seed"], speak) if method.needs.fisher else None
+    compressed, report = compress_model(model, method, plan, tokens_NT, spec["seed"], store.blocks, spec["half"], fisher, speak)
+    training = _train(spec, store, method, compressed, speak)
     ledger = compressed.ledger()
     if spec["budget"] and not ledger.fits(parse_budget(spec["budget"])):
         raise ValueError(f"stores {ledger.stored_bpw:.6f} bits per weight, over the budget of {spec['budget']}: refused")
@@ -118,7 +123,7 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
             "spec": spec, "ledger": ledger.to_json(), "code_bpw": ledger.code_bpw, "stored_bpw": ledger.stored_bpw,
             "allocation": {k: v for k, v in mix.items() if k != "layers"},
             "checkpoint_bytes": sum((store.folder / f"{n}.safetensors").stat().st_size for n in ("packed", "rest")),
-            "calibration_sha256": calibration_sha256, "compress_s": report["seconds"],
+            "calibration_sha256": calibration_sha256, "compress_s": report["seconds"], "training": training,
             "layers": {
                 layer.name: {
                     "kind": layer.kind, "stored_bpw": plan[layer.name].stored_bits(layer).total / layer.weights,
@@ -140,14 +145,40 @@ def _mix(
     data_free = tokens_NT is None
     if data_free:
         tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size), 0
-    key = [ARTIFACT_VERSION, spec["model"]["fingerprint"], spec["dtype"], spec["device"].partition(":")[0]]
-    measured = remembered_sensitivities(
-        key, model, tokens_NT, seed, method.needs.hessian, lambda done, total: speak("measure layers", done, total)
-    )
+    measured = _measured(spec, method, model, tokens_NT, seed, speak)
     if data_free:
         measured = {name: sensitivity.flat for name, sensitivity in measured.items()}
-    costs = expected_costs(method, model, stock, budget, measured, seed, lambda done, total: speak("estimate errors", done, total))
+    path = cache_dir("costs", digest([*_origin(spec), method.to_json(), stream_sha256(tokens_NT), seed])[:24] + ".json")
+    with locked(path):
+        estimated = lambda done, total: speak("estimate errors", done, total)  # noqa: E731
+        costs = expected_costs(method, model, stock, budget, measured, seed, estimated, CostTable(path))
     return mixed(stock, budget, costs).to_json() | {"seconds": time.perf_counter() - start}
+
+
+def _measured(
+    spec: dict[str, Any], method: Method, model: PreTrainedModel, tokens_NT: Tensor, seed: int, speak: Speaker
+) -> dict[str, Sensitivity]:
+    """What errors cost, or how large gradients are: whichever the method weighs errors with."""
+    kind = "fisher" if method.needs.fisher else "feedback" if method.needs.hessian else "plain"
+    told = lambda done, total: speak("measure layers", done, total)  # noqa: E731
+    return remembered_sensitivities(_origin(spec), model, tokens_NT, seed, kind, told)
+
+
+def _origin(spec: dict[str, Any]) -> list[Any]:
+    return [ARTIFACT_VERSION, spec["model"]["fingerprint"], spec["dtype"], spec["device"].partition(":")[0]]
+
+
+def _train(
+    spec: dict[str, Any], store: CellStore, method: Method, compressed: CompressedModel, speak: Speaker
+) -> dict[str, Any] | None:  # fmt: skip
+    if method.adaptation is None:
+        return None
+    text = Training.from_json(spec["training"])
+    windows = calibration_stream(text.windows, spec["model"], spec["seed"], spec["bos"], spec["data"])
+    told = lambda done, total: speak("train", done, total)  # noqa: E731
+    report = finetune(compressed, method.adaptation, windows.tokens_NL, text.batch, spec["seed"], store.blocks, told)
+    save_adapter(compressed, method.adaptation, store.adapter)
+    return {"text": spec["training"], "tokens_sha256": windows.sha256, **report}
 
 
 def peak_ram_gib() -> float:

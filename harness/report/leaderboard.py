@@ -32,10 +32,11 @@ COLUMNS_BEFORE = (
 )  # fmt: skip
 COLUMNS_AFTER = (
     "allocate", "plan_cost", "plan_gap", "plan_s", "compress_s", "eval_s", "decode_s_on_load", "peak_ram_gib", "tuning_steps",
-    "tuning_tokens", "device",
+    "tuning_tokens", "training_steps", "training_tokens", "training_s", "device",
     "seed", "harness_version", "cell", "reason", "model_note",
 )  # fmt: skip
-TIME_COLUMNS = ("plan_s", "compress_s", "eval_s", "decode_s_on_load", "peak_ram_gib")  # the only ones two identical runs may differ in
+# The only ones two identical runs may differ in:
+TIME_COLUMNS = ("plan_s", "compress_s", "eval_s", "decode_s_on_load", "peak_ram_gib", "training_s")
 
 
 def protocol_columns(names: Sequence[str]) -> list[str]:
@@ -106,6 +107,8 @@ def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, A
             row |= {"plan_cost": allocation["predicted"], "plan_gap": allocation["gap"], "plan_s": allocation["seconds"]}
         for name in ("tuning_steps", "tuning_tokens"):  # the same for every block
             row[name] = max((layer["report"][name] for layer in artifact["layers"].values() if name in layer["report"]), default="")
+        if training := artifact.get("training"):
+            row |= {f"training_{what}": training[name] for what, name in (("steps", "steps"), ("tokens", "tokens"), ("s", "seconds"))}
         row["weights_gib"] = artifact["checkpoint_bytes"] / 2**30
         row["peak_ram_gib"] = max([artifact["peak_ram_gib"], *(score["peak_ram_gib"] for score in done)])
     if done:

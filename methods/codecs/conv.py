@@ -54,7 +54,7 @@ def fit_conv(
     if layout.scales is None:
         unit = tensors["gain"] = rest_OI.square().mean().sqrt().clamp_min(TINY).reshape(1)
     else:
-        scales = absmax_scales(rest_OI, layout.block, layout.scales.kind)
+        scales = absmax_scales(rest_OI, layout.block, layout.scales.form)
         tensors |= {f"scales.{name}": tensor for name, tensor in scales.stored.items()}
         unit = scales.scale_OI
     target_PHW = to_patches(rest_OI / unit, layout.patch)

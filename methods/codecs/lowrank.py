@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.lowrank import LowRank, quantise_lowrank
+from kernels.packed import PackedLinear
+
 
 def svd_factors(matrix_OI: Tensor, rank: int, whitener_II: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(left [O, R], right [R, I]) minimising ||(matrix - left @ right) C||_F, singular values split evenly.
@@ -22,3 +25,12 @@ def svd_factors(matrix_OI: Tensor, rank: int, whitener_II: Tensor | None = None,
     if whitener_II is not None:  # right @ C^-1
         right_RI = torch.linalg.solve_triangular(whitener_II, right_RI, upper=False, left=False)
     return left_OR.contiguous(), right_RI.contiguous()
+
+
+def stored_lowrank(left_OR: Tensor, right_RI: Tensor, packed: PackedLinear) -> tuple[dict[str, Tensor], Tensor]:
+    """The factors as the low-rank part of `packed` stores them, and what they then decode to [O, I]."""
+    stored = quantise_lowrank(left_OR, right_RI, packed.lowrank.bits)
+    decoder = LowRank(packed.in_features, packed.out_features, packed.rank, packed.lowrank.bits)
+    for name, tensor in stored.items():
+        setattr(decoder, name, tensor)
+    return {f"lowrank.{name}": tensor for name, tensor in stored.items()}, decoder.decode()

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.scales import BlockScales, per_column, quantise_scales
+from kernels.scales import BlockScales, ScaleForm, per_column, quantise_scales
 from methods.codecs.kmeans import kmeans, nearest
 
 SAMPLE = 16384  # vectors a codebook is fitted on, at least; and SAMPLE_PER_ENTRY for each of its entries
@@ -38,11 +38,11 @@ def block_absmax(weight_OI: Tensor, block: int) -> Tensor:
     return torch.nn.functional.pad(weight_OI, (0, -columns % block)).view(rows, -1, block).abs().amax(dim=2).clamp_min(TINY)
 
 
-def absmax_scales(weight_OI: Tensor, block: int, kind: str) -> Scales:
+def absmax_scales(weight_OI: Tensor, block: int, form: ScaleForm) -> Scales:
     """Absmax block scales, rounded to their stored form."""
     absmax_OG = block_absmax(weight_OI, block)
-    stored = quantise_scales(absmax_OG, kind)
-    decoder = BlockScales(*absmax_OG.shape, kind).to(weight_OI.device)
+    stored = quantise_scales(absmax_OG, form)
+    decoder = BlockScales(*absmax_OG.shape, form).to(weight_OI.device)
     for name, tensor in stored.items():
         setattr(decoder, name, tensor)
     return Scales(stored, per_column(decoder.decode(), block, weight_OI.shape[1]))

@@ -2,12 +2,13 @@
 
 By default the decoder is the identity, the form the released code uses for every language model it evaluates: Q is a k-means
 codebook over short vectors under block scales, plus a low-rank part. `decoder=mlp` and `decoder=conv` offer neural ones to the plan beside
-it. Four variants:
+it. Variants:
 
     data-free    the paper's alternation of SVD and vector quantisation                       methods.reallm.data_free
     released     the same with the settings of the authors' code: 2 bits nominal, 2.78 stored on Llama-2-7B
     calibrated   the same stored form, every choice made against the layer's Hessian          methods.reallm.calibrated
     blockwise    that, and the real numbers of each block trained                             methods.reallm.blockwise
+    finetuned    that, and then low-rank factors and row magnitudes (DoRA) end to end         harness.finetune
 
 README.md beside this file lists the paper's claims, ours, and each divergence.
 """
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from kernels.conv import ConvLinear
 from kernels.mlp_table import MlpTable
-from kernels.packed import StoredBits
+from kernels.stored import StoredBits
 from kernels.tables import Table
-from methods.base import Block, Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track, layer_seed
+from methods.adapted import RATE, check_adapters, usual_rank
+from methods.base import Adaptation, Block, Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track, layer_seed
 from methods.codecs.conv import unlikeness
 from methods.codecs.error_feedback import check_damp
 from methods.codecs.lowrank import svd_factors
@@ -57,6 +59,7 @@ class ReALLM(Method):
         "calibrated": {"calibrated": True},
         "data-free": {"calibrated": False},
         "blockwise": {"epochs": 2},
+        "finetuned": {"epochs": 2, "finetune": True, "row_scales": True},
         "released": {
             "calibrated": False, "share": "none", "dim": 2, "index_bits": 4, "block": 64, "rank": 64, "adapter_bits": 16,
             "band": 64, "order_bits": 16, "row_scales": True, "rounds": 100, "tolerance": 0.0,
@@ -73,7 +76,7 @@ class ReALLM(Method):
     adapter_bits: int = 8
     band: int = 0  # data-free: rows that share an order of the columns; 0 leaves them in place
     order_bits: int | None = None  # of an index in it; None: as few as hold it
-    row_scales: bool = False  # data-free: DoRA's magnitudes
+    row_scales: bool = False  # DoRA's magnitudes: data-free fitted, finetuned trained
     rounds: int = 10  # data-free: alternations at most
     tolerance: float = 1e-3  # data-free: stop at a smaller relative gain
     act_order: bool = True  # calibrated
@@ -85,6 +88,8 @@ class ReALLM(Method):
     epochs: int = 0  # of block-wise tuning
     rate: float = 4e-3  # of its optimiser, relative to each tensor's size
     batch: int = 1  # windows per step of it
+    finetune: bool = False  # train the low-rank part end to end, and row_scales if there are any
+    lora_rate: float = RATE  # of that
 
     def __post_init__(self) -> None:
         if (self.dim is None) != (self.index_bits is None):
@@ -98,8 +103,13 @@ class ReALLM(Method):
             raise ValueError("rank must not be negative")
         if self.block is not None and self.block < 1:
             raise ValueError("block must be at least 1")
-        if self.calibrated and (self.band or self.row_scales):
-            raise ValueError("column orders (band) and row_scales belong to reallm:data-free")
+        if self.calibrated and self.band:
+            raise ValueError("column orders (band) belong to reallm:data-free")
+        if self.calibrated and self.row_scales and not self.finetune:
+            raise ValueError("row_scales are fitted by reallm:data-free or trained by reallm:finetuned")
+        if self.finetune and (not self.calibrated or self.rank == 0):
+            raise ValueError("finetune needs the calibrated variant, and a rank of at least 1")
+        check_adapters(self.rank or None, self.adapter_bits, self.lora_rate)
         if self.along not in ("rows", "columns") or (self.calibrated and self.along != "rows"):
             raise ValueError("along must be rows, or with reallm:data-free columns: error feedback goes from column to column")
         if self.band < 0 or (self.along == "rows" and self.band % (self.dim or 4)):
@@ -118,8 +128,8 @@ class ReALLM(Method):
             raise ValueError("epochs must not be negative, batch at least 1, rate between 0 and 1")
         if self.epochs and not self.calibrated:
             raise ValueError("block-wise tuning (epochs) needs the calibrated variant")
-        if self.scales not in ("half", "double") or self.adapter_bits not in (8, 16):
-            raise ValueError("scales must be half or double, adapter_bits 8 or 16")
+        if self.scales not in ("half", "double"):
+            raise ValueError("scales must be half or double")
 
     @property
     def _forms(self) -> tuple[str, ...]:
@@ -130,9 +140,13 @@ class ReALLM(Method):
 
     @property
     def track(self) -> Track:
-        if self.epochs:
+        if self.epochs or self.finetune:
             return Track.FINE_TUNED
         return Track.CALIBRATED if self.calibrated else Track.DATA_FREE
+
+    @property
+    def adaptation(self) -> Adaptation | None:
+        return Adaptation(self.lora_rate, dora=self.row_scales) if self.finetune else None
 
     @property
     def needs(self) -> Needs:
@@ -146,7 +160,11 @@ class ReALLM(Method):
             group = layer.kind if self.share == "kind" else self.share
             forms = [{"table": form, "share": group} for form in self._forms]
             shapes = [(*shape, own) for shape in SHAPES] + [(*shape, form) for shape in SHARED_SHAPES for form in forms]
-        ranks = range(MAX_RANK + 1) if self.rank is None else (self.rank,)
+        if self.rank is not None:
+            ranks: Sequence[int] = (self.rank,)
+        else:
+            # With training to come the budget cannot tell what a rank is worth: every matrix gets what other methods give it.
+            ranks = (usual_rank(layer),) if self.finetune else range(MAX_RANK + 1)
         extras: dict[str, Any] = {"along": self.along} if self.along != "rows" else {}
         if self.band or self.row_scales:
             extras |= {"band": self.band, "order_bits": self.order_bits or 0, "row_scales": self.row_scales}
@@ -161,8 +179,11 @@ class ReALLM(Method):
             if rank < min(layer.in_features, layer.out_features) and layer.in_features <= 2 ** (self.order_bits or 16)
         ]  # fmt: skip
 
+    def family(self, config: LayerConfig) -> LayerConfig:
+        return config.without("rank") if self.finetune and self.rank is None else config
+
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
-        mixable = [config for config in self.candidates(layer) if self.rank is not None or config["rank"] in MIXED_RANKS]
+        mixable = [config for config in self.candidates(layer) if self.rank is not None or self.finetune or config["rank"] in MIXED_RANKS]
         if self.decoder != "conv":
             return mixable
         # With a low-rank part of its own choice it has not been seen to win: what makes rows alike is of low rank.

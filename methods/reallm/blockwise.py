@@ -23,8 +23,8 @@ from kernels.codebook import CodebookLinear
 from kernels.lowrank import quantise_lowrank
 from kernels.scales import quantise_scales
 from methods.base import Block
+from methods.schedule import warm_cosine
 
-WARM_UP = 0.1  # share of the steps
 SMALLEST = 2.0**-40  # square of a token's state
 
 
@@ -34,12 +34,6 @@ class Schedule:
     rate: float  # step of Adam in units of each tensor's own size
     batch: int  # windows per step
     follow: float  # where the target lies between the original block's outputs on drifted inputs (0) and on its own (1)
-
-    def factor(self, step: int, steps: int) -> float:
-        """Linear warm-up, then a cosine to zero."""
-        warm = max(1, round(WARM_UP * steps))
-        angle = torch.pi * max(0, step - warm) / max(1, steps - warm)
-        return min(1.0, (step + 1) / warm) * 0.5 * (1 + torch.tensor(angle).cos().item())
 
 
 class TunedLinear(nn.Module):
@@ -62,7 +56,7 @@ class TunedLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The trained buffers of `packed`, by name."""
-        tensors = {f"scales.{k}": v for k, v in quantise_scales(self._positive_scales(), self.packed.scales.kind).items()}
+        tensors = {f"scales.{k}": v for k, v in quantise_scales(self._positive_scales(), self.packed.scales.form).items()}
         if "entries" in self.start:
             tensors["codebook"] = self._now("entries").half()
         if "left" in self.start:
@@ -83,7 +77,8 @@ class TunedLinear(nn.Module):
         entry_KD = _through(self._now("entries"), self.packed.entries()) if "entries" in self.start else self.packed.entries()
         if factors is not None:
             factors = (_through(self._now("left"), factors[0]), _through(self._now("right"), factors[1]))
-        return self.packed.combine(self.code_VI, entry_KD, _through(scale_OG, stored_scale_OG), factors)
+        base_OI = self.packed.combine(self.code_VI, entry_KD, _through(scale_OG, stored_scale_OG))
+        return self.packed.finish(base_OI, factors)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.packed.bias is None else self.packed.bias.to(x.dtype)
@@ -104,7 +99,7 @@ def tune_block(block: Block, packed: dict[str, CodebookLinear], schedule: Schedu
     optimiser = torch.optim.Adam(parameters, lr=schedule.rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     steps = schedule.epochs * -(-len(hidden_NTH) // schedule.batch)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule.factor(step, steps))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warm_cosine(step, steps))
     before = best = _loss(block, hidden_NTH, target_NTH, schedule.batch)
     kept = [p.detach().clone() for p in parameters]
     for _ in range(schedule.epochs):

@@ -37,7 +37,7 @@ def compress_calibrated(
     whitener_II = torch.linalg.cholesky(damped_II) if packed.rank else None
     adapters, lowrank_OI = lowrank_part(weight_OI, packed, whitener_II, seed)
     rest_OI = weight_OI - lowrank_OI
-    scales = absmax_scales(rest_OI, packed.block, packed.scales.kind)
+    scales = absmax_scales(rest_OI, packed.block, packed.scales.form)
     pivot_I = torch.empty_like(feedback.diagonal_I).index_copy_(0, feedback.order_I, feedback.upper_II.diagonal())
     importance_OI = scales.scale_OI.square() / pivot_I.square()  # U_ii^2 = [H^-1]_ii given the columns quantised before i
     if packed.table_key:

@@ -16,12 +16,11 @@ from torch import Tensor
 from kernels.bitpack import pack
 from kernels.codebook import CodebookLinear
 from kernels.conv import ConvLinear
-from kernels.lowrank import LowRank, quantise_lowrank
 from kernels.packed import PackedLinear
 from methods.codecs.column_order import greedy_order
 from methods.codecs.conv import fit_conv
 from methods.codecs.kmeans import nearest
-from methods.codecs.lowrank import svd_factors
+from methods.codecs.lowrank import stored_lowrank, svd_factors
 from methods.codecs.vector import absmax_scales, fit_codebook, to_vectors
 
 CONV_STEPS, CONV_SWEEPS = 200, 3  # of training a convolutional decoder
@@ -50,7 +49,7 @@ def compress_data_free(
                 order = packed.order.store(greedy_order(rest_OI, packed.order.band))
                 packed.order.packed = order["packed"]
             rest_OI = rest_OI.gather(1, packed.order.per_row())
-        scales = absmax_scales(rest_OI, packed.block, packed.scales.kind)
+        scales = absmax_scales(rest_OI, packed.block, packed.scales.form)
         square_OI = scales.scale_OI.square()  # an error of a scaled entry costs scale^2
         if packed.table_key:
             codebook_KD = packed.entries()
@@ -98,11 +97,7 @@ def lowrank_part(
     """Stored buffers of the low-rank branch fitted to `matrix_OI`, and what they decode to (zeros at rank 0)."""
     if packed.lowrank is None:
         return {}, torch.zeros_like(matrix_OI)
-    stored = quantise_lowrank(*svd_factors(matrix_OI, packed.rank, whitener_II, seed), packed.lowrank.bits)
-    decoder = LowRank(packed.in_features, packed.out_features, packed.rank, packed.lowrank.bits)
-    for name, tensor in stored.items():
-        setattr(decoder, name, tensor)
-    return {f"lowrank.{name}": tensor for name, tensor in stored.items()}, decoder.decode()
+    return stored_lowrank(*svd_factors(matrix_OI, packed.rank, whitener_II, seed), packed)
 
 
 def codebook_tensors(packed: CodebookLinear, code_VI: Tensor, codebook_KD: Tensor, scales: dict[str, Tensor]) -> dict[str, Tensor]:

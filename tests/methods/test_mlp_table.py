@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.mlp_table import MlpTable
+from kernels.scales import ScaleForm
 from methods.codecs import mlp_table
 from methods.codecs.kmeans import kmeans, nearest
 from methods.codecs.vector import absmax_scales, to_vectors
@@ -20,7 +21,7 @@ def vectors(weights) -> torch.Tensor:
     units = []
     for block in (3, 17):
         weight = weights[f"model.layers.{block}.self_attn.q_proj.weight"].float()
-        units.append(to_vectors(weight / absmax_scales(weight, 64, "double").scale_OI, 4).reshape(-1, 4))
+        units.append(to_vectors(weight / absmax_scales(weight, 64, ScaleForm("double")).scale_OI, 4).reshape(-1, 4))
     return torch.cat(units)[::5].contiguous()
 
 

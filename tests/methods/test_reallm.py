@@ -7,6 +7,7 @@ from harness.model import load_reference
 from harness.protocol import parse_calibration
 from harness.windows import calibration_windows
 from kernels.bitpack import packed_words
+from kernels.scales import ScaleForm
 from methods import parse_method
 from methods.base import LayerConfig, LayerSpec, Sensitivity
 from methods.codecs.column_order import greedy_order
@@ -96,7 +97,7 @@ def test_refit_finds_the_least_squares_codebook():
 def test_refit_never_hurts(weight):
     hessian = hessian_of(576)
     feedback = prepare(hessian, act_order=True, damp=0.01)
-    scales = absmax_scales(weight, 64, "double")
+    scales = absmax_scales(weight, 64, ScaleForm("double"))
     book = fit_codebook(weight / scales.scale_OI, torch.ones_like(weight), 2, 64, seed=0)
     codes = assign(weight, scales.scale_OI, book, feedback)
     better = refit_codebook(weight, scales.scale_OI, codes, book, hessian, iterations=8)

@@ -1,0 +1,20 @@
+"""QLoRA (Dettmers, Pagnoni, Holtzman, Zettlemoyer; NeurIPS 2023, arXiv 2305.14314): LoRA on a frozen NormalFloat base.
+
+The base is `nf` (methods.nf): NF-b with block scales in 8 bits. Adapters on every linear layer start at zero and are trained;
+`README.md` beside this file lists the divergences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from methods.adapted import Adapted
+from methods.nf import NormalFloat
+
+
+@dataclass(frozen=True, kw_only=True)
+class QLoRA(Adapted, NormalFloat):
+    name: ClassVar[str] = "qlora"
+    version: ClassVar[int] = 1
+    variants: ClassVar[dict[str, dict[str, Any]]] = {"published": {"bits": 4, "block": 64, "rank": 64, "adapter_bits": 16}}
