@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from harness.allocate import Allocation, BudgetError, require_mixable, uniform
 from harness.assets import ResolvedModel
 from harness.evaluate.score import BODY_TOKENS, HEAD_LOGITS
 from harness.files import digest
+from harness.finetune import KEPT_BYTES, kept_bytes
 from harness.ledger import parse_budget
 from harness.model import Inventory
 from harness.protocol import Calibration, Protocol, Training, protocol_key
-from harness.sensitivity import GRADIENT_TOKENS, HEAD_TOKENS, HESSIAN_TOKENS, RANDOM_CONTEXT
+from harness.sensitivity import FISHER_TOKENS, GRADIENT_TOKENS, HEAD_TOKENS, HESSIAN_TOKENS, RANDOM_CONTEXT
 from methods.base import Method, Track
 
 ARTIFACT_VERSION = 2  # bump when the same cell would be written differently: another plan, another measurement behind it
@@ -158,6 +160,8 @@ def make_plan(
                     allocation = uniform(method, stock, budget.bpw if budget else None)
             except BudgetError as error:
                 refusal = str(error)
+            if trains and find_spec("peft") is None:
+                refusal = "training adapters needs peft: pip install 'peft>=0.19'"
             for seed in seeds if method.seeded else (0,):
                 cell = Cell(method, text, model, budget, looks, trains, seed, compute, bos, half, mode, allocation, refusal)
                 cells.setdefault(cell.key, cell)
@@ -175,8 +179,8 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
     times, at one), and the most of three: a Gram matrix for every layer of a block, one of them being factored; a window's
     activations, to go back through a block; copies of a slice of logits. Compressing holds every calibration token's hidden state
     (in and out) and, inside one block, its widest activations and a Hessian being factored; twice the states for a method that also
-    looks at the uncompressed model's. Training holds a window's activations in one block, the states in front of all, its logits a few
-    times, and a block's decoded weights. Scoring holds one chunk of logits.
+    looks at the uncompressed model's. Training holds what is needed on the way back and a window's logits a few times. Scoring holds
+    one chunk of logits.
     """
     dtype_bytes = getattr(torch, cell.compute.dtype).itemsize
     calibration, layers = cell.calibration, stock.blocks[0].layers
@@ -188,7 +192,8 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
     measuring = 0
     if cell.allocate == "ilp":
         context = calibration.context if calibration else RANDOM_CONTEXT
-        states = (4 * max(HESSIAN_TOKENS, context) + len(stock.blocks) * max(GRADIENT_TOKENS, context)) * hidden * dtype_bytes
+        followed = FISHER_TOKENS if cell.method.needs.fisher else GRADIENT_TOKENS
+        states = (4 * max(HESSIAN_TOKENS, context) + len(stock.blocks) * max(followed, context)) * hidden * dtype_bytes
         grams = working + sum(4 * layer.in_features**2 for layer in layers) if calibration else 0
         measuring = states + max(grams, 2 * context * (hidden + inner) * dtype_bytes, 6 * 4 * HEAD_TOKENS * vocabulary)
     tokens = calibration.context * calibration.sequences if calibration else 0
@@ -197,8 +202,10 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
     training = 0
     if cell.training:
         width = cell.training.windows.context
-        block = max(sum(layer.weights for layer in spec.layers) for spec in stock.blocks)
-        training = width * (len(stock.blocks) * hidden + 6 * (hidden + inner)) * dtype_bytes + 8 * block + 5 * 4 * width * vocabulary
+        kept = kept_bytes(stock, width, dtype_bytes)
+        if kept > KEPT_BYTES:  # then one block's, and the states in front of all
+            kept = kept // len(stock.blocks) + width * len(stock.blocks) * hidden * dtype_bytes
+        training = kept + 5 * 4 * width * vocabulary
     scoring = BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(HEAD_LOGITS, vocabulary)
     python = 0.6 * 2**30  # interpreter, torch and transformers
     return (model + max(measuring, compressing, training, scoring) + python) / 2**30

@@ -1,4 +1,4 @@
-"""Every row with a budget against one method at that budget: what a change of method is worth, with intervals.
+"""Every row with a budget against one method at that budget, or one outside any: what a change of method is worth, with intervals.
 
 Ratios are paired: both rows scored the same windows, and the same resamples are drawn for both (harness.stats). Seeds are averaged window
 by window first, so the interval is that of the texts for these seeds' compressions.
@@ -40,7 +40,7 @@ class Entry:
 def compare_methods(folder: Path, to: str) -> Shown:
     """Rows of a budget at which `to` has no number are left without ratios. Raises ValueError when it has none at all, when seeds do not
     match, or when `folder` holds no run."""
-    entries = read_entries(folder)
+    entries = read_entries(folder, to)
     names = list(dict.fromkeys(entry.name for entry in entries))
     if to not in names:
         raise ValueError(f"no numbers of a method '{to}' in {folder}: write --to with one of {', '.join(names)}")
@@ -48,7 +48,7 @@ def compare_methods(folder: Path, to: str) -> Shown:
     header = ["method", "budget", "stored", *(f"{what} {p}" for p in protocols for what in ("ppl", "ppl ratio", "kld ratio"))]
     cells = []
     for entry in entries:
-        base = next((other for other in entries if (other.name, other.budget) == (to, entry.budget)), None)
+        base = next((other for other in entries if other.name == to and other.budget in (entry.budget, "")), None)
         if base is not None and entry.seeds != base.seeds and entry.seeded and base.seeded:
             raise ValueError(
                 f"{entry.name} and {to} have numbers of different seeds at {entry.budget} bits: the run's command again may mend it"
@@ -72,22 +72,25 @@ def _ratios(entry: Entry, base: Entry | None, protocol: str) -> tuple[str, str]:
     if protocol not in entry.kld or protocol not in base.kld:
         return perplexity, ""
     here, there = entry.kld[protocol], base.kld[protocol]
+    if len(here) != len(there):  # the reference's own is a noise floor, of a few windows
+        return perplexity, ""
     resampled_B = resampled_means(here, weight) / resampled_means(there, weight)
     return perplexity, _ratio(fmean(here, weight) / fmean(there, weight), resampled_B, len(here))
 
 
-def read_entries(folder: Path) -> list[Entry]:
-    """The rows of the run in `folder` that have numbers and a budget, seeds together, in the leaderboard's order."""
+def read_entries(folder: Path, to: str = "") -> list[Entry]:
+    """The rows of the run in `folder` that have numbers and a budget, or the name `to`, seeds together, in the leaderboard's order."""
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: give the one a run wrote")
     groups: dict[tuple[str, str], list[dict]] = {}
     seeds: dict[tuple[str, str], list[str]] = {}
     for row in read_rows(folder).values():
-        if row["budget_bpw"] and row["status"] in GOOD:
+        name = label({**row, "budget_bpw": "", "seed": ""})
+        if (row["budget_bpw"] or name == to) and row["status"] in GOOD:
             path = folder / "cells" / f"{row['cell']}.json"
             if not path.exists():
                 raise ValueError(f"no {path}: the run's own command writes it again, in seconds where its cells are still cached")
-            key = (label({**row, "budget_bpw": "", "seed": ""}), row["budget_bpw"])
+            key = (name, row["budget_bpw"])
             groups.setdefault(key, []).append(read_json(path))
             seeds.setdefault(key, []).append(row["seed"])
     if not groups:

@@ -46,6 +46,15 @@ def test_ratios_are_paired(folder, capsys):
     assert table["rtn"][3].startswith("1.000 [0.") and table["rtn"][3].endswith("tie") and table["rtn"][4].endswith("tie")
 
 
+def test_a_row_outside_any_budget_is_compared_with_those_of_all(folder, capsys):
+    """fp16-lora, say: what compression costs when everybody is trained alike."""
+    text = (folder / "leaderboard.csv").read_text().replace("gptq,,3.25,", "gptq,,,")
+    (folder / "leaderboard.csv").write_text(text)
+    assert main(["compare", str(folder), "--to", "gptq", "--markdown"]) == 0
+    out = capsys.readouterr().out
+    assert "| gptq |  | 3.2500 | 30.50 | 1 | 1 |" in out and f"| nf | 3.25 | 3.2500 | 30.50 | {math.exp(0.1):.3f} [" in out
+
+
 def test_what_cannot_be_compared_is_said_in_a_line(folder, capsys):
     assert main(["compare", str(folder), "--to", "gtpq"]) == 2
     assert "one of gptq, nf, rtn" in capsys.readouterr().err
