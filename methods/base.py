@@ -213,6 +213,8 @@ class Method(ABC):
     budgeted: ClassVar[bool] = True  # False for a reference, which runs once, outside any budget
     seeded: ClassVar[bool] = True  # whether the seed can change a byte: through calibration text, or the method's own draws
 
+    later: ClassVar[tuple[str, ...]] = ("lora_rate",)  # options that matter only once the blocks are packed
+
     def __post_init__(self) -> None:  # noqa: B027  nothing to check is the usual case
         """Raises ValueError for a configuration that makes no sense."""
 
@@ -281,6 +283,10 @@ class Method(ABC):
 
     def to_json(self) -> dict[str, Any]:
         return {"method": self.name, "version": self.version, **dataclasses.asdict(self)}
+
+    def estimates_key(self) -> dict[str, Any]:
+        """What `expected_costs` may depend on."""
+        return {key: value for key, value in self.to_json().items() if key not in self.later}
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -148,7 +148,7 @@ def _mix(
     measured = _measured(spec, method, model, tokens_NT, seed, speak)
     if data_free:
         measured = {name: sensitivity.flat for name, sensitivity in measured.items()}
-    path = cache_dir("costs", digest([*_origin(spec), method.to_json(), stream_sha256(tokens_NT), seed])[:24] + ".json")
+    path = cache_dir("costs", digest([*_origin(spec), method.estimates_key(), stream_sha256(tokens_NT), seed])[:24] + ".json")
     with locked(path):
         estimated = lambda done, total: speak("estimate errors", done, total)  # noqa: E731
         costs = expected_costs(method, model, stock, budget, measured, seed, estimated, CostTable(path))

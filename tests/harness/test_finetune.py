@@ -27,7 +27,7 @@ METHODS = ("qlora", "gptq-lora", "lq-lora", "lq-lora:loftq", "reallm:finetuned,e
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> torch.Tensor:
-    return calibration_windows(parse_calibration("c4-mini@128x40"), tokenizer, seed=0).tokens_NL
+    return calibration_windows(parse_calibration("c4-mini@128x20"), tokenizer, seed=0).tokens_NL
 
 
 def packed_model(text, path, tokens, folder):
@@ -35,12 +35,12 @@ def packed_model(text, path, tokens, folder):
     method = parse_method(text)
     plan = uniform(method, inventory(model), Fraction(7, 2)).layers
     fisher = measure_fisher(model, tokens[:4]) if method.needs.fisher else None
-    return compress_model(model, method, plan, tokens[:8], 0, folder / "blocks", fisher=fisher)[0], method.adaptation
+    return compress_model(model, method, plan, tokens[:4], 0, folder / "blocks", fisher=fisher)[0], method.adaptation
 
 
 @torch.no_grad()
 def held_out(model, tokens):
-    return torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in tokens[24:]]).mean().item()
+    return torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in tokens[12:]]).mean().item()
 
 
 @pytest.mark.parametrize("text", METHODS)
@@ -48,8 +48,8 @@ def test_training_lowers_the_loss_on_other_text(text, truncated, tokens, tmp_pat
     compressed, adaptation = packed_model(text, truncated.path, tokens, tmp_path)
     bits, before = compressed.ledger(), held_out(compressed.model, tokens)
     base = {name: layer.decode_base() for name, layer in compressed.packed.items()}
-    report = finetune(compressed, adaptation, tokens[:24], 2, 0, tmp_path)
-    assert (report["steps"], report["tokens"], len(report["losses"])) == (12, 24 * 128, 12)
+    report = finetune(compressed, adaptation, tokens[:12], 2, 0, tmp_path)
+    assert (report["steps"], report["tokens"], len(report["losses"])) == (6, 12 * 128, 6)
     assert held_out(compressed.model, tokens) < before
     assert compressed.ledger() == bits
     assert all(torch.equal(layer.decode_base(), base[name]) for name, layer in compressed.packed.items())  # only what may be was trained
@@ -90,12 +90,12 @@ def test_resumed_training_ends_with_the_same_numbers(text, truncated, tokens, tm
                     raise Killed
 
             try:
-                report = finetune(compressed, adaptation, tokens[:8], 1, 3, folder, progress, checkpoint_seconds=0.0)
+                report = finetune(compressed, adaptation, tokens[:7], 1, 3, folder, progress, checkpoint_seconds=0.0)
             except Killed:
                 assert "peft_config" not in vars(compressed.model) and set(compressed.packed) == names
         results.append((report["losses"], compressed.model.state_dict()))
     (losses, whole), (losses_again, part) = results
-    assert losses == losses_again and len(losses) == 8
+    assert losses == losses_again and len(losses) == 7
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
 
 
