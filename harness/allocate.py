@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from harness.files import read_json, write_json
+from harness.files import digest, read_json, write_json
 from harness.ledger import Ledger, planned
 from harness.model import Inventory
 from methods.base import LayerConfig, LayerSpec, Method, Sensitivity, layer_seed, shared_bits
@@ -130,31 +131,28 @@ def expected_costs(
         weight_OI = model.get_submodule(layer.name).weight.detach().float()
         sensitivity = measured.get(layer.name) or _median(measured, weight_OI)
         configs = configs_of[_sort(layer)]
-        if new := known.missing(layer.name, configs):
-            known.add(layer.name, new, method.expected_costs(weight_OI, sensitivity, layer, new, layer_seed(seed, layer.name)))
-        costs[layer.name] = {config: known.cost(layer.name, config) for config in configs}
+        estimate = partial(method.expected_costs, weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))
+        costs[layer.name] = known.costs(layer.name, configs, estimate)
         progress(index + 1, len(stock.layers))
     known.save()
     return costs
 
 
 class CostTable:
-    """Estimates kept in a file, so that another budget, or the next attempt, finds them."""
+    """Estimates kept in a file, so that another budget, or the next attempt, finds them. They are found for the same configurations alone:
+    a method may estimate several together, and a plan must not depend on what was asked for before."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self._saved = path, time.monotonic()
-        self._costs: dict[str, dict[str, float]] = read_json(path) if path and path.exists() else {}
+        self._costs: dict[str, list[float]] = read_json(path) if path and path.exists() else {}
 
-    def missing(self, layer: str, configs: Sequence[LayerConfig]) -> list[LayerConfig]:
-        return [config for config in configs if str(config) not in self._costs.get(layer, {})]
-
-    def cost(self, layer: str, config: LayerConfig) -> float:
-        return self._costs[layer][str(config)]
-
-    def add(self, layer: str, configs: Sequence[LayerConfig], costs: Sequence[float]) -> None:
-        self._costs.setdefault(layer, {}).update({str(config): cost for config, cost in zip(configs, costs, strict=True)})
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self.save()
+    def costs(self, layer: str, configs: Sequence[LayerConfig], estimate: Callable[[], list[float]]) -> dict[LayerConfig, float]:
+        key = digest([layer, [str(config) for config in configs]])[:24]
+        if key not in self._costs:
+            self._costs[key] = estimate()
+            if time.monotonic() - self._saved > SAVE_SECONDS:
+                self.save()
+        return dict(zip(configs, self._costs[key], strict=True))
 
     def save(self) -> None:
         if self.path:

@@ -7,11 +7,11 @@ from fractions import Fraction
 import pytest
 import torch
 
-from harness.allocate import BudgetError, choose, considered, expected_costs, mixed, require_mixable
+from harness.allocate import BudgetError, CostTable, choose, considered, expected_costs, mixed, require_mixable
 from harness.ledger import FILL_TOLERANCE, parse_budget
 from harness.model import BlockSpec, Inventory, inventory, read_config, skeleton
 from methods import parse_method
-from methods.base import LayerSpec, Sensitivity
+from methods.base import LayerConfig, LayerSpec, Sensitivity
 
 
 def random_problem(layers: int, configs: int, seed: int) -> tuple[list[list[int]], list[list[float]]]:
@@ -109,3 +109,18 @@ def test_a_sample_without_weight_is_no_sample():
     weight = torch.randn(400, 32)
     sample, seen = Sensitivity(row, torch.ones(32)).sample(weight)
     assert torch.equal(sample, weight) and seen.cost(sample) > 0
+
+
+def test_estimates_are_kept_for_the_very_same_configurations(tmp_path):
+    asked = []
+
+    def costs(table, *configs):
+        return table.costs("layer", configs, lambda: asked.append(configs) or [float(c["bits"]) for c in configs])
+
+    two, three = (LayerConfig.of("uniform", bits=bits, group=64, offset="symmetric") for bits in (2, 3))
+    table = CostTable(tmp_path / "costs.json")
+    assert costs(table, two, three) == {two: 2.0, three: 3.0}
+    table.save()
+    again = CostTable(tmp_path / "costs.json")
+    assert costs(again, two, three) == {two: 2.0, three: 3.0} and len(asked) == 1
+    assert costs(again, three) == {three: 3.0} and len(asked) == 2
