@@ -1,13 +1,15 @@
 """Which product runs on which format and device: one table, filled by the kernel packages.
 
-A pair without an entry takes the reference path: decode the whole weight, multiply, forget it (or keep it, in a format whose
-decoder is too slow to run for every product). What runs decides the *kind* a leaderboard row carries, so a latency can never be
-attributed to a kernel that did not run.
+A pair without an entry, or a layer that its kernel does not serve, takes the reference path: decode the whole weight, multiply, forget
+it (or keep it, in a format whose decoder is too slow to run for every product). What runs decides the *kind* a leaderboard row carries,
+so a latency can never be attributed to a kernel that did not run. So does a product that gradients must pass through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,7 +17,15 @@ from torch import Tensor
 from kernels.packed import PackedLinear
 
 Product = Callable[[PackedLinear, Tensor], Tensor]
-PRODUCTS: dict[tuple[str, str], Product] = {}  # (format, device type) -> fused product
+
+
+@dataclass(frozen=True)
+class Fused:
+    product: Product
+    serves: Callable[[PackedLinear], bool]  # the layer's layout is known to it, and it can be had on this machine
+
+
+PRODUCTS: dict[tuple[str, str], Fused] = {}  # (format, device type) -> fused product
 
 
 def reference(layer: PackedLinear, x: Tensor) -> Tensor:
@@ -26,13 +36,28 @@ def reference(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 def linear(layer: PackedLinear, x: Tensor) -> Tensor:
-    return PRODUCTS.get((layer.format, x.device.type), reference)(layer, x)
+    product = None if x.requires_grad and torch.is_grad_enabled() else fused(layer, x.device.type)
+    return (product or reference)(layer, x)
+
+
+def fused(layer: PackedLinear, device_type: str) -> Product | None:
+    _fill()
+    entry = PRODUCTS.get((layer.format, device_type))
+    return entry.product if entry is not None and entry.serves(layer) else None
 
 
 def kind(layer: PackedLinear, device_type: str) -> str:
     """Row kind of this layer on this device: dense | fused | decode-per-call | decode-on-load."""
     if layer.format == "dense":
         return "dense"
-    if (layer.format, device_type) in PRODUCTS:
+    if fused(layer, device_type) is not None:
         return "fused"
     return "decode-on-load" if layer.decode_on_load else "decode-per-call"
+
+
+@cache
+def _fill() -> None:
+    import kernels.cpu
+
+    for name in ("uniform", "codebook"):
+        PRODUCTS[name, "cpu"] = Fused(kernels.cpu.product, kernels.cpu.serves)

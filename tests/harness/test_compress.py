@@ -13,6 +13,7 @@ from harness.compressed import CompressedModel
 from harness.ledger import parse_budget, payload_bytes, planned
 from harness.model import decoder_blocks, half_dtype, inventory, load_reference, read_config, skeleton
 from harness.sensitivity import measure_sensitivities
+from kernels.cpu.build import library
 from kernels.packed import PackedLinear
 from methods import parse_method
 from methods.base import Compressed
@@ -43,7 +44,7 @@ def test_the_ledger_is_the_bytes_on_disk_and_the_reload_is_the_model(method, tru
     assert 8 * payload_bytes(tmp_path / "artifact" / "packed.safetensors") == ledger.stored_bits == allocation.ledger.stored_bits
     assert method == "fp16" or ledger.fits(Fraction(13, 4))
     reloaded = CompressedModel.load(tmp_path / "artifact", "cpu", torch.float32)
-    assert reloaded.ledger() == ledger and reloaded.kind == ("dense" if method == "fp16" else "decode-per-call")
+    assert reloaded.ledger() == ledger and reloaded.kind == ("dense" if method == "fp16" else "fused" if library() else "decode-per-call")
     compressed.model.to(torch.float32)
     with torch.no_grad():
         for name, layer in compressed.packed.items():

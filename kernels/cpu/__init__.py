@@ -1,0 +1,59 @@
+"""Fused products on a CPU: weights are decoded in registers and multiplied, and never stand in memory.
+
+Up to `SMALL` inputs the compiled kernel multiplies as it decodes. More (a prompt, a window that is scored) are worth a matrix product:
+a tile of rows is decoded at a time, multiplied, and forgotten.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.build import library
+from kernels.cpu.layer import View, supports, view
+from kernels.packed import PackedLinear
+
+SMALL = 32
+LANES = 16
+TILE_WEIGHTS = 1 << 20  # decoded at once: a few MiB, which the second-level cache nearly holds
+
+
+def serves(layer: PackedLinear) -> bool:
+    return supports(layer) and library() is not None
+
+
+def product(layer: PackedLinear, x: Tensor) -> Tensor:
+    """y = x W^T + bias in the dtype of x; sums in fp32."""
+    compiled = library()
+    seen = view(layer)
+    flat_NI = x.reshape(-1, layer.in_features).float()
+    if seen.order_I is not None:
+        flat_NI = flat_NI[:, seen.order_I]
+    if len(flat_NI) > SMALL:
+        out_NO = _tiled(layer, seen, flat_NI)
+    else:
+        padded_NI = torch.nn.functional.pad(flat_NI, (0, -layer.in_features % LANES)).contiguous()
+        out_NO = flat_NI.new_empty(len(flat_NI), layer.out_features)
+        compiled.product(
+            seen.address, padded_NI.data_ptr(), padded_NI.shape[1], len(padded_NI), out_NO.data_ptr(), torch.get_num_threads()
+        )  # fmt: skip
+    return out_NO.to(x.dtype).view(*x.shape[:-1], layer.out_features)
+
+
+def _tiled(layer: PackedLinear, seen: View, x_NI: Tensor) -> Tensor:
+    """A tile of rows at a time."""
+    compiled = library()
+    rows = max(1, TILE_WEIGHTS // layer.in_features // LANES) * LANES  # whole vectors of any length
+    out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
+    tile_RI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
+    for first in range(0, layer.out_features, rows):
+        count = min(rows, layer.out_features - first)
+        compiled.decode(seen.address, first, count, tile_RI.data_ptr(), torch.get_num_threads())
+        torch.mm(x_NI, tile_RI[:count].t(), out=out_NO[:, first : first + count])
+    if layer.lowrank is not None:
+        left_OR, right_RI = layer.lowrank.factors()
+        right_RI = right_RI if seen.order_I is None else right_RI[:, seen.order_I]
+        out_NO.addmm_(x_NI @ right_RI.t(), left_OR.t())
+    if layer.row_scale is not None:
+        out_NO *= layer.row_scale.float()
+    return out_NO if layer.bias is None else out_NO.add_(layer.bias.float())

@@ -1,0 +1,88 @@
+"""Compiles fused.cpp once with the system's compiler and loads it: no torch headers, no build step at installation.
+
+The library is cached under a name made of the source, the compiler and the instruction set. Without a compiler, or on a CPU with
+neither AVX-512 nor AVX2, `library()` is None after one warning, and products take the reference path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("fused.cpp")
+WIDE = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx2", "fma", "f16c")
+NARROW = ("avx2", "fma", "f16c")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    try:
+        return _load(_built(_instructions(), _compiler()))
+    except OSError as error:  # RuntimeError of ours is one line already
+        return _without(f"the compiled kernel cannot be loaded ({error})")
+    except RuntimeError as error:
+        return _without(str(error))
+
+
+def _without(reason: str) -> None:
+    warnings.warn(f"no fused CPU kernels: {reason}; layers are decoded by torch, which is slow", stacklevel=3)
+
+
+def _instructions() -> tuple[str, ...]:
+    """Of those the source is written for, the widest this machine has."""
+    if wanted := os.environ.get("HARNESS_CPU_KERNELS"):  # "avx2", to try the narrow ones on a wide machine; "none"
+        if wanted == "none":
+            raise RuntimeError("switched off by HARNESS_CPU_KERNELS=none")
+        return {"avx512": WIDE, "avx2": NARROW}[wanted]
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise RuntimeError(f"they are written for x86-64, this is {platform.machine()}")
+    try:
+        flags = set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split())
+    except (OSError, StopIteration):
+        raise RuntimeError("the instructions of this CPU are not known") from None
+    for wanted_set in (WIDE, NARROW):
+        if flags.issuperset(wanted_set):
+            return wanted_set
+    raise RuntimeError("this CPU lacks AVX2, FMA or F16C")
+
+
+def _compiler() -> str:
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        if path := shutil.which(name):
+            return path
+    raise RuntimeError("no C++ compiler (install g++, or set CXX)")
+
+
+def _built(instructions: tuple[str, ...], compiler: str) -> Path:
+    command = [compiler, "-O3", "-std=c++17", *(f"-m{name}" for name in instructions), "-fopenmp", "-shared", "-fPIC"]
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:24]
+    root = os.environ.get("HARNESS_CACHE")
+    folder = (Path(root).expanduser() if root else Path.home() / ".cache" / "ptq-harness") / "kernels"
+    path = folder / f"{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            output = Path(scratch) / "fused.so"
+            done = subprocess.run([*command, str(SOURCE), "-o", str(output)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+            os.replace(output, path)  # whole or absent, whoever else is compiling it
+    return path
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    loaded.product.argtypes = [pointer, pointer, number, number, pointer, number]
+    loaded.decode.argtypes = [pointer, number, number, pointer, number]
+    for function in (loaded.product, loaded.decode):
+        function.restype = None
+    return loaded

@@ -1,0 +1,162 @@
+"""The compiled CPU kernels against an fp64 product of the decoded weights: every format, ragged shapes, random stored bytes."""
+
+import ctypes
+import itertools
+import warnings
+
+import pytest
+import torch
+
+import kernels.cpu
+from kernels.cpu import build
+from kernels.dispatch import fused, kind, linear, reference
+from kernels.packed import PackedLinear
+
+UNIFORM = [
+    dict(format="uniform", bits=bits, group=group, offset=offset)
+    for bits in (2, 3, 4, 5, 8)
+    for group, offset in ((64, "symmetric"), (24, "zero"), (0, "minimum"), (128, "zero"))
+]
+SCALAR = [
+    dict(format="codebook", dim=1, index_bits=bits, block=block, scales=scales, table="nf")
+    for bits, (block, scales) in itertools.product((2, 3, 4), ((64, "dynamic"), (16, "half"), (24, "dynamic")))
+]
+VECTOR = [
+    dict(format="codebook", dim=dim, index_bits=bits, block=block, scales="double")
+    for (dim, bits), block in itertools.product(((1, 5), (1, 6), (2, 3), (2, 5), (2, 6), (2, 8), (4, 8), (4, 12), (8, 8)), (64, 24))
+]
+ADDED = [
+    dict(format="uniform", bits=3, group=64, offset="zero", permuted=True, rank=3, adapter_bits=16, row_scales=True),
+    dict(
+        format="codebook", dim=1, index_bits=3, block=32, scales="double", scale_bits=3, scale_group=16, scale_dtype="bfloat16",
+        table="nf", rank=5,
+    ),
+    dict(format="codebook", dim=4, index_bits=8, block=64, rank=4, row_scales=True),
+]  # fmt: skip
+SHAPES = [(576, 576), (192, 577), (7, 13), (1, 1), (101, 97)]
+BATCHES = (1, 2, 3, 5, 9, 33)
+LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative, of the norm
+
+
+def random_layer(spec: dict, rows: int, columns: int, bias: bool, seed: int = 0) -> PackedLinear:
+    """Any stored bits are a layer; padding in the bit streams is random too."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = PackedLinear.from_spec({**spec, "in_features": columns, "out_features": rows, "bias": bias}, "cpu")
+    tensors = {}
+    for name in layer.stored_parts():
+        like = layer.get_buffer(name)
+        if name == "order":
+            tensors[name] = torch.randperm(columns, generator=generator).to(torch.int16)
+        elif like.is_floating_point():
+            tensors[name] = (0.01 + 0.1 * torch.rand(like.shape, generator=generator)).to(like.dtype)
+        else:
+            limits = torch.iinfo(like.dtype)
+            tensors[name] = torch.randint(limits.min, limits.max + 1, like.shape, generator=generator, dtype=torch.int64).to(like.dtype)
+    layer.fill(**tensors)
+    if bias:
+        layer.set_bias(torch.randn(rows, generator=generator))
+    return layer
+
+
+@pytest.fixture(params=["avx512", "avx2"])
+def instructions(request, monkeypatch) -> str:
+    monkeypatch.setenv("HARNESS_CPU_KERNELS", request.param)
+    build.library.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        available = build.library() is not None and _has(request.param)
+    if not available:
+        build.library.cache_clear()
+        pytest.skip(f"no compiler, or no {request.param} here")
+    yield request.param
+    build.library.cache_clear()
+
+
+def _has(name: str) -> bool:
+    with open("/proc/cpuinfo") as handle:
+        flags = next(line for line in handle if line.startswith("flags")).split()
+    return set(build.WIDE if name == "avx512" else build.NARROW) <= set(flags)
+
+
+@pytest.mark.parametrize("spec", UNIFORM + SCALAR + VECTOR + ADDED, ids=lambda spec: "-".join(str(value) for value in spec.values()))
+def test_products_are_those_of_the_decoded_weights(spec, instructions):
+    for index, (rows, columns) in enumerate(SHAPES):
+        if spec.get("rank", 0) >= min(rows, columns):
+            continue
+        layer = random_layer(spec, rows, columns, bias=bool(index % 2))
+        assert kind(layer, "cpu") == "fused" and fused(layer, "cpu") is kernels.cpu.product
+        weight_OI = layer.decode().double()
+        for batch in BATCHES:
+            x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
+            expected = x.double() @ weight_OI.t() + (layer.bias.double() if layer.bias is not None else 0)
+            found = linear(layer, x)
+            assert found.shape == expected.shape and (found.double() - expected).norm() <= 1e-5 * expected.norm(), (rows, columns, batch)
+            assert torch.equal(found, linear(layer, x))
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_activations_of_sixteen_bits(dtype, instructions):
+    layer = random_layer(ADDED[2], 130, 320, bias=True)
+    for batch in (1, 40):
+        x = torch.randn(2, batch, 320).to(dtype)
+        expected = x.double() @ layer.decode().double().t() + layer.bias.double()
+        found = linear(layer, x)
+        assert found.dtype == dtype and found.shape == (2, batch, 130)
+        assert (found.double() - expected).norm() <= LIMITS[dtype] * expected.norm()
+
+
+def test_a_layer_that_was_written_to_is_read_again(instructions):
+    layer, x = random_layer(VECTOR[-2], 64, 64, bias=False), torch.randn(1, 64)
+    first = linear(layer, x)
+    layer.codebook.mul_(2)  # in place
+    assert torch.allclose(linear(layer, x), 2 * first, rtol=1e-5)
+    layer.refill(codebook=layer.codebook.clone() / 4)
+    assert torch.allclose(linear(layer, x), first / 2, rtol=1e-5)
+    assert torch.equal(linear(layer.to("cpu"), x), linear(layer, x))
+
+
+def test_gradients_take_the_reference_path(instructions):
+    layer = random_layer(SCALAR[0], 32, 64, bias=False)
+    x = torch.randn(3, 64, requires_grad=True)
+    linear(layer, x).sum().backward()
+    assert torch.allclose(x.grad, layer.decode().sum(dim=0).expand(3, -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reason", ["none", "compiler", "broken"])
+def test_without_a_kernel_there_is_one_warning_and_the_reference(reason, monkeypatch, tmp_path):
+    if reason == "none":
+        monkeypatch.setenv("HARNESS_CPU_KERNELS", "none")
+    elif reason == "compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+        monkeypatch.setattr(build, "SOURCE", tmp_path / "fused.cpp")
+        build.SOURCE.write_text("this is no C++")
+    build.library.cache_clear()
+    layer, x = random_layer(UNIFORM[0], 64, 64, bias=False), torch.randn(2, 64)
+    try:
+        with pytest.warns(UserWarning, match="no fused CPU kernels"):
+            assert kind(layer, "cpu") == "decode-per-call"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(linear(layer, x), reference(layer, x))
+    finally:
+        build.library.cache_clear()
+
+
+def test_the_structure_is_the_one_of_the_source():
+    """Fields in the same order and of the same size: every one is eight bytes."""
+    from kernels.cpu.layer import Layer
+
+    text = build.SOURCE.read_text()
+    declared = text[text.index("typedef struct {") : text.index("} Layer;")]
+    names = [
+        name.strip().lstrip("*")
+        for line in declared.splitlines()[1:]
+        for name in line.partition("//")[0].strip().rstrip(";").removeprefix("const ").partition(" ")[2].replace(";", ",").split(",")
+        if name.strip()
+    ]
+    cleaned = [name.rpartition(" ")[2].lstrip("*") for name in names]
+    assert cleaned == [name for name, _ in Layer._fields_]
+    assert ctypes.sizeof(Layer) == 8 * len(Layer._fields_)
