@@ -58,6 +58,7 @@ class LQLoRA(Adapted):
     grid: str = "levels"  # "paper": all 243 configurations, "released": the code's 432; otherwise at most LEVELS of them
     bits: int | None = None
     block: int | None = None
+    lora_rate: float = 5e-4  # factors that start fitted are many times larger than LoRA's own
 
     def __post_init__(self) -> None:
         super().__post_init__()
