@@ -26,7 +26,7 @@ from kernels.conv import ConvLinear
 from kernels.mlp_table import MlpTable
 from kernels.stored import StoredBits
 from kernels.tables import Table
-from methods.adapted import RATE, check_adapters, usual_rank
+from methods.adapted import check_adapters, usual_rank
 from methods.base import Adaptation, Block, Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track, layer_seed
 from methods.codecs.conv import unlikeness
 from methods.codecs.error_feedback import check_damp
@@ -89,7 +89,7 @@ class ReALLM(Method):
     rate: float = 4e-3  # of its optimiser, relative to each tensor's size
     batch: int = 1  # windows per step of it
     finetune: bool = False  # train the low-rank part end to end, and row_scales if there are any
-    lora_rate: float = RATE  # of that
+    lora_rate: float = 3e-4  # of that; these factors start fitted
 
     def __post_init__(self) -> None:
         if (self.dim is None) != (self.index_bits is None):
