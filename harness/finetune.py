@@ -6,8 +6,8 @@ magnitudes (DoRA, arXiv 2402.09353). peft does the adapting: for as long as trai
 `FrozenLinear`, a linear layer whose weight is decoded whenever it is asked for.
 
 Training starts from the low-rank part a method has fitted, or from LoRA's own start where that part is zero, in fp32. At the end the
-factors are rounded to their stored form, once, and it is those that are saved and scored. Killed, it goes on from its last checkpoint to
-the same numbers: data order is the seed's, nothing else is random.
+factors are rounded to their stored form, once, and it is those that are saved and scored. Killed, it goes on from its last checkpoint,
+on a CPU to the same numbers: data order is the seed's, nothing else is random.
 """
 
 from __future__ import annotations
@@ -161,6 +161,8 @@ def _load(adapted: nn.Module, packed: dict[str, PackedLinear]) -> None:
             module.lora_A[ADAPTER].weight.copy_(right_RI / ratio_R[:, None])
         if layer.row_scale is not None:
             norm_O = (layer.decode_base() + left_OR @ right_RI).norm(dim=1)
+            if not norm_O.all():
+                raise ValueError(f"{name} has rows of zeros, no magnitude to train: write dora=false (reallm: row_scales=false)")
             module.lora_magnitude_vector[ADAPTER].weight.copy_(layer.row_scale.float() * norm_O)
 
 
@@ -207,7 +209,7 @@ def _step(model: PreTrainedModel, tokens_BT: Tensor, optimiser: torch.optim.Opti
     optimiser.zero_grad()
     for window_T in tokens_BT.to(device):
         # fp16 gradients of small losses vanish; bf16 has fp32's range (QLoRA's own advice).
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or model.dtype == torch.float16):
             loss = model(input_ids=window_T[None], labels=window_T[None], use_cache=False).loss / len(tokens_BT)
         loss.backward()
         total += loss.item()
@@ -240,6 +242,8 @@ def _restore(file: Path, parameters: dict[str, nn.Parameter], optimiser: torch.o
         for name, parameter in parameters.items():
             parameter.copy_(tensors.pop(f"{name}/value"))
     for name, parameter in parameters.items():
+        if f"{name}/step" not in tensors:  # no loss has depended on it yet (an expert no token was sent to)
+            continue
         state = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         optimiser.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
     return json.loads(metadata["losses"]), json.loads(metadata["seconds"])

@@ -24,9 +24,9 @@ from harness.ledger import parse_budget
 from harness.model import Inventory
 from harness.protocol import Calibration, Protocol, Training, protocol_key
 from harness.sensitivity import FISHER_TOKENS, GRADIENT_TOKENS, HEAD_TOKENS, HESSIAN_TOKENS, RANDOM_CONTEXT
-from methods.base import Method, Track
+from methods.base import LayerSpec, Method, Track
 
-ARTIFACT_VERSION = 2  # bump when the same cell would be written differently: another plan, another measurement behind it
+ARTIFACT_VERSION = 2  # bump when the same cell would be written differently: another plan, measurement or training behind it
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,10 @@ def _uses_text(method: Method) -> bool:
     return method.needs.hessian or method.needs.fisher
 
 
+def _rank(method: Method, layer: LayerSpec) -> int:
+    return dict(method.candidates(layer)[0].hyper).get("rank", 0)
+
+
 def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: int) -> float:
     """Process memory a cell will need at most, in GiB: the most of its phases, each with the whole model loaded.
 
@@ -205,7 +209,8 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
         kept = kept_bytes(stock, width, dtype_bytes)
         if kept > KEPT_BYTES:  # then one block's, and the states in front of all
             kept = kept // len(stock.blocks) + width * len(stock.blocks) * hidden * dtype_bytes
-        training = kept + 5 * 4 * width * vocabulary
+        factors = sum(_rank(cell.method, layer) * (layer.in_features + layer.out_features) for layer in stock.layers)
+        training = kept + 5 * 4 * width * vocabulary + 4 * 4 * factors  # value, gradient and the optimiser's two moments
     scoring = BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(HEAD_LOGITS, vocabulary)
     python = 0.6 * 2**30  # interpreter, torch and transformers
     return (model + max(measuring, compressing, training, scoring) + python) / 2**30

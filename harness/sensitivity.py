@@ -285,6 +285,8 @@ def remembered_sensitivities(
                 found = measure_fisher(model, tokens_NT, progress)
             else:
                 found = measure_sensitivities(model, tokens_NT, seed, kind == "feedback", progress)
+            if not all(bool(torch.isfinite(vector).all()) for s in found.values() for vector in (s.row_O, s.column_I)):
+                raise ValueError("activations or gradients are not finite: the model overflows on this text; try --dtype float32")
             tensors = {f"{name}.{leaf}": value for name, s in found.items() for leaf, value in (("row", s.row_O), ("column", s.column_I))}
             with atomic_path(path) as temporary:
                 save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary)

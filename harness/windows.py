@@ -99,7 +99,7 @@ def calibration_windows(
     if len(windows_NL) < calibration.sequences:
         raise ValueError(
             f"{calibration.name}: the calibration part holds {len(windows_NL)} windows of {calibration.context} tokens; "
-            f"ask for at most that many with --calibration {calibration.source}@{calibration.context}x{len(windows_NL)}"
+            f"ask for at most that many: {calibration.source}@{calibration.context}x{len(windows_NL)}"
         )
     windows_NL = windows_NL[: calibration.sequences]
     return Windows(windows_NL, stream_sha256(windows_NL))

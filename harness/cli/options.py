@@ -96,8 +96,9 @@ def build_plan(
     config = read_config(model.path, arguments.revision)
     stock = inventory(skeleton(config))
     half = half_dtype(config)
-    if any(method.name == "fp16" and method != Half() for _, method in request.methods):
-        raise ValueError("fp16 takes its type from the checkpoint; write --methods fp16 without options")
+    for _, method in request.methods:
+        if isinstance(method, Half) and method.dtype != Half().dtype:
+            raise ValueError(f"{method.name} takes its type from the checkpoint; write --methods {method.name} without dtype")
     # The reference is always there, and first: the others' divergences need its states.
     others = [(text, method) for text, method in request.methods if method.name != "fp16"]
     others = [(text, replace(method, dtype=half) if isinstance(method, Half) else method) for text, method in others]

@@ -99,6 +99,30 @@ def test_resumed_training_ends_with_the_same_numbers(text, truncated, tokens, tm
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
 
 
+def test_a_parameter_that_no_loss_reached_yet_is_restored_too(tmp_path):
+    used, unused = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    parameters = {"used": used, "unused": unused}
+    optimiser = torch.optim.AdamW(parameters.values())
+    used.sum().backward()
+    optimiser.step()
+    module._checkpoint(tmp_path / "state.safetensors", parameters, optimiser, [1.0], 2.0)
+    fresh = {name: torch.nn.Parameter(torch.zeros(3)) for name in parameters}
+    again = torch.optim.AdamW(fresh.values())
+    assert module._restore(tmp_path / "state.safetensors", fresh, again) == ([1.0], 2.0)
+    assert torch.equal(fresh["used"], used) and torch.equal(fresh["unused"], unused)
+    assert torch.equal(again.state[fresh["used"]]["exp_avg"], optimiser.state[used]["exp_avg"]) and not again.state[fresh["unused"]]
+
+
+def test_rows_of_zeros_have_no_magnitude(truncated, tokens, tmp_path):
+    compressed, adaptation = packed_model("qlora:dora=true", truncated.path, tokens, tmp_path)
+    layer = next(iter(compressed.packed.values()))
+    layer.refill(codes=torch.zeros_like(layer.codes))
+    layer.scales.offset.zero_()
+    layer.scales.steps.zero_()
+    with pytest.raises(ValueError, match="write dora=false"):
+        finetune(compressed, adaptation, tokens[:2], 1, 0, tmp_path)
+
+
 def test_running_blocks_twice_changes_nothing(truncated, tokens, tmp_path, monkeypatch):
     losses = []
     for kept in (module.KEPT_BYTES, 0):
