@@ -108,6 +108,7 @@ class CompressedModel:
         still_empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         if unexpected or still_empty:
             raise ValueError(f"{folder} does not match its own packed.json ({(unexpected + still_empty)[0]}): delete it and run again")
+        model.requires_grad_(False)  # stored tensors are what they are; and a product that gradients pass through is not a fused one
         loaded = cls(model.to(device).eval(), stock, description["half"])
         assert 8 * payload_bytes(folder / "packed.safetensors") == loaded.ledger().stored_bits, "payload and ledger disagree"
         return loaded
