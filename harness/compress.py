@@ -23,6 +23,7 @@ from harness.compressed import CompressedModel, attach_tables, round_rest
 from harness.files import atomic_path
 from harness.model import decoder_blocks, inventory
 from kernels.dense import HALF_DTYPES
+from kernels.dispatch import reference_only
 from kernels.packed import PackedLinear
 from kernels.tables import Table
 from methods.base import Compressed, LayerConfig, LayerSpec, Method, Sensitivity
@@ -30,6 +31,7 @@ from methods.base import Compressed, LayerConfig, LayerSpec, Method, Sensitivity
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
 
+@reference_only()
 def compress_model(
     model: PreTrainedModel,
     method: Method,

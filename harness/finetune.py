@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from harness.compressed import CompressedModel
 from harness.files import atomic_path, sync_dir
 from harness.model import Inventory, decoder_blocks
+from kernels.dispatch import reference_only
 from kernels.lowrank import quantise_lowrank
 from kernels.packed import PackedLinear
 from methods.base import Adaptation
@@ -67,6 +68,7 @@ class FrozenLinear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
 
+@reference_only()
 def finetune(
     compressed: CompressedModel, adaptation: Adaptation, tokens_NT: Tensor, batch: int, seed: int, folder: Path,
     progress: Progress = lambda *_: None, checkpoint_seconds: float = CHECKPOINT_SECONDS,

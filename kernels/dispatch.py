@@ -7,7 +7,8 @@ so a latency can never be attributed to a kernel that did not run. So does a pro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -40,7 +41,24 @@ def linear(layer: PackedLinear, x: Tensor) -> Tensor:
     return (product or reference)(layer, x)
 
 
+_reference_only = False
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Inside, in all threads, every product takes the reference path: what is compressed or trained must not depend on which kernels a
+    machine has, for a difference in the last bit of an activation can flip a code."""
+    global _reference_only
+    before, _reference_only = _reference_only, True
+    try:
+        yield
+    finally:
+        _reference_only = before
+
+
 def fused(layer: PackedLinear, device_type: str) -> Product | None:
+    if _reference_only:
+        return None
     _fill()
     entry = PRODUCTS.get((layer.format, device_type))
     return entry.product if entry is not None and entry.serves(layer) else None

@@ -9,7 +9,7 @@ import torch
 
 import kernels.cpu
 from kernels.cpu import build
-from kernels.dispatch import fused, kind, linear, reference
+from kernels.dispatch import fused, kind, linear, reference, reference_only
 from kernels.packed import PackedLinear
 
 UNIFORM = [
@@ -33,7 +33,7 @@ ADDED = [
     ),
     dict(format="codebook", dim=4, index_bits=8, block=64, rank=4, row_scales=True),
 ]  # fmt: skip
-SHAPES = [(576, 576), (192, 577), (7, 13), (1, 1), (101, 97)]
+SHAPES = [(576, 576), (192, 577), (7, 13), (1, 1), (101, 97), (1100, 1024)]
 BATCHES = (1, 2, 3, 5, 9, 33)
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative, of the norm
 
@@ -113,6 +113,13 @@ def test_a_layer_that_was_written_to_is_read_again(instructions):
     layer.refill(codebook=layer.codebook.clone() / 4)
     assert torch.allclose(linear(layer, x), first / 2, rtol=1e-5)
     assert torch.equal(linear(layer.to("cpu"), x), linear(layer, x))
+
+
+def test_what_is_compressed_does_not_depend_on_the_kernels_of_a_machine(instructions):
+    layer, x = random_layer(UNIFORM[0], 64, 64, bias=False), torch.randn(2, 64)
+    with reference_only():
+        assert fused(layer, "cpu") is None and torch.equal(linear(layer, x), reference(layer, x))
+    assert fused(layer, "cpu") is not None
 
 
 def test_gradients_take_the_reference_path(instructions):
