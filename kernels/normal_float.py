@@ -32,6 +32,12 @@ def nf_levels(bits: int) -> Tensor:
     return (levels / levels.abs().max()).float()
 
 
+def nearest(x: Tensor, levels_K: Tensor) -> Tensor:
+    """Index of the level nearest to every number, int64 in the shape of x; `levels_K` ascend, on any device."""
+    levels_K = levels_K.to(x.device)
+    return torch.bucketize(x, (levels_K[1:] + levels_K[:-1]) / 2)
+
+
 @cache
 def dynamic_map() -> Tensor:
     """The 256 ascending values of the signed 8-bit dynamic format QLoRA quantises its scales to (Dettmers, arXiv 1511.04561).

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.bitpack import pack, packed_words, unpack
-from kernels.normal_float import dynamic_map
+from kernels.normal_float import dynamic_map, nearest
 from kernels.stored import StoredModule
 
 KINDS = ("half", "double", "dynamic")
@@ -83,11 +83,7 @@ def quantise_scales(scale_OG: Tensor, form: ScaleForm) -> dict[str, Tensor]:
     highest = 2**form.bits - 1
     step_M = (absmax_M / highest if form.kind == "double" else absmax_M).to(STEP_DTYPES[form.dtype])
     unit_MS = padded_MS / step_M.float().clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    if form.kind == "double":
-        codes_MS = torch.round(unit_MS).clamp_(0, highest)
-    else:
-        levels = dynamic_map().to(unit_MS.device)
-        codes_MS = torch.bucketize(unit_MS, (levels[1:] + levels[:-1]) / 2)
+    codes_MS = torch.round(unit_MS).clamp_(0, highest) if form.kind == "double" else nearest(unit_MS, dynamic_map())
     codes_N = codes_MS.flatten()[: flat_N.numel()]
     codes = codes_N.view_as(scale_OG).to(torch.uint8) if form.bits == 8 else pack(codes_N[None], form.bits)
     return {"codes": codes, "steps": step_M, "offset": offset.float().reshape(1)}

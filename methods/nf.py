@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kernels.bitpack import pack
-from kernels.normal_float import nf_levels
+from kernels.normal_float import nearest, nf_levels
 from kernels.scales import per_column, quantise_scales
 from methods.base import Compressed, LayerConfig, LayerSpec, Method, Track
 from methods.codecs.vector import block_absmax
@@ -58,8 +57,7 @@ class NormalFloat(Method):
         absmax_OG = block_absmax(weight_OI, packed.block)
         # Codes are chosen with the exact absmax, as bitsandbytes does; only then are the scales rounded.
         unit_OI = weight_OI / per_column(absmax_OG, packed.block, packed.in_features)
-        levels = nf_levels(packed.index_bits).to(weight_OI.device)
-        codes_OI = torch.bucketize(unit_OI, (levels[1:] + levels[:-1]) / 2)
+        codes_OI = nearest(unit_OI, nf_levels(packed.index_bits))
         scales = quantise_scales(absmax_OG, packed.scales.form)
         packed.fill(codes=pack(codes_OI, packed.index_bits), **{f"scales.{name}": tensor for name, tensor in scales.items()})
         return Compressed(packed)

@@ -1,4 +1,4 @@
-"""Compiles fused.cpp once with the system's compiler and loads it: no torch headers, no build step at installation.
+"""Compiles fused.cpp (with lanes.h) once with the system's compiler and loads it: no torch headers, no build step at installation.
 
 The library is cached under a name made of the source, the compiler and the instruction set. Without a compiler, or on a CPU with
 neither AVX-512 nor AVX2, `library()` is None after one warning, and products take the reference path.
@@ -63,7 +63,8 @@ def _compiler() -> str:
 
 def _built(instructions: tuple[str, ...], compiler: str) -> Path:
     command = [compiler, "-O3", "-std=c++17", *(f"-m{name}" for name in instructions), "-fopenmp", "-shared", "-fPIC"]
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:24]
+    sources = b"".join(path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+    key = hashlib.sha256(sources + " ".join(command).encode()).hexdigest()[:24]
     root = os.environ.get("HARNESS_CACHE")
     folder = (Path(root).expanduser() if root else Path.home() / ".cache" / "ptq-harness") / "kernels"
     path = folder / f"{key}.so"

@@ -46,6 +46,7 @@ class View:
         self.structure = Layer(**shape, **numbers, **pointers)
         self.address = ctypes.addressof(self.structure)
 
+
 def view(layer: PackedLinear) -> View:
     """Made once, and again when the layer's tensors are others or were written to."""
     known = layer.__dict__.get("_cpu_view")

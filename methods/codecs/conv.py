@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from kernels.bitpack import pack
 from kernels.conv import ConvLinear, draw, exact_convolutions, from_patches, latent_levels, to_patches, weight_levels
+from kernels.normal_float import nearest
 from kernels.order import index_bits
 from methods.codecs.vector import TINY, absmax_scales
 
@@ -119,7 +120,7 @@ def round_layer(layer: Layer, layout: ConvLinear) -> tuple[Layer, Tensor, Tensor
             absmax = weight.abs().amax(dim=(1, 2, 3)).clamp_min(SMALLEST).half()
             levels = weight_levels(layout.weight_bits, layout.levels).to(weight.device)
             top = absmax.float()[:, None, None, None]
-            codes = torch.bucketize(weight / top, (levels[1:] + levels[:-1]) / 2)
+            codes = nearest(weight / top, levels)
             rounded = levels[codes] * top
         weight_difference, bias_difference = rounded - weight, bias.half().float() - bias
     return (weight + weight_difference, bias + bias_difference), codes, absmax

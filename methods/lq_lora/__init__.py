@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.bitpack import pack
 from kernels.codebook import CodebookLinear
-from kernels.normal_float import nf_levels
+from kernels.normal_float import nearest, nf_levels
 from kernels.packed import PackedLinear
 from kernels.scales import STEP_DTYPES, ScaleForm
 from methods.adapted import Adapted
@@ -175,7 +175,7 @@ def _quantised(rest_OI: Tensor, packed: CodebookLinear) -> tuple[dict[str, Tenso
     """Nearest levels under absmax scales in their stored form; not weighted, as in the paper."""
     scales = absmax_scales(rest_OI, packed.block, packed.scales.form)
     levels = nf_levels(packed.index_bits).to(rest_OI.device)
-    codes_OI = torch.bucketize(rest_OI / scales.scale_OI, (levels[1:] + levels[:-1]) / 2)
+    codes_OI = nearest(rest_OI / scales.scale_OI, levels)
     stored = {"codes": pack(codes_OI, packed.index_bits), **{f"scales.{name}": tensor for name, tensor in scales.stored.items()}}
     return stored, levels[codes_OI] * scales.scale_OI
 
@@ -198,7 +198,7 @@ def _levels() -> tuple[LayerConfig, ...]:
         storage = bits + scale_bits / block + 8 * STEP_DTYPES[dtype].itemsize / (block * group)
         scales = absmax_scales(matrix_OI, block, ScaleForm("double", scale_bits, group, dtype))
         levels = nf_levels(bits)
-        code_OI = torch.bucketize(matrix_OI / scales.scale_OI, (levels[1:] + levels[:-1]) / 2)
+        code_OI = nearest(matrix_OI / scales.scale_OI, levels)
         error = float((matrix_OI - levels[code_OI] * scales.scale_OI).square().sum())
         found.append((storage, error, _config(bits, scale_bits, dtype, block, group)))
     front: list[tuple[float, float, LayerConfig]] = []
