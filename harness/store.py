@@ -8,6 +8,7 @@
 <key>/artifact.json      written last: the artifact is complete
 <key>/score_<protocol key>.json               one per protocol
 <key>/states_<protocol key>.safetensors       the reference only: what divergences are taken from
+<key>/bench_<identity>.json                   memory and latency on one machine (harness.measure.machine.identity_key)
 <key>/failure.json       why the last attempt ended early
 <key>/log.txt            what the cell's process said
 """
@@ -68,6 +69,12 @@ class CellStore:
 
     def put_score(self, protocol_key: str, data: dict[str, Any]) -> None:
         write_json(self.folder / f"score_{protocol_key}.json", data)
+
+    def bench(self, identity: str) -> dict[str, Any] | None:
+        return self._read(f"bench_{identity}.json")
+
+    def put_bench(self, identity: str, data: dict[str, Any]) -> None:
+        write_json(self.folder / f"bench_{identity}.json", data)
 
     def states(self, protocol_key: str) -> Path:
         return self.folder / f"states_{protocol_key}.safetensors"

@@ -10,12 +10,12 @@ from harness import __version__
 
 
 def main(argv: list[str] | None = None) -> int:
-    from harness.cli import check, compare, ls, plan, run
+    from harness.cli import bench, check, compare, ls, plan, run
 
     parser = argparse.ArgumentParser(prog="python -m harness", description="Compare quantisation methods at one stored-bit budget.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (run, plan, check, compare, ls):
+    for module in (run, plan, bench, check, compare, ls):
         module.register(verbs)
     arguments = parser.parse_args(argv)
     try:

@@ -10,7 +10,7 @@ import torch
 
 from harness.allocate import MODES
 from harness.assets import DEFAULT_MODEL, MODELS, ResolvedModel, Say, resolve_model
-from harness.engine.local import cores
+from harness.measure.machine import cores
 from harness.model import Inventory, half_dtype, inventory, read_config, skeleton
 from harness.plan import Budget, Compute, Plan, make_plan
 from harness.presets import PRESETS

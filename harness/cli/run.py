@@ -1,9 +1,10 @@
-"""`run`: compress, score, write the leaderboard."""
+"""`run`: compress, score, measure, write the leaderboard."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,8 @@ from harness.assets import Say
 from harness.cli.options import add_plan_options, build_plan, read_request
 from harness.cli.progress import Display
 from harness.cli.tables import print_table
-from harness.engine.local import Outcome, run_cells
+from harness.engine.local import Outcome, measure_cells, run_cells
+from harness.measure.machine import identity_key
 from harness.model import read_config
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
@@ -28,6 +30,10 @@ def register(verbs: argparse._SubParsersAction) -> None:
     add_plan_options(parser)
     parser.add_argument("--out", type=Path, help="folder of the leaderboard (default: results/<plan hash>)")
     parser.add_argument("--fresh", action="store_true", help="ignore finished work of these cells")
+    parser.add_argument(
+        "--bench", action=argparse.BooleanOptionalAction, default=True,
+        help="measure memory and latency of every row, once all are scored (default: yes)",
+    )  # fmt: skip
     parser.set_defaults(main=main)
 
 
@@ -53,12 +59,35 @@ def main(arguments: argparse.Namespace) -> int:
     outcomes = _run(plan, runnable, arguments.data, request.jobs, console)
     if not runnable:
         outcomes = {plan.reference.key: Outcome(plan.reference.key, "everything else was refused", skipped=True)}
-    folder = arguments.out or Path("results") / plan.key
-    rows, tables = write_leaderboard(plan, outcomes, folder)
+    measured = bench_cells(plan, console) if arguments.bench else {}
+    return report(plan, outcomes, measured, arguments.out, console, start)
+
+
+def report(
+    plan: Plan, outcomes: Mapping[str, Outcome], measured: Mapping[str, Outcome], out: Path | None, console: Console, start: float
+) -> int:  # fmt: skip
+    """Write and print the leaderboard; returns the exit status."""
+    folder = out or Path("results") / plan.key
+    rows, tables = write_leaderboard(plan, outcomes, folder, measured)
     for table in tables:
         print_table(*table)
     console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
-    return 0 if all(row["status"] in GOOD for row in rows) else 1
+    return 0 if all(row["status"] in GOOD for row in rows) and not any(outcome.error for outcome in measured.values()) else 1
+
+
+def bench_cells(plan: Plan, console: Console, again: bool = False) -> dict[str, Outcome]:
+    """Measure what is stored and has not been measured on this machine (with `again`, all of it), the reference first."""
+    identity = identity_key(plan.reference.compute.device, plan.reference.key)
+    if CellStore(plan.reference.key).artifact() is None:
+        return {}  # nothing to be timed beside
+    stored = [cell for cell in plan.cells if not cell.refusal and CellStore(cell.key).artifact()]
+    todo = [cell for cell in stored if again or not CellStore(cell.key).bench(identity)]
+    if not todo:
+        return {}
+    waiting = lambda: console.print("waiting until nothing else of ours runs on this machine, to measure undisturbed", style="dim")  # noqa: E731
+    with Display(console, {cell.key: f"{cell.label}, memory and latency" for cell in todo}) as display:
+        specs = [cell.to_json(plan.protocols, None, plan.reference.key) | {"bench": identity} for cell in todo]
+        return measure_cells(specs, display.message, waiting)
 
 
 def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console: Console) -> dict[str, Outcome]:

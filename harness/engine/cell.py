@@ -1,19 +1,11 @@
-"""The process of one cell: compress, save, reload, score. Started by harness.engine.local.
-
-Sends messages ({"phase", "done", "total"}, at last {"error"} or {"finished"}); everything that is printed goes to the cell's log.
-"""
+"""The work of one cell: compress, save, reload, score."""
 
 from __future__ import annotations
 
 import os
 import platform
-import resource
-import sys
 import time
-import traceback
-from collections.abc import Mapping
 from importlib import metadata
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +17,12 @@ from harness import __version__
 from harness.allocate import CostTable, expected_costs, mixed
 from harness.compress import compress_model
 from harness.compressed import CompressedModel
+from harness.engine.process import Speaker
 from harness.evaluate.score import noise_floor, score
 from harness.files import cache_dir, digest, locked
 from harness.finetune import finetune, save_adapter
 from harness.ledger import parse_budget
+from harness.measure.machine import peak_process_bytes
 from harness.model import Inventory, inventory, load_reference
 from harness.plan import ARTIFACT_VERSION
 from harness.protocol import Calibration, Protocol, Training
@@ -40,19 +34,11 @@ from methods import method_class
 from methods.base import LayerConfig, Method, Sensitivity
 
 
-class Speaker:
-    """Progress to the parent, at most a few lines a second. A parent that is gone ends the cell: nobody will read the rest."""
-
-    def __init__(self, messages: Connection) -> None:
-        self.messages, self._last = messages, 0.0
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        if done == total or time.monotonic() - self._last > 0.2:
-            self._last = time.monotonic()
-            self.say(phase=phase, done=done, total=total)
-
-    def say(self, **message: Any) -> None:
-        self.messages.send(message)
+def work(spec: dict[str, Any], speak: Speaker) -> None:
+    """All a cell still lacks; another process at the same cell waits, and then finds it done."""
+    store = CellStore(spec["key"])
+    with store.locked():
+        run_cell(spec, store, speak)
 
 
 def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
@@ -78,7 +64,8 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
         seconds = time.perf_counter() - start
         if is_reference and states:
             result["divergence"] = noise_floor(reloaded.model, tokens.tokens_NL, states, tokens.articles)
-        run = {"seconds": seconds, "peak_ram_gib": peak_ram_gib(), "kind": reloaded.kind, "resident_bpw": reloaded.resident_bpw}
+        run = {"seconds": seconds, "peak_ram_gib": peak_process_bytes() / 2**30}
+        run |= {"kind": reloaded.kind, "resident_bpw": reloaded.resident_bpw}
         run["decode_s"] = sum(getattr(layer, "decode_seconds", None) or 0.0 for layer in reloaded.packed.values())
         store.put_score(key, {"protocol": data, "tokens_sha256": tokens.sha256, **result, **run})
 
@@ -131,7 +118,7 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
                 }
                 for layer in stock.layers
             },
-            "peak_ram_gib": peak_ram_gib(), "environment": environment(spec["threads"]),
+            "peak_ram_gib": peak_process_bytes() / 2**30, "environment": environment(spec["threads"]),
         }
     )  # fmt: skip
 
@@ -181,33 +168,7 @@ def _train(
     return {"text": spec["training"], "tokens_sha256": windows.sha256, **report}
 
 
-def peak_ram_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
 def environment(threads: int) -> dict[str, Any]:
     packages = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": threads}
     return {"harness": __version__, "python": platform.python_version(), **packages, **machine}
-
-
-def main(spec: dict[str, Any], messages: Connection, log: str, variables: Mapping[str, str]) -> None:
-    """Entry of the process, whose environment may be older than its orders: the server of the forks started once."""
-    speak = Speaker(messages)
-    try:
-        os.environ.clear()
-        os.environ.update(variables)
-        with open(log, "a") as out:
-            for descriptor in (1, 2):  # stdout, stderr
-                os.dup2(out.fileno(), descriptor)
-        store = CellStore(spec["key"])
-        with store.locked():
-            run_cell(spec, store, speak)
-        speak.say(finished=True)
-    except BrokenPipeError:
-        sys.exit(1)
-    except BaseException as error:  # the one place where every failure becomes a row
-        traceback.print_exc()
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        speak.say(error=f"{type(error).__name__}: {first}" if not isinstance(error, ValueError) else first)
-        sys.exit(1)

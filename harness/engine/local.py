@@ -1,4 +1,4 @@
-"""Cells on this machine: a few processes at a time, each on its own share of the cores."""
+"""Cells on this machine: a few processes at a time, each on its own share of the cores; measurements one by one, on all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from harness.engine import cell
+from harness.engine import cell, process
+from harness.measure import bench
+from harness.measure.machine import quiet, working
 from harness.store import CellStore
 
 # Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an accelerator may not
@@ -34,18 +36,14 @@ class Outcome:
     skipped: bool = False  # there was no reason to run it
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[str, Outcome]:
     """Run every cell in its own process, `jobs` at once; a failure is an outcome, never an exception.
 
     Cells that need the reference's states wait until it has them, or until its process is over (a file of this run says so).
     """
     running: list[BaseProcess] = []
-    settings = _settings(max((spec["threads"] for spec in specs), default=1))
-    with tempfile.TemporaryDirectory() as folder, _variables(settings), ThreadPoolExecutor(max_workers=jobs) as pool:
+    settings = _shared_cores(max((spec["threads"] for spec in specs), default=1))
+    with working(), tempfile.TemporaryDirectory() as folder, _variables(settings), ThreadPoolExecutor(max_workers=jobs) as pool:
         over = Path(folder) / "reference_over"
         if all(spec["key"] != spec["reference"] for spec in specs):
             over.touch()  # finished earlier
@@ -54,45 +52,68 @@ def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[
 
         def run(spec: dict[str, Any]) -> Outcome:
             try:
-                error = _run_one(spec | {"reference_over": str(over)}, watch, running)
-            except Exception as failure:  # no process to be had
-                error = f"could not be started ({type(failure).__name__}: {failure}); the same command tries again"
+                return _run_one(cell.work, spec | {"reference_over": str(over)}, _context(_device_type(spec)), watch, running)
             finally:
                 if spec["key"] == spec["reference"]:
                     over.touch()
-            watch(spec["key"], {"ended": True, "error": error})
-            return Outcome(spec["key"], error)
 
         try:
             outcomes = list(pool.map(run, specs))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.kill()
+            _kill(running)
             raise
     return {outcome.key: outcome for outcome in outcomes}
 
 
-def _run_one(spec: dict[str, Any], watch: Watch, running: list[BaseProcess]) -> str:
-    """Run one cell to its end; returns its error in one line, empty when it finished."""
+def measure_cells(specs: Sequence[dict[str, Any]], watch: Watch, waiting: Callable[[], None]) -> dict[str, Outcome]:
+    """Measure memory and latency of finished cells, each in a process that knows nothing of the others, while nothing else of ours runs."""
+    running: list[BaseProcess] = []
+    outcomes: dict[str, Outcome] = {}
+    with quiet(waiting), _variables(_QUIET):
+        try:
+            for spec in specs:
+                outcomes[spec["key"]] = _run_one(bench.work, spec, multiprocessing.get_context("spawn"), watch, running)
+        except KeyboardInterrupt:
+            _kill(running)
+            raise
+    return outcomes
+
+
+def _kill(running: Sequence[BaseProcess]) -> None:
+    for child in running:
+        child.kill()
+
+
+def _run_one(work: process.Work, spec: dict[str, Any], context: BaseContext, watch: Watch, running: list[BaseProcess]) -> Outcome:
+    """Do one cell's work to its end."""
+    try:
+        error = _run(work, spec, context, watch, running)
+    except Exception as failure:  # no process to be had
+        error = f"could not be started ({type(failure).__name__}: {failure}); the same command tries again"
+    watch(spec["key"], {"ended": True, "error": error})
+    return Outcome(spec["key"], error)
+
+
+def _run(work: process.Work, spec: dict[str, Any], context: BaseContext, watch: Watch, running: list[BaseProcess]) -> str:
+    """Returns the error in one line, empty when the work was finished."""
     store = CellStore(spec["key"])
     store.folder.mkdir(parents=True, exist_ok=True)
-    context = _context(_device_type(spec))
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=cell.main, args=(spec, sender, str(store.log), dict(os.environ)))
+    child = context.Process(target=process.main, args=(work, spec, sender, str(store.log), dict(os.environ)))
     error, finished = "", False
-    process.start()
-    running.append(process)
-    sender.close()  # the cell has its own: when that is gone, there is nothing more to hear
+    child.start()
+    running.append(child)
+    sender.close()  # the child has its own: when that is gone, there is nothing more to hear
     with contextlib.suppress(EOFError, OSError):  # killed, perhaps in the middle of a message; the exit code tells
         while True:
             message = receiver.recv()
             error, finished = message.get("error", error), finished or "finished" in message
             watch(spec["key"], message)
-    process.join()
+    child.join()
     receiver.close()
-    running.remove(process)
-    code = process.exitcode or 0
+    running.remove(child)
+    code = child.exitcode or 0
     if finished:  # it said so itself; the exit code comes by way of the server of the forks, which may have been killed
         return ""
     if code < 0:
@@ -125,12 +146,14 @@ def _prepare(device_type: str) -> None:
                 signal.signal(signal.SIGINT, before)
 
 
-def _settings(threads: int) -> dict[str, str]:
-    """Variables that are read when a process starts, or a library is loaded."""
-    return {
+# Variables that are read when a process starts, or a library is loaded.
+_QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+
+
+def _shared_cores(threads: int) -> dict[str, str]:
+    return _QUIET | {
         # Passive waiting: threads of two cells share the cores, and a spinning one would steal from the other.
-        "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads),
         # One glibc heap that keeps freed activations (up to 32 MiB each, its maximum) instead of faulting them in again: a tenth
         # of the run's time went there.
         "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30),

@@ -1,4 +1,4 @@
-"""The leaderboard: one row per cell, as CSV and Markdown, with one JSON per cell beside it.
+"""The leaderboard: one row per cell, as CSV and Markdown, with one JSON per cell and one line per product in kernels.csv beside it.
 
 Columns of a protocol P: `ppl_P` with its 95 % interval `ppl_P_lo`, `ppl_P_hi`; `rank_P` within budget, track and seed, shared by
 rows that cannot be told apart; `kld_P`, `kld_P_p90`, `top1_P` against the reference, whose own row shows the noise floor. A
@@ -19,8 +19,10 @@ from harness import __version__
 from harness.engine.local import Outcome
 from harness.files import write_json, write_text
 from harness.ledger import underspent
+from harness.measure.machine import identity_key
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
+from harness.report import latency
 from harness.report.summary import add_ranks, summarise
 from harness.report.table import Shown, label, markdown, plan_table, shown_table
 from harness.stats import perplexity_interval
@@ -31,12 +33,13 @@ COLUMNS_BEFORE = (
     "checkpoint_bytes", "weights_gib",
 )  # fmt: skip
 COLUMNS_AFTER = (
+    *latency.COLUMNS,
     "allocate", "plan_cost", "plan_gap", "plan_s", "compress_s", "eval_s", "decode_s_on_load", "peak_ram_gib", "tuning_steps",
     "tuning_tokens", "training_steps", "training_tokens", "training_s", "device",
     "seed", "harness_version", "cell", "reason", "model_note",
 )  # fmt: skip
 # The only ones two identical runs may differ in:
-TIME_COLUMNS = ("plan_s", "compress_s", "eval_s", "decode_s_on_load", "peak_ram_gib", "training_s")
+TIME_COLUMNS = ("plan_s", "compress_s", "eval_s", "decode_s_on_load", "peak_ram_gib", "training_s", *latency.COLUMNS)
 
 
 def protocol_columns(names: Sequence[str]) -> list[str]:
@@ -49,15 +52,23 @@ def protocol_columns(names: Sequence[str]) -> list[str]:
     return [f"ppl_{name}" for name in names] + more
 
 
-def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path) -> tuple[list[dict[str, Any]], list[Shown]]:
-    """Write leaderboard.csv, leaderboard.md, cells/<key>.json and, with several seeds, summary.csv; returns the rows in order, and
-    the tables people see."""
+def write_leaderboard(
+    plan: Plan, outcomes: Mapping[str, Outcome], folder: Path, measured: Mapping[str, Outcome] | None = None
+) -> tuple[list[dict[str, Any]], list[Shown]]:  # fmt: skip
+    """Write leaderboard.csv, leaderboard.md, cells/<key>.json and, where there are any, kernels.csv and (with several seeds) summary.csv;
+    returns the rows in order, and the tables people see. `outcomes` are the cells', `measured` those of their measurements."""
     names = [protocol.name for protocol in plan.protocols]
     rows, losses, stored = [], {}, {}
     streams: dict[str, str] = {}
     weights: dict[str, list[float] | None] = {}
+    kernels: list[dict[str, Any]] = []
+    identity = identity_key(plan.reference.compute.device, plan.reference.key)
     for cell in plan.cells:
-        row, record = row_of(cell, plan, outcomes.get(cell.key))
+        row, record = row_of(cell, plan, outcomes.get(cell.key), identity, (measured or {}).get(cell.key))
+        if bench := record["bench"]:
+            kernels += latency.kernel_rows(
+                bench.get("kernels", []), bench["bandwidth"], bench["machine"], row["model"], label(row), cell.key
+            )  # fmt: skip
         for name, score in record["scores"].items():
             if score and streams.setdefault(name, score["tokens_sha256"]) != score["tokens_sha256"]:
                 raise ValueError(f"{name} was scored on two different token streams; run again with --fresh")
@@ -69,12 +80,14 @@ def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path)
         rows.append(row)
     add_ranks(rows, losses, names, weights, {cell.key for cell in plan.cells if not cell.method.seeded})
     rows.sort(key=lambda row: _order(row, names))
-    _write_csv(folder / "leaderboard.csv", [*COLUMNS_BEFORE, *protocol_columns(names), *COLUMNS_AFTER], rows)
+    write_csv(folder / "leaderboard.csv", [*COLUMNS_BEFORE, *protocol_columns(names), *COLUMNS_AFTER], rows)
+    if kernels:
+        write_csv(folder / "kernels.csv", list(latency.KERNEL_COLUMNS), kernels)
     tables = [shown_table(rows, names)]
     text = markdown(*tables[0])
     summary = summarise(rows, losses, names, weights)
     if any(row["seeds"] > 1 for row in summary):
-        _write_csv(folder / "summary.csv", list(summary[0]), summary)
+        write_csv(folder / "summary.csv", list(summary[0]), summary)
         text = markdown(*shown_table(summary, names)) + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
     if stored:
         text += "\nStored bits per weight of each kind of matrix, mean (least to most); every matrix is in `cells/`:\n\n"
@@ -85,20 +98,24 @@ def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path)
     return rows, tables
 
 
-def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(leaderboard row, full record) of a cell, from what is stored."""
+def row_of(
+    cell: Cell, plan: Plan, outcome: Outcome | None, identity: str, measured: Outcome | None
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """(leaderboard row, full record) of a cell, from what is stored; latencies are this machine's (`identity`) or none."""
     store = CellStore(cell.key)
     artifact = store.artifact() if not cell.refusal else None
     scores = {p.name: store.score(protocol_key(p)) for p in plan.protocols} if artifact else {}
     done = [score for score in scores.values() if score]
     error = cell.refusal or (outcome.error if outcome else "")
+    bench = store.bench(identity) if artifact else None
     row: dict[str, Any] = dict.fromkeys((*COLUMNS_BEFORE, *protocol_columns([p.name for p in plan.protocols]), *COLUMNS_AFTER), "")
     row |= {
         "model": cell.model.name, "method": cell.method.name, "variant": cell.method.variant or cell.method_text.partition(":")[2],
         "track": str(cell.method.track), "status": "skipped" if outcome and outcome.skipped else _status(cell, artifact, scores, error),
         "budget_bpw": cell.budget.text if cell.budget else "", "seed": cell.seed, "device": cell.compute.device,
         "allocate": cell.allocate if cell.budget else "",
-        "harness_version": __version__, "cell": cell.key, "reason": error, "model_note": cell.model.note,
+        "harness_version": __version__, "cell": cell.key, "model_note": cell.model.note,
+        "reason": error or (measured.error if measured else ""),
     }  # fmt: skip
     if artifact:
         row |= {name: artifact[name] for name in ("stored_bpw", "code_bpw", "checkpoint_bytes", "compress_s")}
@@ -115,10 +132,12 @@ def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, A
         row |= {"kind": done[0]["kind"], "resident_bpw": done[0]["resident_bpw"], "eval_s": sum(score["seconds"] for score in done)}
         if any(seconds := [score.get("decode_s") or 0.0 for score in done]):
             row["decode_s_on_load"] = max(seconds)
+    if bench:
+        row |= latency.bench_values(bench)
     for name, score in scores.items():
         if score:
             row |= _protocol_values(name, score)
-    return row, {"row": row, "seeded": cell.method.seeded, "artifact": artifact, "scores": scores}
+    return row, {"row": row, "seeded": cell.method.seeded, "artifact": artifact, "scores": scores, "bench": bench}
 
 
 def _protocol_values(name: str, score: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +167,7 @@ def _order(row: dict[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
     return (Fraction(row["budget_bpw"] or 0), value, row["method"], row["variant"], row["seed"])
 
 
-def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -12,12 +12,18 @@ TAIL = {
     "kind": "kind",
     "track": "track",
     "weights_gib": "GiB",
+    "resident_gib": "resident GiB",
+    "decode_ms_b1": "ms/token",
+    "decode_speedup_b1": "speed-up",
+    "roofline_pct_b1": "roofline %",
+    "prefill_tok_s": "prompt tok/s",
     "compress_s": "compress s",
-    "eval_s": "eval s",
-    "peak_ram_gib": "peak GiB",
     "status": "status",
 }
-FORMATS = {"stored_bpw": "{:.4f}", "weights_gib": "{:.3f}", "compress_s": "{:.0f}", "eval_s": "{:.0f}", "peak_ram_gib": "{:.1f}"}
+FORMATS = {
+    "stored_bpw": "{:.4f}", "weights_gib": "{:.3f}", "resident_gib": "{:.3f}", "decode_ms_b1": "{:.1f}", "roofline_pct_b1": "{:.0f}",
+    "prefill_tok_s": "{:.0f}", "compress_s": "{:.0f}",
+}  # fmt: skip
 GOOD = ("ok", "underspent")  # statuses of rows whose numbers count
 
 Shown = tuple[list[str], list[list[str]]]  # header and cells, as text

@@ -10,7 +10,7 @@ import torch
 import kernels.cpu
 from kernels.cpu import build
 from kernels.dispatch import fused, kind, linear, reference, reference_only
-from kernels.packed import PackedLinear
+from kernels.synthetic import random_layer
 
 UNIFORM = [
     dict(format="uniform", bits=bits, group=group, offset=offset)
@@ -36,26 +36,6 @@ ADDED = [
 SHAPES = [(576, 576), (192, 577), (7, 13), (1, 1), (101, 97), (1100, 1024)]
 BATCHES = (1, 2, 3, 5, 9, 33)
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative, of the norm
-
-
-def random_layer(spec: dict, rows: int, columns: int, bias: bool, seed: int = 0) -> PackedLinear:
-    """Any stored bits are a layer; padding in the bit streams is random too."""
-    generator = torch.Generator().manual_seed(seed)
-    layer = PackedLinear.from_spec({**spec, "in_features": columns, "out_features": rows, "bias": bias}, "cpu")
-    tensors = {}
-    for name in layer.stored_parts():
-        like = layer.get_buffer(name)
-        if name == "order":
-            tensors[name] = torch.randperm(columns, generator=generator).to(torch.int16)
-        elif like.is_floating_point():
-            tensors[name] = (0.01 + 0.1 * torch.rand(like.shape, generator=generator)).to(like.dtype)
-        else:
-            limits = torch.iinfo(like.dtype)
-            tensors[name] = torch.randint(limits.min, limits.max + 1, like.shape, generator=generator, dtype=torch.int64).to(like.dtype)
-    layer.fill(**tensors)
-    if bias:
-        layer.set_bias(torch.randn(rows, generator=generator))
-    return layer
 
 
 @pytest.fixture(params=["avx512", "avx2"])

@@ -1,0 +1,105 @@
+"""`bench`: memory and latency of a finished run again, or of single products of a published model's shapes without its weights."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from harness.allocate import BudgetError, uniform
+from harness.cli.options import Request, add_plan_options, build_plan, read_request
+from harness.cli.run import bench_cells, report
+from harness.cli.tables import print_table
+from harness.files import write_json
+from harness.measure import machine
+from harness.measure.layers import BEYOND, Group, describe, layer_times
+from harness.model import half_dtype, inventory, read_config, skeleton
+from harness.presets import PRESETS
+from harness.report.latency import KERNEL_COLUMNS, kernel_rows, kernel_table
+from harness.report.leaderboard import write_csv
+from harness.store import CellStore
+from kernels.synthetic import random_layer
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("bench", help="measure memory and latency again, or products of a model's shapes", description=__doc__)
+    add_plan_options(parser)
+    parser.add_argument("--out", type=Path, help="folder of the tables (default: results/<plan hash>, or results/kernels)")
+    parser.add_argument(
+        "--shapes", metavar="MODELS", help=f"comma list of presets, folders or hub ids: random stored bits ({', '.join(PRESETS)})"
+    )  # fmt: skip
+    parser.set_defaults(main=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    start = time.perf_counter()
+    request = read_request(arguments)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.shapes:
+        return _shapes(arguments, request, console)
+    plan, _, _ = build_plan(arguments, request, lambda text: console.print(text, style="dim"))
+    missing = [cell for cell in plan.cells if not cell.refusal and not CellStore(cell.key).artifact()]
+    if missing:
+        raise ValueError(f"{missing[0].label} has not been compressed with these options: the same line with `run` does it first")
+    return report(plan, {}, bench_cells(plan, console, again=True), arguments.out, console, start)
+
+
+def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -> int:
+    """Every distinct matrix of the models, packed by every method with the one configuration for all matrices that fits the budget."""
+    device, threads = arguments.device, machine.cores()
+    torch.set_num_threads(threads)
+    rows: list[dict] = []
+    with machine.quiet(lambda: console.print("waiting until nothing else of ours runs on this machine", style="dim")):
+        here = machine.identity(device) | machine.clocks(device) | {"threads": threads}
+        for name in [part.strip() for part in arguments.shapes.split(",") if part.strip()]:
+            config = read_config(name, arguments.revision)
+            stock = inventory(skeleton(config))
+            dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else half_dtype(config)))
+            bandwidth = machine.bandwidth(device)
+            for text, method in request.methods:
+                for budget in request.budgets if method.budgeted else []:
+                    try:
+                        plan = uniform(method, stock, budget.bpw).layers
+                    except BudgetError as error:
+                        console.print(f"refused: {text} {budget.text} ({error})", style="yellow")
+                        continue
+                    console.print(f"{name}, {text} {budget.text}", style="dim")
+                    alike = {(layer.out_features, layer.in_features): plan[layer.name] for layer in stock.layers}
+                    groups = [_group(dict(config.hyper) | {"format": config.format}, *shape, device) for shape, config in alike.items()]
+                    vendor = {shape: _linears(*shape, device, dtype) for shape in alike}
+                    records = layer_times(groups, vendor, device, dtype, bandwidth)
+                    rows += kernel_rows(records, bandwidth, here, name, f"{text} {budget.text}", "")
+    if not rows:
+        raise ValueError("nothing to time: no method given fits a budget")
+    folder = arguments.out or Path("results") / "kernels"
+    write_csv(folder / "kernels.csv", list(KERNEL_COLUMNS), rows)
+    write_json(folder / "machine.json", here)
+    print_table(*kernel_table(rows))
+    console.print(f"{folder}/kernels.csv", style="dim")
+    return 0
+
+
+def _copies(bytes_each: float, device: str) -> int:
+    """So many that the first has left the last cache when its turn comes again."""
+    return max(1, -(-BEYOND * machine.last_cache_bytes(device) // int(bytes_each)))
+
+
+def _group(spec: dict, rows: int, columns: int, device: str) -> Group:
+    first = random_layer(spec, rows, columns)
+    count = _copies(first.stored_bits().total / 8, device)
+    layers = [first, *(random_layer(spec, rows, columns, seed=seed) for seed in range(1, count))]
+    for layer in layers[1:]:
+        if layer.table_key:
+            layer.attach(first.shared)  # one for all, as in a model
+    return Group(rows, columns, describe(first), [layer.to(device) for layer in layers])
+
+
+def _linears(rows: int, columns: int, device: str, dtype: torch.dtype) -> list[nn.Linear]:
+    count = _copies(rows * columns * dtype.itemsize, device)
+    return [nn.Linear(columns, rows, bias=False, device=device, dtype=dtype).requires_grad_(False) for _ in range(count)]

@@ -1,0 +1,127 @@
+"""One model runner for every row: a static key-value cache, greedy, one token of every sequence at a time."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, StaticCache
+
+from harness.compressed import CompressedModel
+from harness.measure.timing import Call, graphed
+from kernels.packed import PackedLinear
+from kernels.stored import StoredModule
+
+CONTEXT = 128  # tokens in front of the first that is timed
+STEPS = 128  # tokens a cache has room for behind them
+PROMPT = 512  # tokens of the prompt whose reading is timed
+WARM = 2  # steps before anything is timed
+
+
+def timed_model(loaded: CompressedModel) -> PreTrainedModel:
+    """The model that is run: packed layers as they are, uncompressed ones as the linear layers they stand for. Their 16-bit weights (with
+    trained adapters added) are converted to the compute dtype once, not for every product: the fastest an uncompressed model can be."""
+    model = loaded.model
+    for name, layer in loaded.packed.items():
+        if layer.format == "dense":
+            model.set_submodule(name, _linear(layer, model.dtype))
+    return model
+
+
+def _linear(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(1, 1, bias=False).requires_grad_(False)
+    linear.in_features, linear.out_features = layer.in_features, layer.out_features
+    linear.weight = nn.Parameter(layer.decode().to(dtype), requires_grad=False)
+    linear.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    return linear
+
+
+class Runner:
+    """`batch` sequences behind one prompt; every `step` appends a token to each. At most `STEPS` of them."""
+
+    def __init__(self, model: PreTrainedModel, prompt_BT: Tensor) -> None:
+        self.model, self.device = model, str(prompt_BT.device)
+        self.cache = _cache(model, prompt_BT.shape[1] + STEPS)
+        self.left = STEPS
+        self._keep = _keep(model)
+        if prompt_BT.shape[1] > 1:
+            self._forward(prompt_BT[:, :-1])
+        self.ids_B1 = prompt_BT[:, -1:].clone()
+        self.logits_BV: Tensor | None = None
+        self._replayed: Call = self._step
+
+    def warm(self) -> None:
+        """Steps until everything made at first use is there; on a GPU then one step becomes a graph."""
+        for _ in range(WARM):
+            self.step()
+        self._replayed = graphed(self._step, self.device)
+
+    def step(self) -> None:
+        assert self.left > 0, "no room in the cache"
+        self.left -= 1
+        self._replayed()
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        self.logits_BV = self._forward(self.ids_B1)
+        self.ids_B1.copy_(self.logits_BV.argmax(dim=-1, keepdim=True))
+
+    @torch.inference_mode()
+    def _forward(self, ids_BT: Tensor) -> Tensor:
+        return self.model(ids_BT, past_key_values=self.cache, use_cache=True, **self._keep).logits[:, -1]
+
+
+@torch.inference_mode()
+def read_prompt(model: PreTrainedModel, prompt_BT: Tensor) -> Tensor:
+    """Logits [B, V] behind a prompt that is read into a new cache."""
+    return model(prompt_BT, past_key_values=_cache(model, prompt_BT.shape[1]), use_cache=True, **_keep(model)).logits[:, -1]
+
+
+@torch.inference_mode()
+def scored_logits(model: PreTrainedModel, window_BT: Tensor) -> Tensor:
+    """Logits [B, V] of a window's last token, without a cache: how perplexities are scored."""
+    return model(window_BT, use_cache=False, **_keep(model)).logits[:, -1]
+
+
+def prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Random tokens [batch, length], the same every time; shorter where the model knows fewer positions."""
+    config = model.config.get_text_config()
+    length = min(length, getattr(config, "max_position_embeddings", length) - STEPS)
+    if length < 2:
+        raise ValueError(f"the model knows too few positions to be timed: {CONTEXT + STEPS} are wanted")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator).to(model.device)
+
+
+def _cache(model: PreTrainedModel, length: int) -> StaticCache:
+    return StaticCache(config=model.config, max_cache_len=length)
+
+
+def _keep(model: PreTrainedModel) -> dict[str, Any]:
+    """The head is asked for the last token alone, where the model can be."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def bytes_per_token(model: PreTrainedModel, stored_bytes: int) -> int:
+    """Read from memory for one token of one sequence, at least: the stored bytes of the packed layers, and everything else once, but of an
+    embedding that is not also the head one row. The cache is left out: it is the same for all, and short."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    packed = {tensor.data_ptr() for module in model.modules() if isinstance(module, StoredModule) for tensor in module.buffers()}
+    rest = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.data_ptr() not in packed}
+    if head is None or head.weight.data_ptr() != embedding.data_ptr():
+        rest.pop(embedding.data_ptr(), None)
+    return stored_bytes + sum(rest.values())
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Everything the model holds to run: parameters, buffers, and what formats and kernels keep beside them."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        kept = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        views = [value.tensors.values() for value in vars(module).values() if isinstance(getattr(value, "tensors", None), dict)]
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *kept, *(t for view in views for t in view)):
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
