@@ -14,7 +14,7 @@ from kernels.cpu.layer import View, supports, view
 from kernels.packed import PackedLinear
 
 SMALL = 32
-LANES = 16
+LONGEST = 8  # weights to a code
 TILE_WEIGHTS = 1 << 20  # decoded at once: a few MiB, which the second-level cache nearly holds
 
 
@@ -24,7 +24,6 @@ def serves(layer: PackedLinear) -> bool:
 
 def product(layer: PackedLinear, x: Tensor) -> Tensor:
     """y = x W^T + bias in the dtype of x; sums in fp32."""
-    compiled = library()
     seen = view(layer)
     flat_NI = x.reshape(-1, layer.in_features).float()
     if seen.order_I is not None:
@@ -32,10 +31,10 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
     if len(flat_NI) > SMALL:
         out_NO = _tiled(layer, seen, flat_NI)
     else:
-        padded_NI = torch.nn.functional.pad(flat_NI, (0, -layer.in_features % LANES)).contiguous()
+        flat_NI = flat_NI.contiguous()
         out_NO = flat_NI.new_empty(len(flat_NI), layer.out_features)
-        compiled.product(
-            seen.address, padded_NI.data_ptr(), padded_NI.shape[1], len(padded_NI), out_NO.data_ptr(), torch.get_num_threads()
+        library().product(
+            seen.address, flat_NI.data_ptr(), layer.in_features, len(flat_NI), out_NO.data_ptr(), torch.get_num_threads()
         )  # fmt: skip
     return out_NO.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 
@@ -43,7 +42,7 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
 def _tiled(layer: PackedLinear, seen: View, x_NI: Tensor) -> Tensor:
     """A tile of rows at a time."""
     compiled = library()
-    rows = max(1, TILE_WEIGHTS // layer.in_features // LANES) * LANES  # whole vectors of any length
+    rows = max(1, TILE_WEIGHTS // layer.in_features // LONGEST) * LONGEST  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
     tile_RI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
     for first in range(0, layer.out_features, rows):

@@ -1,4 +1,4 @@
-"""Compiles fused.cpp (with lanes.h) once with the system's compiler and loads it: no torch headers, no build step at installation.
+"""Compiles fused.cpp (with its headers) once with the system's compiler and loads it: no torch headers, no build step at installation.
 
 The library is cached under a name made of the source, the compiler and the instruction set. Without a compiler, or on a CPU with
 neither AVX-512 nor AVX2, `library()` is None after one warning, and products take the reference path.

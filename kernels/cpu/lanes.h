@@ -1,4 +1,5 @@
-// Sixteen fp32 lanes, their codes and their tables, once in AVX-512 with VBMI and once in AVX2: all that fused.cpp knows of either.
+// Sixteen fp32 lanes, their codes and their tables, once in AVX-512 with VBMI and once in AVX2: all that decoders.h and fused.cpp know of
+// either.
 
 #pragma once
 
@@ -23,9 +24,8 @@ static inline void store(int32_t *p, Int v) { _mm512_storeu_si512(p, v); }
 static inline Vec gather(const float *table, Int i) { return _mm512_i32gather_ps(i, table, 4); }
 static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 
-struct Unpack {  // of sixteen codes
+struct Unpack {  // of sixty-four codes, sixteen to a vector
     Int bytes, shifts, mask, later[4];
-    __mmask64 block;
     int64_t bits;
     explicit Unpack(int64_t b) : bits(b) {
         uint8_t at[64];
@@ -36,43 +36,120 @@ struct Unpack {  // of sixteen codes
         }
         bytes = _mm512_loadu_si512(at);
         shifts = _mm512_loadu_si512(by);
-        mask = _mm512_set1_epi32((1 << b) - 1);
+        mask = _mm512_set1_epi32((int)((1u << b) - 1));
         for (int k = 0; k < 4; ++k) later[k] = _mm512_add_epi8(bytes, _mm512_set1_epi8((char)(2 * b * k)));
-        block = b < 8 ? (1ull << 8 * b) - 1 : ~0ull;
     }
-    // Four chunks from one load: codes of at most four bits. Bits above a code are left in: tables repeat themselves (Table).
-    void four(const uint8_t *p, Int *code) const {
-        const __m512i raw = _mm512_maskz_loadu_epi8(block, p);
-        for (int k = 0; k < 4; ++k) code[k] = _mm512_srlv_epi32(_mm512_permutexvar_epi8(later[k], raw), shifts);
+    // `left`: bytes from p to the end of the row, of which no more are read; codes beyond are zero. With `LOOSE`, bits above a code of at
+    // most four stay: tables repeat themselves.
+    template <bool LOOSE> void operator()(const uint8_t *p, int64_t left, Int *code) const {
+        if (LOOSE || bits <= 4) {
+            const __m512i raw = _mm512_maskz_loadu_epi8(first(8 * bits < left ? 8 * bits : left), p);
+            for (int k = 0; k < 4; ++k) {
+                code[k] = _mm512_srlv_epi32(_mm512_permutexvar_epi8(later[k], raw), shifts);
+                if (!LOOSE) code[k] = _mm512_and_si512(code[k], mask);
+            }
+        } else {
+            for (int k = 0; k < 4; ++k, p += 2 * bits, left -= 2 * bits) {
+                const int64_t n = 2 * bits < left ? 2 * bits : left;
+                const __m512i raw = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((__mmask32)first(n), p));
+                code[k] = _mm512_and_si512(_mm512_srlv_epi32(_mm512_permutexvar_epi8(bytes, raw), shifts), mask);
+            }
+        }
     }
-    // `left`: bytes from p to the end of the row, of which no more than the chunk's own are read.
-    Int operator()(const uint8_t *p, int64_t left) const {
-        const int64_t n = 2 * bits < left ? 2 * bits : left;
-        const __m256i raw = _mm256_maskz_loadu_epi8((__mmask32)((1ull << n) - 1), p);
-        const Int words = _mm512_permutexvar_epi8(bytes, _mm512_castsi256_si512(raw));
-        return _mm512_and_si512(_mm512_srlv_epi32(words, shifts), mask);
+    static __mmask64 first(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
+};
+
+// At most sixteen values in a register; bits above a code do no harm.
+struct Register {
+    Vec v;
+    Register() : v(zero()) {}
+    Register(const float *values, int64_t n, int64_t stride) {
+        float repeated[16];
+        for (int64_t k = 0; k < 16; ++k) repeated[k] = values[k % n * stride];
+        v = load(repeated);
+    }
+    Vec at(Int i) const { return _mm512_permutexvar_ps(i, v); }
+};
+
+// Codes of at most eight bits, a byte each, and tables of fp16 values as two planes of bytes, the low ones and the high ones.
+#define PLANES 1
+typedef __m512i Octets;  // sixty-four codes; octets 0 to 3 in the even quadwords and 4 to 7 in the odd ones, so that unpacking orders them
+
+struct UnpackBytes {
+    __m512i at, by;
+    __mmask64 block;
+    int64_t bits;
+    explicit UnpackBytes(int64_t b) : bits(b) {
+        uint8_t from[64], shift[64];
+        for (int q = 0; q < 8; ++q)
+            for (int k = 0; k < 8; ++k) {
+                from[8 * q + k] = (uint8_t)((q / 2 + q % 2 * 4) * b + k);
+                shift[8 * q + k] = (uint8_t)(k * b);
+            }
+        at = _mm512_loadu_si512(from);
+        by = _mm512_loadu_si512(shift);
+        block = Unpack::first(8 * b);
+    }
+    Octets operator()(const uint8_t *p, int64_t left) const {
+        const __m512i raw = _mm512_maskz_loadu_epi8(left >= 8 * bits ? block : Unpack::first(left), p);
+        return _mm512_multishift_epi64_epi8(by, _mm512_permutexvar_epi8(at, raw));
     }
 };
 
-struct Table {  // of at most 64 values in registers, more in memory
-    Vec v[4];
-    const float *memory;
-    int64_t size;
-    Table(const float *values, int64_t n) : memory(values), size(n) {
-        float padded[64] = {0};  // a short table is repeated: bits above its codes do no harm
-        for (int64_t k = 0; k < 64 && n; ++k) padded[k] = values[k % n];
-        for (int q = 0; q < 4; ++q) v[q] = load(padded + 16 * q);
-    }
-    template <int REGISTERS> Vec at(Int i) const {
-        if (REGISTERS == 1) return _mm512_permutexvar_ps(i, v[0]);
-        if (REGISTERS == 2) return _mm512_permutex2var_ps(v[0], i, v[1]);
-        if (REGISTERS == 4) {
-            const Vec low = _mm512_permutex2var_ps(v[0], i, v[1]), high = _mm512_permutex2var_ps(v[2], i, v[3]);
-            return _mm512_mask_blend_ps(_mm512_test_epi32_mask(i, _mm512_set1_epi32(32)), low, high);
+// SIZE bytes, 64, 128 or 256: a shorter table is repeated.
+template <int SIZE> static inline __m512i plane(const uint8_t *t, Octets i) {
+    const __m512i a = _mm512_loadu_si512(t);
+    if (SIZE == 64) return _mm512_permutexvar_epi8(i, a);
+    const __m512i low = _mm512_permutex2var_epi8(a, i, _mm512_loadu_si512(t + 64));
+    if (SIZE == 128) return low;
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(t + 128), i, _mm512_loadu_si512(t + 192));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(i), low, high);
+}
+
+template <int SIZE> static inline void planes(const uint8_t *t, Octets i, Vec *v) {
+    const __m512i low = plane<SIZE>(t, i), high = plane<SIZE>(t + SIZE, i);
+    const __m512i a = _mm512_unpacklo_epi8(low, high), b = _mm512_unpackhi_epi8(low, high);
+    v[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(a));
+    v[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(a, 1));
+    v[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(b));
+    v[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(b, 1));
+}
+
+// Sixteen entries of two or four fp16 values, one vector for each place.
+static inline void entries2(const uint16_t *table, Int code, Vec *v) {
+    const __m512i e = _mm512_i32gather_epi32(code, table, 4);
+    v[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(e));
+    v[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(e, 16)));
+}
+
+static inline void entries4(const uint16_t *table, Int code, Vec *v) {
+    static const uint16_t PLACES[64] = {
+        0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61,
+        2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62, 3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47, 51, 55, 59, 63};
+    int32_t c[16];
+    store(c, code);
+    __m512i e[2];
+    for (int h = 0; h < 2; ++h) {  // eight loads of eight bytes: several times faster than a gather of them
+        const uint16_t *t = table;
+        const int32_t *i = c + 8 * h;
+        __m128i x[4];
+        for (int k = 0; k < 4; ++k) {
+            x[k] = _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(t + 4 * i[2 * k]))), (const __m64 *)(t + 4 * i[2 * k + 1])));
         }
-        return gather(memory, i);
+        const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(x[0]), x[1], 1), high = _mm256_inserti128_si256(_mm256_castsi128_si256(x[2]), x[3], 1);
+        e[h] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     }
-};
+    const __m512i a = _mm512_permutex2var_epi16(e[0], _mm512_loadu_si512(PLACES), e[1]);
+    const __m512i b = _mm512_permutex2var_epi16(e[0], _mm512_loadu_si512(PLACES + 32), e[1]);
+    v[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(a));
+    v[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(a, 1));
+    v[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(b));
+    v[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(b, 1));
+}
+
+static inline Int scaled(Int i, int by) { return _mm512_mullo_epi32(i, _mm512_set1_epi32(by)); }
+static inline Vec halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline Vec bytes(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
 
 #else  // AVX2 with FMA and F16C
 
@@ -103,39 +180,50 @@ struct Unpack {
         for (int l = 0; l < 16; ++l) from[l] = (int32_t)(l * b / 8), by[l] = (int32_t)(l * b % 8);
         at = {_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)(from + 8))};
         shifts = {_mm256_loadu_si256((const __m256i *)by), _mm256_loadu_si256((const __m256i *)(by + 8))};
-        mask = _mm256_set1_epi32((1 << b) - 1);
+        mask = _mm256_set1_epi32((int)((1u << b) - 1));
     }
-    void four(const uint8_t *p, Int *code) const {
-        for (int k = 0; k < 4; ++k) code[k] = (*this)(p + 2 * bits * k, 2 * bits * (4 - k));
-    }
-    Int operator()(const uint8_t *p, int64_t left) const {
-        uint8_t copy[40];
-        if (left < 2 * bits + 4) {  // the last lane's word would reach beyond the row
-            memset(copy, 0, sizeof copy);
-            memcpy(copy, p, (size_t)(left < 2 * bits ? left : 2 * bits));
-            p = copy;
+    template <bool LOOSE> void operator()(const uint8_t *p, int64_t left, Int *code) const {
+        for (int k = 0; k < 4; ++k, p += 2 * bits, left -= 2 * bits) {
+            uint8_t copy[40];
+            const uint8_t *from = p;
+            if (left < 2 * bits + 4) {  // the last lane's word would reach beyond the row
+                const int64_t n = left < 2 * bits ? left : 2 * bits;
+                memset(copy, 0, sizeof copy);
+                if (n > 0) memcpy(copy, p, (size_t)n);
+                from = copy;
+            }
+            const __m256i low = _mm256_i32gather_epi32((const int *)from, at.a, 1), high = _mm256_i32gather_epi32((const int *)from, at.b, 1);
+            code[k] = {_mm256_and_si256(_mm256_srlv_epi32(low, shifts.a), mask), _mm256_and_si256(_mm256_srlv_epi32(high, shifts.b), mask)};
         }
-        const __m256i low = _mm256_i32gather_epi32((const int *)p, at.a, 1), high = _mm256_i32gather_epi32((const int *)p, at.b, 1);
-        return {_mm256_and_si256(_mm256_srlv_epi32(low, shifts.a), mask), _mm256_and_si256(_mm256_srlv_epi32(high, shifts.b), mask)};
     }
 };
 
-struct Table {
-    const float *memory;
-    __m256 v[2];
-    Table(const float *values, int64_t n) : memory(values) {
-        float padded[16] = {0};
-        for (int64_t k = 0; k < 16 && n; ++k) padded[k] = values[k % n];
-        v[0] = _mm256_loadu_ps(padded), v[1] = _mm256_loadu_ps(padded + 8);
+struct Register {
+    __m256 low, high;
+    Register() : low(_mm256_setzero_ps()), high(_mm256_setzero_ps()) {}
+    Register(const float *values, int64_t n, int64_t stride) {
+        float repeated[16];
+        for (int64_t k = 0; k < 16; ++k) repeated[k] = values[k % n * stride];
+        low = _mm256_loadu_ps(repeated), high = _mm256_loadu_ps(repeated + 8);
     }
     __m256 pick(__m256i i) const {
-        const __m256 low = _mm256_permutevar8x32_ps(v[0], i), high = _mm256_permutevar8x32_ps(v[1], i);
-        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));  // bit 3 decides
+        const __m256 a = _mm256_permutevar8x32_ps(low, i), b = _mm256_permutevar8x32_ps(high, i);
+        return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));  // bit 3 decides
     }
-    template <int REGISTERS> Vec at(Int i) const {
-        if (REGISTERS == 1) return {pick(i.a), pick(i.b)};
-        return gather(memory, i);
-    }
+    Vec at(Int i) const { return {pick(i.a), pick(i.b)}; }
 };
+
+#define PLANES 0
+static inline Int scaled(Int i, int by) {
+    const __m256i m = _mm256_set1_epi32(by);
+    return {_mm256_mullo_epi32(i.a, m), _mm256_mullo_epi32(i.b, m)};
+}
+static inline Vec halves(const uint16_t *p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
+}
+static inline Vec bytes(const int8_t *p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8))))};
+}
 
 #endif

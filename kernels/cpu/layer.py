@@ -1,11 +1,11 @@
-"""A packed layer as fused.cpp sees it: pointers to the stored tensors, and to a table of fp32 entries."""
+"""A packed layer as fused.cpp sees it: pointers to the stored tensors, and to a table in the forms that its decoders read."""
 
 from __future__ import annotations
 
 import ctypes
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.codebook import CodebookLinear
 from kernels.normal_float import dynamic_map
@@ -14,11 +14,12 @@ from kernels.uniform import UniformLinear
 
 
 class Layer(ctypes.Structure):
-    """`Layer` of fused.cpp, field by field."""
+    """`Layer` of layer.h, field by field."""
 
     _fields_ = [
         ("rows", ctypes.c_int64), ("columns", ctypes.c_int64), ("bits", ctypes.c_int64), ("dim", ctypes.c_int64),
-        ("words", ctypes.c_int64), ("codes", ctypes.c_void_p), ("table", ctypes.c_void_p), ("group", ctypes.c_int64),
+        ("words", ctypes.c_int64), ("codes", ctypes.c_void_p), ("table", ctypes.c_void_p), ("half_table", ctypes.c_void_p),
+        ("planes", ctypes.c_void_p), ("plane", ctypes.c_int64), ("group", ctypes.c_int64),
         ("groups", ctypes.c_int64), ("half", ctypes.c_void_p), ("scale_codes", ctypes.c_void_p), ("scale_bits", ctypes.c_int64),
         ("map", ctypes.c_void_p), ("steps", ctypes.c_void_p), ("per_step", ctypes.c_int64), ("offset", ctypes.c_double),
         ("minima", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("centre", ctypes.c_double), ("rank", ctypes.c_int64),
@@ -31,7 +32,6 @@ class View:
     """A layer's structure, the tensors it points to, and the order its inputs are wanted in."""
 
     def __init__(self, layer: PackedLinear) -> None:
-        self.state = _state(layer)
         numbers, tensors, self.order_I = _uniform(layer) if isinstance(layer, UniformLinear) else _codebook(layer)
         if layer.lowrank is not None:
             numbers["rank"] = layer.rank
@@ -45,20 +45,27 @@ class View:
         pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
         self.structure = Layer(**shape, **numbers, **pointers)
         self.address = ctypes.addressof(self.structure)
+        shared = getattr(layer, "shared", None)  # a table of the model's
+        owners: list[nn.Module] = [*layer.modules(), *([shared] if shared is not None else [])]
+        self._sources = [(owner._buffers, name, buffer, _version(buffer)) for owner in owners for name, buffer in owner._buffers.items()]
+
+    @property
+    def current(self) -> bool:
+        """Whether the layer still has the tensors this was made of, as they were. Asked for at every product: no call of torch's."""
+        return all(buffers[name] is known and _version(known) == version for buffers, name, known, version in self._sources)
+
+
+def _version(buffer: Tensor | None) -> int:
+    """Counts what was written to it."""
+    return 0 if buffer is None or buffer.is_inference() else buffer._version
 
 
 def view(layer: PackedLinear) -> View:
     """Made once, and again when the layer's tensors are others or were written to."""
     known = layer.__dict__.get("_cpu_view")
-    if known is None or known.state != _state(layer):
+    if known is None or not known.current:
         known = layer.__dict__["_cpu_view"] = View(layer)
     return known
-
-
-def _state(layer: PackedLinear) -> list[tuple[int, int]]:
-    shared = getattr(layer, "shared", None)  # a table of the model's
-    buffers = [*layer.buffers(), *(shared.buffers() if shared is not None else ())]
-    return [(buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version) for buffer in buffers]
 
 
 def supports(layer: PackedLinear) -> bool:
@@ -67,11 +74,12 @@ def supports(layer: PackedLinear) -> bool:
 
 def _uniform(layer: UniformLinear) -> tuple[dict[str, float], dict[str, Tensor | None], Tensor | None]:
     numbers = dict(bits=layer.bits, dim=1, group=layer.group, groups=layer.groups)
-    if layer.offset == "symmetric":
-        numbers["centre"] = float(2 ** (layer.bits - 1))
     tensors = {"half": layer.scales, "minima": layer.minima, "zeros": layer.zeros}
-    if layer.bits <= 4:  # a table in a register is as fast as the conversion of a code to a number
-        tensors["table"] = torch.arange(2**layer.bits, dtype=torch.float32)
+    centre = float(2 ** (layer.bits - 1)) if layer.offset == "symmetric" else 0.0
+    if layer.bits <= 4:  # a table in a register is as fast as the conversion of a code to a number, and takes the centre off as well
+        tensors["table"] = torch.arange(2**layer.bits, dtype=torch.float32) - centre
+    else:
+        numbers["centre"] = centre
     order_I = None if layer.order is None else layer.order.long() & 0xFFFF
     return numbers, tensors, order_I
 
@@ -79,9 +87,22 @@ def _uniform(layer: UniformLinear) -> tuple[dict[str, float], dict[str, Tensor |
 def _codebook(layer: CodebookLinear) -> tuple[dict[str, float], dict[str, Tensor | None], Tensor | None]:
     scales, form = layer.scales, layer.scales.form
     numbers = dict(bits=layer.index_bits, dim=layer.dim, group=layer.block, groups=scales.blocks)
-    tensors: dict[str, Tensor | None] = {"table": layer.entries().contiguous()}
+    table_KD = layer.entries().contiguous()
+    tensors: dict[str, Tensor | None] = {"table": table_KD}
+    if torch.equal(table_KD.half().float(), table_KD):
+        tensors["half_table"] = table_KD.half()
+        if layer.index_bits <= 8:
+            tensors["planes"] = _planes(tensors["half_table"])
+            numbers["plane"] = tensors["planes"].shape[2]
     if form.kind == "half":
         return numbers, tensors | {"half": scales.direct}, None
     numbers |= dict(scale_bits=form.bits, per_step=form.group, offset=scales.offset.item())
     tensors["map"] = dynamic_map() if form.kind == "dynamic" else None
     return numbers, tensors | {"scale_codes": scales.codes, "steps": scales.steps.float()}, None
+
+
+def _planes(table_KD: Tensor) -> Tensor:
+    """Low bytes and high bytes of fp16 entries, uint8 [D, 2, 64, 128 or 256], repeated to fill."""
+    size = max(64, len(table_KD))
+    repeated_DS = table_KD.repeat(-(-size // len(table_KD)), 1)[:size].t().contiguous()
+    return repeated_DS.view(torch.uint8).view(-1, size, 2).transpose(1, 2).contiguous()

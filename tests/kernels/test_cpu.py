@@ -23,7 +23,10 @@ SCALAR = [
 ]
 VECTOR = [
     dict(format="codebook", dim=dim, index_bits=bits, block=block, scales="double")
-    for (dim, bits), block in itertools.product(((1, 5), (1, 6), (2, 3), (2, 5), (2, 6), (2, 8), (4, 8), (4, 12), (8, 8)), (64, 24))
+    for (dim, bits), block in itertools.product(
+        ((1, 5), (1, 6), (1, 7), (1, 9), (2, 3), (2, 5), (2, 6), (2, 7), (2, 8), (2, 11), (4, 4), (4, 8), (4, 12), (8, 8), (8, 10)),
+        (64, 24),
+    )
 ]
 ADDED = [
     dict(format="uniform", bits=3, group=64, offset="zero", permuted=True, rank=3, adapter_bits=16, row_scales=True),
@@ -31,9 +34,9 @@ ADDED = [
         format="codebook", dim=1, index_bits=3, block=32, scales="double", scale_bits=3, scale_group=16, scale_dtype="bfloat16",
         table="nf", rank=5,
     ),
-    dict(format="codebook", dim=4, index_bits=8, block=64, rank=4, row_scales=True),
+    dict(format="codebook", dim=4, index_bits=8, block=64, rank=37, row_scales=True),
 ]  # fmt: skip
-SHAPES = [(576, 576), (192, 577), (7, 13), (1, 1), (101, 97), (1100, 1024)]
+SHAPES = [(576, 576), (192, 577), (7, 13), (1, 1), (101, 97), (1100, 1024), (45, 4200)]
 BATCHES = (1, 2, 3, 5, 9, 33)
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative, of the norm
 
@@ -136,7 +139,7 @@ def test_the_structure_is_the_one_of_the_source():
     """Fields in the same order and of the same size: every one is eight bytes."""
     from kernels.cpu.layer import Layer
 
-    text = build.SOURCE.read_text()
+    text = build.SOURCE.with_name("layer.h").read_text()
     declared = text[text.index("typedef struct {") : text.index("} Layer;")]
     names = [
         name.strip().lstrip("*")

@@ -1,0 +1,76 @@
+// Sixty-four codes to weights without their scales: one decoder per kind of table, for vectors of D rows.
+//
+//   NUMBER    a code is its own value                     REGISTER  at most 16 entries, in one register for each place of a vector
+//   BYTES     at most 256 fp16 entries, as planes of      MEMORY    any table: a load for every entry
+//             bytes (AVX-512 with VBMI alone)
+//
+// `open` reads the codes of a block, `place` gives the 4 * 16 weights of one of the D rows.
+
+#pragma once
+
+#include "lanes.h"
+#include "layer.h"
+
+#define BLOCK 64
+
+enum Kind { NUMBER, REGISTER, BYTES, MEMORY };
+
+template <int KIND, int D> struct Decoder;
+
+template <> struct Decoder<NUMBER, 1> {
+    struct Block { Int code[4]; };
+    Unpack unpack;
+    explicit Decoder(const Layer &l) : unpack(l.bits) {}
+    void open(const uint8_t *p, int64_t left, Block &block) const { unpack.operator()<false>(p, left, block.code); }
+    void place(const Block &block, int, Vec *v) const {
+        for (int k = 0; k < 4; ++k) v[k] = number(block.code[k]);
+    }
+};
+
+template <int D> struct Decoder<REGISTER, D> {
+    struct Block { Int code[4]; };
+    Unpack unpack;
+    Register table[D];
+    explicit Decoder(const Layer &l) : unpack(l.bits) {
+        for (int d = 0; d < D; ++d) table[d] = Register(l.table + d, (int64_t)1 << l.bits, D);
+    }
+    void open(const uint8_t *p, int64_t left, Block &block) const { unpack.template operator()<true>(p, left, block.code); }
+    void place(const Block &block, int d, Vec *v) const {
+        for (int k = 0; k < 4; ++k) v[k] = table[d].at(block.code[k]);
+    }
+};
+
+#if PLANES
+template <int SIZE, int D> struct Planes {
+    typedef Octets Block;
+    UnpackBytes unpack;
+    const uint8_t *table;
+    explicit Planes(const Layer &l) : unpack(l.bits), table(l.planes) {}
+    void open(const uint8_t *p, int64_t left, Block &block) const { block = unpack(p, left); }
+    void place(const Block &block, int d, Vec *v) const { planes<SIZE>(table + 2 * SIZE * d, block, v); }
+};
+#endif
+
+template <int D> struct Decoder<MEMORY, D> {
+    struct Block { Vec value[D][4]; };
+    Unpack unpack;
+    const Layer &layer;
+    explicit Decoder(const Layer &l) : unpack(l.bits), layer(l) {}
+    void open(const uint8_t *p, int64_t left, Block &block) const {
+        Int code[4];
+        unpack.template operator()<false>(p, left, code);
+        for (int k = 0; k < 4; ++k) {
+            Vec v[D];
+#if PLANES
+            if (D == 2 && layer.half_table) entries2(layer.half_table, code[k], v);
+            else if (D == 4 && layer.half_table) entries4(layer.half_table, code[k], v);
+            else
+#endif
+                for (int d = 0; d < D; ++d) v[d] = gather(layer.table + d, scaled(code[k], D));
+            for (int d = 0; d < D; ++d) block.value[d][k] = v[d];
+        }
+    }
+    void place(const Block &block, int d, Vec *v) const {
+        for (int k = 0; k < 4; ++k) v[k] = block.value[d][k];
+    }
+};
