@@ -12,7 +12,7 @@
 
 #include "decoders.h"
 
-#define AHEAD 1024        // bytes of codes asked for in advance
+#define AHEAD 4096        // bytes of codes asked for in advance
 #define PANEL 2048        // columns of a decoded panel
 #define ALONE (1 << 17)   // weights that one thread multiplies sooner than two agree on sharing them
 
@@ -77,36 +77,57 @@ static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
     }
 }
 
-// What a thread works with for one vector of rows: its scales and shifts [dim, groups], and where a block of columns lies under more than
-// one, every column's [dim, padded columns].
-struct Scratch {
-    float *scale, *shift, *column_scale, *column_shift;
-    explicit Scratch(const Layer &l, bool even) {
-        const size_t groups = (size_t)(l.dim * l.groups), columns = even ? 0 : (size_t)(l.dim * padded(l.columns));
-        scale = (float *)calloc(2 * (groups + columns), sizeof(float));
-        shift = scale + groups, column_scale = shift + groups, column_shift = column_scale + columns;
+// What a vector of rows is multiplied with: its scales and shifts [dim, groups], and where a block of columns lies under more than one of
+// them, every column's [dim, padded columns].
+struct Scales { float *scale, *shift, *column_scale, *column_shift; };
+
+struct Scratch {  // of a thread: the scales of `vectors` vectors at once
+    size_t groups, columns;
+    float *memory;
+    Scratch(const Layer &l, bool even, int vectors) : groups((size_t)(l.dim * l.groups)), columns(even ? 0 : (size_t)(l.dim * padded(l.columns))) {
+        memory = (float *)calloc((size_t)vectors * 2 * (groups + columns), sizeof(float));
     }
-    ~Scratch() { free(scale); }
+    ~Scratch() { free(memory); }
+    Scales of(int64_t k) const {
+        float *scale = memory + (size_t)k * 2 * (groups + columns);
+        return {scale, scale + groups, scale + 2 * groups, scale + 2 * groups + columns};
+    }
 };
 
 static bool is_even(const Layer &l) { return l.groups == 1 || l.group % BLOCK == 0; }
 static bool has_shift(const Layer &l) { return l.minima || l.zeros || l.centre != 0; }
 
-static void load_scales(const Layer &l, int64_t v, bool even, const Scratch &s) {
+// `count` times the same, and perhaps more of it up to a whole vector: what follows is written later.
+static void repeat(float value, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i += LANES) store(to + i, all(value));
+}
+
+static void load_scales(const Layer &l, int64_t v, bool even, const Scales &s) {
     const int64_t present = l.rows - v * l.dim < l.dim ? l.rows - v * l.dim : l.dim;
     if (present < l.dim) memset(s.scale, 0, sizeof(float) * (size_t)(2 * l.dim * l.groups));
     for (int64_t d = 0; d < present; ++d) scales_of(l, v * l.dim + d, s.scale + d * l.groups, s.shift + d * l.groups);
     if (even) return;
-    const int64_t stride = padded(l.columns);
+    const bool shifted = has_shift(l);
+    const int64_t stride = padded(l.columns), whole = (l.columns - LANES) / l.group;  // groups behind which a whole vector has room
     for (int64_t d = 0; d < l.dim; ++d)
-        for (int64_t g = 0; g < l.groups; ++g)
-            for (int64_t i = 0, at = d * stride + g * l.group; i < columns_under(l, g); ++i) {
-                s.column_scale[at + i] = s.scale[d * l.groups + g];
-                s.column_shift[at + i] = s.shift[d * l.groups + g];
+        for (int64_t g = 0; g < l.groups; ++g) {
+            const int64_t at = d * stride + g * l.group, count = columns_under(l, g);
+            const float scale = s.scale[d * l.groups + g], shift = s.shift[d * l.groups + g];
+            if (g + 1 < whole) {
+                repeat(scale, count, s.column_scale + at);
+                if (shifted) repeat(shift, count, s.column_shift + at);
+            } else {
+                for (int64_t i = 0; i < count; ++i) s.column_scale[at + i] = scale, s.column_shift[at + i] = shift;
             }
+        }
 }
 
 // ---- products --------------------------------------------------------------------------------------------------------------------------
+
+// Every line of what a later block reads: they come from memory, and the processor's own prefetching is soon lost among rows this short.
+static inline void prefetch(const uint8_t *p, int64_t count) {
+    for (int64_t line = 0; line < count; line += 64) _mm_prefetch((const char *)(p + line), _MM_HINT_T0);
+}
 
 struct Input {  // fp32, columns padded with zeros to whole blocks
     const float *x;
@@ -116,7 +137,7 @@ struct Input {  // fp32, columns padded with zeros to whole blocks
 
 // The D rows of vector v times BATCH inputs, multiplied as they are decoded. EVEN: a block lies under one scale.
 template <class Dec, int D, int BATCH, bool EVEN>
-static void multiply_rows(const Layer &l, int64_t v, const Dec &decoder, const Input &in, const Scratch &s, float *y) {
+static void multiply_rows(const Layer &l, int64_t v, const Dec &decoder, const Input &in, const Scales &s, float *y) {
     const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
     const int64_t bytes = 4 * l.words, step = 8 * l.bits, stride = padded(l.columns);
     Vec total[D][BATCH];
@@ -124,7 +145,7 @@ static void multiply_rows(const Layer &l, int64_t v, const Dec &decoder, const I
     int64_t g = 0, next = l.group;
     for (int64_t c = 0, at = 0; c < l.columns; c += BLOCK, at += step) {
         if (EVEN && c == next) ++g, next += l.group;
-        _mm_prefetch((const char *)(codes + at + AHEAD), _MM_HINT_T0);
+        prefetch(codes + at + AHEAD, step);
         typename Dec::Block block;
         decoder.open(codes + at, bytes - at, block);
         Vec x[BATCH][4];
@@ -140,21 +161,17 @@ static void multiply_rows(const Layer &l, int64_t v, const Dec &decoder, const I
             }
         }
     }
-    for (int d = 0; d < D; ++d)
-        for (int b = 0; b < BATCH; ++b) {
-            float moved = 0;
-            if (in.sums) for (int64_t k = 0; k < l.groups; ++k) moved += s.shift[d * l.groups + k] * in.sums[b * l.groups + k];
-            y[d * BATCH + b] = sum(total[d][b]) + moved;
-        }
+    for (int d = 0; d < D; ++d) for (int b = 0; b < BATCH; ++b) y[d * BATCH + b] = sum(total[d][b]);
 }
 
 // Columns [from, to) of the D rows of vector v, fp32 [D, stride], whole blocks.
 template <class Dec, int D, bool EVEN>
-static void decode_rows(const Layer &l, int64_t v, const Dec &decoder, const Scratch &s, int64_t from, int64_t to, float *out, int64_t stride) {
+static void decode_rows(const Layer &l, int64_t v, const Dec &decoder, const Scales &s, int64_t from, int64_t to, float *out, int64_t stride) {
     const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
     const int64_t bytes = 4 * l.words, columns = padded(l.columns);
     for (int64_t c = from, at = from / BLOCK * 8 * l.bits; c < to; c += BLOCK, at += 8 * l.bits) {
         const int64_t g = EVEN ? c / l.group : 0;
+        prefetch(codes + at + AHEAD, 8 * l.bits);
         typename Dec::Block block;
         decoder.open(codes + at, bytes - at, block);
         for (int d = 0; d < D; ++d) {
@@ -238,40 +255,52 @@ static float sum_of(const float *x, int64_t count) {
     return value + sum(total);
 }
 
+static float dot(const float *a, const float *b, int64_t count) {
+    Vec total = zero();
+    float value = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) total = fma(load(a + i), load(b + i), total);
+    for (; i < count; ++i) value += a[i] * b[i];
+    return value + sum(total);
+}
+
 template <class Dec, int D, bool EVEN> struct Product {
     const Layer &l;
     const Dec &decoder;
 
-    // One pass over the codes for BATCH inputs.
+    // One pass over the codes for BATCH inputs, decoded in registers.
     template <int BATCH> void few(const Input &in, const float *lowrank, float *y) const {
-        Scratch s(l, EVEN);
+        Scratch scratch(l, EVEN, 1);
+        const Scales s = scratch.of(0);
         float out[D * BATCH];
 #pragma omp for schedule(static)
         for (int64_t v = 0; v < (l.rows + D - 1) / D; ++v) {
             load_scales(l, v, EVEN, s);
             multiply_rows<Dec, D, BATCH, EVEN>(l, v, decoder, in, s, out);
-            for (int64_t d = 0; d < D && v * D + d < l.rows; ++d) finish(l, v * D + d, BATCH, out + d * BATCH, lowrank, y);
+            for (int64_t d = 0; d < D && v * D + d < l.rows; ++d) {
+                for (int b = 0; in.sums && b < BATCH; ++b) out[d * BATCH + b] += dot(s.shift + d * l.groups, in.sums + b * l.groups, l.groups);
+                finish(l, v * D + d, BATCH, out + d * BATCH, lowrank, y);
+            }
         }
     }
 
+    // A panel of rows decoded into the cache, for any number of inputs.
     void many(const Input &in, int64_t batch, const float *lowrank, float *y) const {
         const int VECTORS = D >= CORNER ? 1 : CORNER / D, ROWS = VECTORS * D;
-        Scratch s(l, EVEN);
-        float *panel = (float *)malloc(sizeof(float) * (size_t)(ROWS * PANEL + ROWS * batch)), *out = panel + ROWS * PANEL;
-        const int64_t vectors = (l.rows + D - 1) / D;
+        const int64_t vectors = (l.rows + D - 1) / D, width = D == 8 ? PANEL / 2 : PANEL;
+        Scratch scratch(l, EVEN, VECTORS);
+        float *panel = (float *)calloc((size_t)(ROWS * (width + batch)), sizeof(float)), *out = panel + ROWS * width;
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < (vectors + VECTORS - 1) / VECTORS; ++tile) {
+            const int64_t first = tile * VECTORS, end = first + VECTORS < vectors ? first + VECTORS : vectors;
             memset(out, 0, sizeof(float) * (size_t)(ROWS * batch));
-            const int64_t width = D == 8 ? PANEL / 2 : PANEL;
+            for (int64_t v = first; v < end; ++v) load_scales(l, v, EVEN, scratch.of(v - first));
             for (int64_t from = 0; from < l.columns; from += width) {
                 const int64_t to = from + width < padded(l.columns) ? from + width : padded(l.columns);
-                for (int64_t k = 0; k < VECTORS; ++k) {
-                    const int64_t v = tile * VECTORS + k;
-                    if (v >= vectors) { memset(panel + k * D * PANEL, 0, sizeof(float) * (size_t)(D * PANEL)); continue; }
-                    if (VECTORS > 1 || from == 0) load_scales(l, v, EVEN, s);
-                    decode_rows<Dec, D, EVEN>(l, v, decoder, s, from, to, panel + k * D * PANEL, PANEL);
-                }
-                for (int r = 0; r < ROWS; r += CORNER) multiply_panel<CORNER>(panel + r * PANEL, PANEL, in, from, to - from, batch, out + r * batch);
+                // Behind the last vector the panel keeps older rows: their products go nowhere.
+                for (int64_t v = first; v < end; ++v)
+                    decode_rows<Dec, D, EVEN>(l, v, decoder, scratch.of(v - first), from, to, panel + (v - first) * D * width, width);
+                for (int r = 0; r < ROWS; r += CORNER) multiply_panel<CORNER>(panel + r * width, width, in, from, to - from, batch, out + r * batch);
             }
             for (int64_t r = 0; r < ROWS && tile * ROWS + r < l.rows; ++r) finish(l, tile * ROWS + r, batch, out + r * batch, lowrank, y);
         }
@@ -309,7 +338,8 @@ template <class Dec, int D, bool EVEN> struct Decode {
     void operator()(int64_t first, int64_t count, float *out, int64_t threads) const {
 #pragma omp parallel num_threads((int)threads)
         {
-            Scratch s(l, EVEN);
+            Scratch scratch(l, EVEN, 1);
+            const Scales s = scratch.of(0);
             float *row = (float *)malloc(sizeof(float) * (size_t)(D * padded(l.columns)));
 #pragma omp for schedule(static)
             for (int64_t v = first / D; v < (first + count + D - 1) / D; ++v) {
