@@ -18,6 +18,7 @@ from harness.measure.machine import last_cache_bytes
 from harness.measure.timing import Call, graphed, interleaved, speed_up, spread
 from kernels.dispatch import kind
 from kernels.packed import PackedLinear
+from kernels.synthetic import random_layer
 
 BATCHES = (1, 4, 16)
 SECONDS, FEWEST, MOST = 4.0, 7, 60  # of rounds at one batch size
@@ -66,7 +67,7 @@ def layer_times(
     """One record per group and batch size: microseconds of one product, stored bytes per second, speed-up over the vendor's product of the
     same shape, each as median with tenth and ninetieth percentile over rounds."""
     packed = sum(group.stored_bytes * len(group.layers) for group in groups)
-    sweep = _sweeper(device) if packed < BEYOND * last_cache_bytes(device) else None
+    before = _between(device, dtype, sweep=packed < BEYOND * last_cache_bytes(device))
     records = []
     for done, batch in enumerate(BATCHES):
         calls: dict[str, Call] = {}
@@ -77,7 +78,7 @@ def layer_times(
         for (rows, columns), linears in vendor.items():
             calls[f"vendor {rows}x{columns}"] = _prepared(linears, _inputs(batch, columns, device, dtype), device)
             counts[f"vendor {rows}x{columns}"] = len(linears)
-        taken = interleaved(calls, device, SECONDS, FEWEST, MOST, sweep)
+        taken = interleaved(calls, device, SECONDS, FEWEST, MOST, before)
         each = {name: [value / counts[name] for value in values] for name, values in taken.items()}
         for index, group in enumerate(groups):
             seconds = each[f"group {index}"]
@@ -112,6 +113,16 @@ def _inputs(batch: int, columns: int, device: str, dtype: torch.dtype) -> Tensor
     return torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch)).to(device, dtype)
 
 
-def _sweeper(device: str) -> Call:
-    buffer = torch.ones(BEYOND * last_cache_bytes(device) // 4, device=device)
-    return lambda: buffer.add_(1)
+def _between(device: str, dtype: torch.dtype, sweep: bool) -> Call:
+    """What runs in front of every group: a small product of no one's, so that threads and instructions are awake, and a walk through other
+    memory where the groups alone would not push each other out of the last cache."""
+    small = random_layer(dict(format="uniform", bits=4, group=64, offset="zero"), 512, 512).to(device)
+    x = torch.ones(1, 512, device=device, dtype=dtype)
+    buffer = torch.ones(BEYOND * last_cache_bytes(device) // 4 if sweep else 1, device=device)
+
+    @torch.inference_mode()
+    def call() -> None:
+        buffer.add_(1)
+        small(x)
+
+    return call
