@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from harness.allocate import BudgetError, uniform
-from harness.cli.options import Request, add_plan_options, build_plan, read_request
+from harness.cli.options import Request, add_bench_options, add_plan_options, build_plan, read_request
 from harness.cli.run import bench_cells, report
 from harness.cli.tables import print_table
 from harness.files import write_json
@@ -28,6 +28,7 @@ from kernels.synthetic import random_layer
 def register(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("bench", help="measure memory and latency again, or products of a model's shapes", description=__doc__)
     add_plan_options(parser)
+    add_bench_options(parser)
     parser.add_argument("--out", type=Path, help="folder of the tables (default: results/<plan hash>, or results/kernels)")
     parser.add_argument(
         "--shapes", metavar="MODELS", help=f"comma list of presets, folders or hub ids: random stored bits ({', '.join(PRESETS)})"
@@ -47,12 +48,12 @@ def main(arguments: argparse.Namespace) -> int:
     missing = [cell for cell in plan.cells if not cell.refusal and not CellStore(cell.key).artifact()]
     if missing:
         raise ValueError(f"{missing[0].label} has not been compressed with these options: the same line with `run` does it first")
-    return report(plan, {}, bench_cells(plan, console, again=True), arguments.out, console, start)
+    return report(plan, {}, bench_cells(plan, arguments, console, again=True), arguments, console, start)
 
 
 def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -> int:
     """Every distinct matrix of the models, packed by every method with the one configuration for all matrices that fits the budget."""
-    device, threads = arguments.device, machine.cores()
+    device, threads = arguments.device, arguments.bench_threads
     torch.set_num_threads(threads)
     rows: list[dict] = []
     with machine.quiet(lambda: console.print("waiting until nothing else of ours runs on this machine", style="dim")):
@@ -73,7 +74,7 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
                     alike = {(layer.out_features, layer.in_features): plan[layer.name] for layer in stock.layers}
                     groups = [_group(dict(config.hyper) | {"format": config.format}, *shape, device) for shape, config in alike.items()]
                     vendor = {shape: _linears(*shape, device, dtype) for shape in alike}
-                    records = layer_times(groups, vendor, device, dtype, bandwidth)
+                    records = layer_times(groups, vendor, device, dtype, bandwidth, arguments.bench_seconds)
                     rows += kernel_rows(records, bandwidth, here, name, f"{text} {budget.text}", "")
     if not rows:
         raise ValueError("nothing to time: no method given fits a budget")

@@ -46,6 +46,14 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, help="cells at once (default: 2 on a CPU with 2 cores or more, else 1)")
 
 
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bench-seconds", type=float, default=3.0,
+        help="about so long for each thing that is timed: decoding at a batch size, a prompt, single products (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--bench-threads", type=int, default=cores(), help="of a measurement (default: all cores, %(default)s)")
+
+
 @dataclass(frozen=True)
 class Request:
     """What the user asked for, read and checked before anything is downloaded or loaded."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.assets import Say
-from harness.cli.options import add_plan_options, build_plan, read_request
+from harness.cli.options import add_bench_options, add_plan_options, build_plan, read_request
 from harness.cli.progress import Display
 from harness.cli.tables import print_table
 from harness.engine.local import Outcome, measure_cells, run_cells
@@ -34,6 +34,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
         "--bench", action=argparse.BooleanOptionalAction, default=True,
         help="measure memory and latency of every row, once all are scored (default: yes)",
     )  # fmt: skip
+    add_bench_options(parser)
     parser.set_defaults(main=main)
 
 
@@ -59,25 +60,30 @@ def main(arguments: argparse.Namespace) -> int:
     outcomes = _run(plan, runnable, arguments.data, request.jobs, console)
     if not runnable:
         outcomes = {plan.reference.key: Outcome(plan.reference.key, "everything else was refused", skipped=True)}
-    measured = bench_cells(plan, console) if arguments.bench else {}
-    return report(plan, outcomes, measured, arguments.out, console, start)
+    measured = bench_cells(plan, arguments, console) if arguments.bench else {}
+    return report(plan, outcomes, measured, arguments, console, start)
 
 
 def report(
-    plan: Plan, outcomes: Mapping[str, Outcome], measured: Mapping[str, Outcome], out: Path | None, console: Console, start: float
+    plan: Plan, outcomes: Mapping[str, Outcome], measured: Mapping[str, Outcome],
+    arguments: argparse.Namespace, console: Console, start: float,
 ) -> int:  # fmt: skip
     """Write and print the leaderboard; returns the exit status."""
-    folder = out or Path("results") / plan.key
-    rows, tables = write_leaderboard(plan, outcomes, folder, measured)
+    folder = arguments.out or Path("results") / plan.key
+    rows, tables = write_leaderboard(plan, outcomes, folder, _identity(plan, arguments), measured)
     for table in tables:
         print_table(*table)
     console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
     return 0 if all(row["status"] in GOOD for row in rows) and not any(outcome.error for outcome in measured.values()) else 1
 
 
-def bench_cells(plan: Plan, console: Console, again: bool = False) -> dict[str, Outcome]:
+def _identity(plan: Plan, arguments: argparse.Namespace) -> str:
+    return identity_key(plan.reference.compute.device, arguments.bench_threads, plan.reference.key)
+
+
+def bench_cells(plan: Plan, arguments: argparse.Namespace, console: Console, again: bool = False) -> dict[str, Outcome]:
     """Measure what is stored and has not been measured on this machine (with `again`, all of it), the reference first."""
-    identity = identity_key(plan.reference.compute.device, plan.reference.key)
+    identity = _identity(plan, arguments)
     if CellStore(plan.reference.key).artifact() is None:
         return {}  # nothing to be timed beside
     stored = [cell for cell in plan.cells if not cell.refusal and CellStore(cell.key).artifact()]
@@ -86,7 +92,8 @@ def bench_cells(plan: Plan, console: Console, again: bool = False) -> dict[str, 
         return {}
     waiting = lambda: console.print("waiting until nothing else of ours runs on this machine, to measure undisturbed", style="dim")  # noqa: E731
     with Display(console, {cell.key: f"{cell.label}, memory and latency" for cell in todo}) as display:
-        specs = [cell.to_json(plan.protocols, None, plan.reference.key) | {"bench": identity} for cell in todo]
+        how = {"identity": identity, "seconds": arguments.bench_seconds, "threads": arguments.bench_threads}
+        specs = [cell.to_json(plan.protocols, None, plan.reference.key) | {"bench": how} for cell in todo]
         return measure_cells(specs, display.message, waiting)
 
 

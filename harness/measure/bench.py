@@ -37,20 +37,21 @@ from kernels.dispatch import fused, linear
 
 PRODUCT_LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative norms
 LOGIT_LIMITS = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # those, after as many layers as a model has
-SECONDS, FEWEST, MOST = 6.0, 7, STEPS - WARM  # of rounds at one batch size; a round of prompts takes longer, and there are fewer
+FEWEST, FEWEST_PROMPTS, MOST_PROMPTS = 7, 3, 20  # rounds
 Progress = Callable[[str, int, int], None]
 
 
 def work(spec: dict[str, Any], speak: Progress) -> None:
-    """`spec` is a cell's, with `bench`: under which identity the result is stored."""
-    store, threads = CellStore(spec["key"]), machine.cores()
-    dtype = getattr(torch, spec["dtype"])
-    store.put_bench(spec["bench"], measure(store.folder, CellStore(spec["reference"]).folder, spec["device"], dtype, threads, speak))
+    """`spec` is a cell's, with `bench`: {"identity", "seconds", "threads"} of the measurement."""
+    store, reference, how = CellStore(spec["key"]), CellStore(spec["reference"]), spec["bench"]
+    torch.set_num_threads(how["threads"])
+    found = measure(store.folder, reference.folder, spec["device"], getattr(torch, spec["dtype"]), how["seconds"], speak)
+    store.put_bench(how["identity"], found)
 
 
-def measure(folder: Path, reference_folder: Path, device: str, dtype: torch.dtype, threads: int, speak: Progress) -> dict[str, Any]:
-    """Everything the leaderboard says of memory and latency. Raises ValueError when what would be timed is not what was scored."""
-    torch.set_num_threads(threads)
+def measure(folder: Path, reference_folder: Path, device: str, dtype: torch.dtype, seconds: float, speak: Progress) -> dict[str, Any]:
+    """Everything the leaderboard says of memory and latency; about `seconds` of rounds for each thing that is timed. Raises ValueError when
+    what would be timed is not what was scored."""
     speak("load", 0, 1)
     before = machine.peak_process_bytes()
     loaded = CompressedModel.load(folder, device, dtype)
@@ -61,7 +62,7 @@ def measure(folder: Path, reference_folder: Path, device: str, dtype: torch.dtyp
     runners = _runners(model)
     _compare_logits(model)
     found: dict[str, Any] = {
-        "machine": machine.identity(device) | machine.clocks(device) | {"threads": threads, "loadavg": _load()},
+        "machine": machine.identity(device) | machine.clocks(device) | {"threads": torch.get_num_threads(), "loadavg": _load()},
         "dtype": str(dtype).removeprefix("torch."), "context": CONTEXT, "kind": loaded.kind if stored else "dense",
         "memory": _memory(model, before, device),
         "decode_on_load_s": sum(getattr(layer, "decode_seconds", None) or 0.0 for layer in packed.values()),
@@ -71,11 +72,11 @@ def measure(folder: Path, reference_folder: Path, device: str, dtype: torch.dtyp
     found["bytes_per_token"] = bytes_per_token(model, stored)
     alone = folder == reference_folder
     beside = None if alone else timed_model(CompressedModel.load(reference_folder, device, dtype))
-    found["decode"] = _decode(runners, None if beside is None else _runners(beside), device, speak)
+    found["decode"] = _decode(runners, None if beside is None else _runners(beside), device, seconds, speak)
     found["roofline_pct"] = 100 * found["bytes_per_token"] / found["bandwidth"] / found["decode"]["1"]["seconds"]["median"]
-    found["prefill"] = _prefill(model, beside, device, speak)
+    found["prefill"] = _prefill(model, beside, device, seconds, speak)
     if beside is not None:
-        found["kernels"] = _kernels(loaded, beside, device, dtype, found["bandwidth"], speak)
+        found["kernels"] = _kernels(loaded, beside, device, dtype, found["bandwidth"], seconds, speak)
     return found
 
 
@@ -123,23 +124,25 @@ def _memory(model: PreTrainedModel, before: int, device: str) -> dict[str, float
     return found
 
 
-def _decode(runners: dict[int, Runner], beside: dict[int, Runner] | None, device: str, speak: Progress) -> dict[str, Any]:
+def _decode(
+    runners: dict[int, Runner], beside: dict[int, Runner] | None, device: str, seconds: float, speak: Progress
+) -> dict[str, Any]:  # fmt: skip
     found = {}
     for done, (batch, runner) in enumerate(runners.items()):
         calls: dict[str, Call] = {"own": runner.step} | ({"reference": beside[batch].step} if beside else {})
-        taken = interleaved(calls, device, SECONDS, FEWEST, min([runner.left] + [other[batch].left for other in [beside] if other]))
+        taken = interleaved(calls, device, seconds, FEWEST, STEPS - WARM)
         found[str(batch)] = _record(taken)
         speak("decode", done + 1, len(runners))
     return found
 
 
-def _prefill(model: PreTrainedModel, beside: PreTrainedModel | None, device: str, speak: Progress) -> dict[str, Any]:
+def _prefill(model: PreTrainedModel, beside: PreTrainedModel | None, device: str, seconds: float, speak: Progress) -> dict[str, Any]:
     ids = prompt(model, 1, PROMPT)
     calls: dict[str, Call] = {"own": lambda: read_prompt(model, ids)}
     if beside is not None:
         calls["reference"] = lambda: read_prompt(beside, ids)
     speak("read a prompt", 0, 1)
-    return {"tokens": ids.shape[1], **_record(interleaved(calls, device, SECONDS, 3, 20))}
+    return {"tokens": ids.shape[1], **_record(interleaved(calls, device, seconds, FEWEST_PROMPTS, MOST_PROMPTS))}
 
 
 def _record(taken: dict[str, list[float]]) -> dict[str, Any]:
@@ -150,7 +153,7 @@ def _record(taken: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _kernels(
-    loaded: CompressedModel, beside: PreTrainedModel, device: str, dtype: torch.dtype, bandwidth: float, speak: Progress
+    loaded: CompressedModel, beside: PreTrainedModel, device: str, dtype: torch.dtype, bandwidth: float, seconds: float, speak: Progress
 ) -> list[dict[str, Any]]:
     """Nothing for layers that have become linear ones."""
     names = list(loaded.packed)
@@ -159,7 +162,7 @@ def _kernels(
         other = beside.get_submodule(name)
         vendor.setdefault((other.out_features, other.in_features), []).append(other)
     told = lambda done, total: speak("single products", done, total)  # noqa: E731
-    return layer_times(groups_of(list(loaded.packed.values())), vendor, device, dtype, bandwidth, told) if names else []
+    return layer_times(groups_of(list(loaded.packed.values())), vendor, device, dtype, bandwidth, seconds, told) if names else []
 
 
 def _load() -> float:

@@ -21,7 +21,7 @@ from kernels.packed import PackedLinear
 from kernels.synthetic import random_layer
 
 BATCHES = (1, 4, 16)
-SECONDS, FEWEST, MOST = 4.0, 7, 60  # of rounds at one batch size
+FEWEST, MOST = 7, 60  # rounds
 BEYOND = 2  # last caches that lie between two reads of a weight
 
 
@@ -62,6 +62,7 @@ def layer_times(
     device: str,
     dtype: torch.dtype,
     bandwidth: float,
+    seconds: float,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
     """One record per group and batch size: microseconds of one product, stored bytes per second, speed-up over the vendor's product of the
@@ -78,22 +79,22 @@ def layer_times(
         for (rows, columns), linears in vendor.items():
             calls[f"vendor {rows}x{columns}"] = _prepared(linears, _inputs(batch, columns, device, dtype), device)
             counts[f"vendor {rows}x{columns}"] = len(linears)
-        taken = interleaved(calls, device, SECONDS, FEWEST, MOST, before)
+        taken = interleaved(calls, device, seconds, FEWEST, MOST, before)
         each = {name: [value / counts[name] for value in values] for name, values in taken.items()}
         for index, group in enumerate(groups):
-            seconds = each[f"group {index}"]
+            own = each[f"group {index}"]
             record = {
                 "rows": group.rows, "columns": group.columns, "config": group.config,
                 "kind": kind(group.layers[0], device.partition(":")[0]),
                 "layers": len(group.layers), "stored_bpw": 8 * group.stored_bytes / (group.rows * group.columns), "batch": batch,
-                "microseconds": spread([1e6 * value for value in seconds]),
-                "gb_per_s": spread([group.stored_bytes / value / 1e9 for value in seconds]),
-                "bandwidth_pct": 100 * group.stored_bytes / spread(seconds)["median"] / bandwidth,
+                "microseconds": spread([1e6 * value for value in own]),
+                "gb_per_s": spread([group.stored_bytes / value / 1e9 for value in own]),
+                "bandwidth_pct": 100 * group.stored_bytes / spread(own)["median"] / bandwidth,
             }  # fmt: skip
             beside = each.get(f"vendor {group.rows}x{group.columns}")
             if beside:
                 record["vendor_microseconds"] = spread([1e6 * value for value in beside])
-                record["speed_up"] = speed_up(seconds, beside)
+                record["speed_up"] = speed_up(own, beside)
             records.append(record)
         progress(done + 1, len(BATCHES))
     return records

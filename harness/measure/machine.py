@@ -42,14 +42,17 @@ def quiet(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 @contextmanager
 def _lock(how: int, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    path = Path(tempfile.gettempdir()) / f"ptq-harness-{os.getuid()}.lock"
-    with open(path, "w") as handle:  # freed by the kernel when the process ends, however it ends
+    with open(lock_path(), "w") as handle:  # freed by the kernel when the process ends, however it ends
         try:
             fcntl.flock(handle, how | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
             fcntl.flock(handle, how)
         yield
+
+
+def lock_path() -> Path:
+    return Path(tempfile.gettempdir()) / f"ptq-harness-{os.getuid()}.lock"
 
 
 def cores() -> int:
@@ -65,9 +68,9 @@ def identity(device: str) -> dict[str, Any]:
     return found
 
 
-def identity_key(device: str, reference: str) -> str:
+def identity_key(device: str, threads: int, reference: str) -> str:
     """Of a measurement: machine, code and the uncompressed model that the cells are timed beside."""
-    return digest([identity(device), _code(), reference])[:16]
+    return digest([identity(device), threads, _code(), reference])[:16]
 
 
 @cache

@@ -19,7 +19,6 @@ from harness import __version__
 from harness.engine.local import Outcome
 from harness.files import write_json, write_text
 from harness.ledger import underspent
-from harness.measure.machine import identity_key
 from harness.plan import Cell, Plan
 from harness.protocol import protocol_key
 from harness.report import latency
@@ -53,18 +52,18 @@ def protocol_columns(names: Sequence[str]) -> list[str]:
 
 
 def write_leaderboard(
-    plan: Plan, outcomes: Mapping[str, Outcome], folder: Path, measured: Mapping[str, Outcome] | None = None
+    plan: Plan, outcomes: Mapping[str, Outcome], folder: Path, identity: str, measured: Mapping[str, Outcome]
 ) -> tuple[list[dict[str, Any]], list[Shown]]:  # fmt: skip
     """Write leaderboard.csv, leaderboard.md, cells/<key>.json and, where there are any, kernels.csv and (with several seeds) summary.csv;
-    returns the rows in order, and the tables people see. `outcomes` are the cells', `measured` those of their measurements."""
+    returns the rows in order, and the tables people see. `outcomes` are the cells', `measured` those of their measurements, which
+    are looked up under this machine's `identity`."""
     names = [protocol.name for protocol in plan.protocols]
     rows, losses, stored = [], {}, {}
     streams: dict[str, str] = {}
     weights: dict[str, list[float] | None] = {}
     kernels: list[dict[str, Any]] = []
-    identity = identity_key(plan.reference.compute.device, plan.reference.key)
     for cell in plan.cells:
-        row, record = row_of(cell, plan, outcomes.get(cell.key), identity, (measured or {}).get(cell.key))
+        row, record = row_of(cell, plan, outcomes.get(cell.key), identity, measured.get(cell.key))
         if bench := record["bench"]:
             kernels += latency.kernel_rows(
                 bench.get("kernels", []), bench["bandwidth"], bench["machine"], row["model"], label(row), cell.key

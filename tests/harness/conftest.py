@@ -10,6 +10,7 @@ import pytest
 from harness.assets import DEFAULT_MODEL, TEXTS, fetch, resolve_model
 from harness.cli import main
 from harness.files import CACHE_VARIABLE, cache_dir
+from harness.measure import machine
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +35,12 @@ def cache(assets_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folder = linked_cache(assets_cache, tmp_path / "cache")
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asserts on a time: those that measure need not wait for those that work."""
+    monkeypatch.setattr(machine, "lock_path", lambda: tmp_path / "machine.lock")
 
 
 def run_harness(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ from tests.harness.conftest import linked_cache, run_harness
 BASELINE = Path(__file__).parents[2] / "results" / "baselines" / "smollm2-135m.csv"
 ARGUMENTS = (
     "--methods", "rtn,nf,gptq,reallm,reallm:data-free,rounds=2", "--bits", "3.25",
-    "--calibration", "c4-mini@512x4", "--protocols", "wiki-mini@512/3,c4-mini@512/3",
+    "--calibration", "c4-mini@512x4", "--protocols", "wiki-mini@512/3,c4-mini@512/3", "--no-bench",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from harness.report.check import read_rows
 from harness.report.leaderboard import TIME_COLUMNS
 from tests.harness.conftest import linked_cache, run_harness
 
-SMALL = ("--calibration", "c4-mini@128x4", "--protocols", "wiki-mini@128/4,c4-mini@128/4")
+SMALL = ("--calibration", "c4-mini@128x4", "--protocols", "wiki-mini@128/4,c4-mini@128/4", "--no-bench")
 # The columns the first version had: later ones may be added, none renamed.
 COLUMNS = [
     "model",

@@ -1,0 +1,170 @@
+"""Memory and latency: nothing here asserts on a time, only on what was measured, of what, and beside what."""
+
+import csv
+import threading
+
+import pytest
+import torch
+
+import kernels.cpu
+from harness.cli import main
+from harness.compressed import CompressedModel
+from harness.files import read_json
+from harness.measure import bench, machine
+from harness.measure.layers import describe, groups_of
+from harness.measure.runner import CONTEXT, Runner, bytes_per_token, prompt, resident_bytes, scored_logits, timed_model
+from harness.measure.timing import interleaved, speed_up
+from harness.report.latency import COLUMNS
+from kernels.synthetic import random_layer
+
+from .conftest import run_harness
+
+RUN = [
+    "--methods",
+    "rtn,nf",
+    "--bits",
+    "4.25",
+    "--protocols",
+    "wiki-mini@128/2",
+    "--allocate",
+    "uniform",
+    "--bench-seconds",
+    "0.1",
+    "--bench-threads",
+    "1",
+]
+
+
+def rows_of(path) -> list[dict[str, str]]:
+    with open(path) as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_every_row_of_a_run_has_memory_and_latency_of_its_own_bytes(truncated, cache, tmp_path):
+    run = ["run", *RUN, "--model", str(truncated.path), "--out", str(tmp_path / "out")]
+    done = run_harness(*run)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "out" / "leaderboard.csv")
+    assert [row["method"] for row in rows][0] == "fp16" and len(rows) == 3
+    for row in rows:
+        assert all(float(row[column]) > 0 for column in COLUMNS), row
+        assert float(row["decode_tok_s_b1"]) == pytest.approx(1e3 / float(row["decode_ms_b1"]))
+        assert float(row["decode_speedup_b1_p10"]) <= float(row["decode_speedup_b1"]) <= float(row["decode_speedup_b1_p90"])
+    reference, *others = rows
+    assert float(reference["decode_speedup_b1"]) == 1 and reference["kind"] == "dense"
+    assert all(row["kind"] == "fused" and float(row["resident_gib"]) < float(reference["resident_gib"]) for row in others)
+    kernels_csv = rows_of(tmp_path / "out" / "kernels.csv")
+    assert {row["row"] for row in kernels_csv} == {"rtn 4.25", "nf 4.25"}
+    assert {row["batch"] for row in kernels_csv} == {"1", "4", "16"} and {row["kind"] for row in kernels_csv} == {"fused"}
+    assert sum(int(row["layers"]) for row in kernels_csv if row["row"] == "rtn 4.25" and row["batch"] == "1") == 28
+
+    again = run_harness(*run)
+    assert "memory and latency" not in again.stderr  # found, not measured again
+    assert rows_of(tmp_path / "out" / "leaderboard.csv") == rows
+    once_more = run_harness("bench", "--methods", "rtn", *RUN[2:], "--model", str(truncated.path), "--out", str(tmp_path / "bench"))
+    assert once_more.returncode == 0 and "memory and latency" in once_more.stderr
+
+
+def test_a_run_that_has_not_been_made_cannot_be_measured(truncated, cache, tmp_path, capsys):
+    assert main(["bench", *RUN, "--model", str(truncated.path), "--out", str(tmp_path)]) == 2
+    assert "with `run` does it first" in capsys.readouterr().err
+
+
+def test_shapes_need_no_weights(tmp_path, cache):
+    arguments = [
+        "--shapes",
+        "smollm2-135m",
+        "--methods",
+        "reallm,gptq,qlora",
+        "--bits",
+        "3.25",
+        "--bench-seconds",
+        "0.01",
+        "--bench-threads",
+        "1",
+    ]
+    done = run_harness("bench", *arguments, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "kernels.csv")
+    assert {(row["rows"], row["columns"]) for row in rows} == {("576", "576"), ("192", "576"), ("1536", "576"), ("576", "1536")}
+    assert {row["row"] for row in rows} == {"reallm 3.25", "gptq 3.25", "qlora 3.25"}
+    assert all(float(row["us"]) > 0 and float(row["speedup"]) > 0 and row["kind"] == "fused" for row in rows)
+    assert read_json(tmp_path / "machine.json")["threads"] == 1
+
+
+@pytest.fixture
+def stored(truncated, cache, tmp_path) -> CompressedModel:
+    """A reloaded cell of rtn."""
+    done = run_harness(
+        "run", "--methods", "rtn", *RUN[2:], "--no-bench", "--model", str(truncated.path), "--out", str(tmp_path / "out")
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    cell = rows_of(tmp_path / "out" / "leaderboard.csv")[1]
+    assert cell["decode_ms_b1"] == ""  # it was not asked for
+    return CompressedModel.load(cache / "cells" / cell["cell"], "cpu", torch.float32)
+
+
+def test_a_decoded_token_is_the_scored_one_and_bytes_are_counted_once(stored):
+    model = timed_model(stored)
+    window = prompt(model, 2, CONTEXT)
+    runner = Runner(model, window)
+    runner.step()
+    assert torch.allclose(runner.logits_BV, scored_logits(model, window), atol=1e-3)
+    after = torch.cat([window, scored_logits(model, window).argmax(dim=-1, keepdim=True)], dim=1)
+    runner.step()
+    assert torch.allclose(runner.logits_BV, scored_logits(model, after), atol=1e-3)
+
+    packed_bytes = stored.ledger().stored_bits // 8
+    others = sum(p.numel() * 4 for p in model.parameters())  # tied: the head is the embedding, and all of it is read
+    assert packed_bytes + others <= bytes_per_token(model, packed_bytes) < packed_bytes + others + 10_000  # rotary frequencies
+    assert bytes_per_token(model, packed_bytes) <= resident_bytes(model) < 1.1 * bytes_per_token(model, packed_bytes)
+
+
+def test_what_differs_from_what_was_scored_is_not_timed(stored, monkeypatch):
+    bench._compare_products(stored, "cpu", torch.float32, lambda *_: None)
+    right = kernels.cpu.product
+    from kernels.dispatch import PRODUCTS, Fused
+
+    wrong = Fused(lambda layer, x: right(layer, x) * 1.001, kernels.cpu.serves)
+    monkeypatch.setitem(PRODUCTS, ("uniform", "cpu"), wrong)
+    with pytest.raises(ValueError, match="not timed: the fused product of .* is off by 1.0e-03"):
+        bench._compare_products(stored, "cpu", torch.float32, lambda *_: None)
+
+
+def test_a_measurement_waits_for_work_and_work_for_it():
+    order: list[str] = []
+    may_end = threading.Event()
+
+    def work() -> None:
+        with machine.working(), machine.working():  # any number of workers at once
+            started.set()
+            may_end.wait()
+            order.append("work")
+
+    started = threading.Event()
+    worker = threading.Thread(target=work)
+    worker.start()
+    started.wait()
+    with machine.quiet(may_end.set):  # called because it has to wait
+        order.append("measurement")
+    worker.join()
+    assert order == ["work", "measurement"]
+
+
+def test_rounds_take_turns_and_ratios_stay_inside_them():
+    called: list[str] = []
+    calls = {name: (lambda name=name: called.append(name)) for name in ("a", "b")}
+    taken = interleaved(calls, "cpu", seconds=0, fewest=3, most=9, before=lambda: called.append("-"))
+    assert "".join(called) == "-a-b-b-a-a-b" and {len(values) for values in taken.values()} == {3}
+    assert speed_up([1.0, 2.0, 4.0], [3.0, 6.0, 12.0])["median"] == 3
+
+
+def test_layers_alike_are_one_group():
+    spec = dict(format="codebook", dim=2, index_bits=6, block=64)
+    layers = [random_layer(spec, 64, 64, seed=seed) for seed in range(3)] + [random_layer(spec | {"rank": 2}, 64, 64)]
+    groups = groups_of(layers)
+    assert [(group.config, len(group.layers)) for group in groups] == [
+        ("codebook dim=2 index_bits=6 block=64", 3),
+        ("codebook rank=2 dim=2 index_bits=6 block=64", 1),
+    ]
+    assert describe(layers[0]) == groups[0].config and groups[0].stored_bytes == layers[0].stored_bits().total / 8
