@@ -83,6 +83,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
     jobs = arguments.jobs if arguments.jobs is not None else (2 if arguments.device == "cpu" and cores() >= 2 else 1)
     if jobs < 1:
         raise ValueError("--jobs must be at least 1")
+    if getattr(arguments, "bench_threads", 1) < 1:
+        raise ValueError("--bench-threads must be at least 1")
     return Request(methods, budgets, protocols, calibration, training, _read_seeds(arguments.seeds), jobs)
 
 

@@ -21,8 +21,6 @@ from harness.measure.layers import BATCHES, groups_of, layer_times
 from harness.measure.runner import (
     CONTEXT,
     PROMPT,
-    STEPS,
-    WARM,
     Runner,
     bytes_per_token,
     prompt,
@@ -130,7 +128,7 @@ def _decode(
     found = {}
     for done, (batch, runner) in enumerate(runners.items()):
         calls: dict[str, Call] = {"own": runner.step} | ({"reference": beside[batch].step} if beside else {})
-        taken = interleaved(calls, device, seconds, FEWEST, STEPS - WARM)
+        taken = interleaved(calls, device, seconds, FEWEST, runner.left)
         found[str(batch)] = _record(taken)
         speak("decode", done + 1, len(runners))
     return found

@@ -15,7 +15,7 @@ from kernels.packed import PackedLinear
 from kernels.stored import StoredModule
 
 CONTEXT = 128  # tokens in front of the first that is timed
-STEPS = 128  # tokens a cache has room for behind them
+STEPS = 128  # tokens a cache has room for behind them, fewer where the model knows fewer positions
 PROMPT = 512  # tokens of the prompt whose reading is timed
 WARM = 2  # steps before anything is timed
 
@@ -39,12 +39,12 @@ def _linear(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
 
 
 class Runner:
-    """`batch` sequences behind one prompt; every `step` appends a token to each. At most `STEPS` of them."""
+    """A batch of sequences behind their prompts [B, T]; every `step` appends a token to each, at most `left` of them."""
 
     def __init__(self, model: PreTrainedModel, prompt_BT: Tensor) -> None:
         self.model, self.device = model, str(prompt_BT.device)
-        self.cache = _cache(model, prompt_BT.shape[1] + STEPS)
-        self.left = STEPS
+        self.left = _room(model)
+        self.cache = _cache(model, prompt_BT.shape[1] + self.left)
         self._keep = _keep(model)
         if prompt_BT.shape[1] > 1:
             self._forward(prompt_BT[:, :-1])
@@ -87,12 +87,17 @@ def scored_logits(model: PreTrainedModel, window_BT: Tensor) -> Tensor:
 
 def prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     """Random tokens [batch, length], the same every time; shorter where the model knows fewer positions."""
-    config = model.config.get_text_config()
-    length = min(length, getattr(config, "max_position_embeddings", length) - STEPS)
-    if length < 2:
-        raise ValueError(f"the model knows too few positions to be timed: {CONTEXT + STEPS} are wanted")
+    length = min(length, _positions(model) - _room(model))
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab_size, (batch, length), generator=generator).to(model.device)
+    return torch.randint(model.config.get_text_config().vocab_size, (batch, length), generator=generator).to(model.device)
+
+
+def _positions(model: PreTrainedModel) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def _room(model: PreTrainedModel) -> int:
+    return min(STEPS, _positions(model) // 2)
 
 
 def _cache(model: PreTrainedModel, length: int) -> StaticCache:

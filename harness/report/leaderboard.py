@@ -80,6 +80,7 @@ def write_leaderboard(
     add_ranks(rows, losses, names, weights, {cell.key for cell in plan.cells if not cell.method.seeded})
     rows.sort(key=lambda row: _order(row, names))
     write_csv(folder / "leaderboard.csv", [*COLUMNS_BEFORE, *protocol_columns(names), *COLUMNS_AFTER], rows)
+    (folder / "kernels.csv").unlink(missing_ok=True)  # of an earlier measurement
     if kernels:
         write_csv(folder / "kernels.csv", list(latency.KERNEL_COLUMNS), kernels)
     tables = [shown_table(rows, names)]
