@@ -56,18 +56,17 @@ def measure(folder: Path, reference_folder: Path, device: str, dtype: torch.dtyp
     packed = loaded.packed
     _compare_products(loaded, device, dtype, speak)
     model = timed_model(loaded)
-    stored = loaded.ledger().stored_bits // 8 if packed.keys() == loaded.packed.keys() else 0  # dense layers have become linear ones
     runners = _runners(model)
     _compare_logits(model)
     found: dict[str, Any] = {
         "machine": machine.identity(device) | machine.clocks(device) | {"threads": torch.get_num_threads(), "loadavg": _load()},
-        "dtype": str(dtype).removeprefix("torch."), "context": CONTEXT, "kind": loaded.kind if stored else "dense",
+        "dtype": str(dtype).removeprefix("torch."), "context": CONTEXT, "kind": loaded.kind if loaded.packed else "dense",
         "memory": _memory(model, before, device),
         "decode_on_load_s": sum(getattr(layer, "decode_seconds", None) or 0.0 for layer in packed.values()),
     }  # fmt: skip
     speak("bandwidth", 0, 1)
     found["bandwidth"] = machine.bandwidth(device)
-    found["bytes_per_token"] = bytes_per_token(model, stored)
+    found["bytes_per_token"] = bytes_per_token(loaded)
     alone = folder == reference_folder
     beside = None if alone else timed_model(CompressedModel.load(reference_folder, device, dtype))
     found["decode"] = _decode(runners, None if beside is None else _runners(beside), device, seconds, speak)

@@ -109,15 +109,21 @@ def _keep(model: PreTrainedModel) -> dict[str, Any]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def bytes_per_token(model: PreTrainedModel, stored_bytes: int) -> int:
-    """Read from memory for one token of one sequence, at least: the stored bytes of the packed layers, and everything else once, but of an
-    embedding that is not also the head one row. The cache is left out: it is the same for all, and short."""
+def bytes_per_token(loaded: CompressedModel) -> int:
+    """Read from memory for one token of one sequence, at least: the stored bytes of packed layers and tables (of layers that were decoded
+    when loaded, the weights), and everything else once, but of an embedding that is not also the head one row. The cache is left out: it is
+    the same for all, and short."""
+    model = loaded.model
+    weights = sum(
+        layer.in_features * layer.out_features * model.dtype.itemsize if layer.decode_on_load else layer.stored_bits().total // 8
+        for layer in loaded.packed.values()
+    ) + sum(table.stored_bits().total // 8 for table in loaded.tables.values())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     packed = {tensor.data_ptr() for module in model.modules() if isinstance(module, StoredModule) for tensor in module.buffers()}
     rest = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.data_ptr() not in packed}
     if head is None or head.weight.data_ptr() != embedding.data_ptr():
         rest.pop(embedding.data_ptr(), None)
-    return stored_bytes + sum(rest.values())
+    return weights + sum(rest.values())
 
 
 def resident_bytes(model: nn.Module) -> int:

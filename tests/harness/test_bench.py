@@ -116,8 +116,8 @@ def test_a_decoded_token_is_the_scored_one_and_bytes_are_counted_once(stored):
 
     packed_bytes = stored.ledger().stored_bits // 8
     others = sum(p.numel() * 4 for p in model.parameters())  # tied: the head is the embedding, and all of it is read
-    assert packed_bytes + others <= bytes_per_token(model, packed_bytes) < packed_bytes + others + 10_000  # rotary frequencies
-    assert bytes_per_token(model, packed_bytes) <= resident_bytes(model) < 1.1 * bytes_per_token(model, packed_bytes)
+    assert packed_bytes + others <= bytes_per_token(stored) < packed_bytes + others + 10_000  # rotary frequencies
+    assert bytes_per_token(stored) <= resident_bytes(model) < 1.1 * bytes_per_token(stored)
 
 
 def test_what_differs_from_what_was_scored_is_not_timed(stored, monkeypatch):
