@@ -46,7 +46,8 @@ def main() -> None:
     tokenizer = load_tokenizer(resolved.path)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     models = {"harness": open_lm(model, tokenizer), "HFLM": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch)}
-    print(f"{resolved.name}, {arguments.items} items a task, {arguments.device}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
+    threads = torch.get_num_threads()
+    print(f"{resolved.name}, {arguments.items} items a task, {arguments.device}, {threads} threads, {arguments.rounds} rounds")
     print(f"{'task':16}{'harness':>18}{'HFLM':>18}{'nats apart':>12}{'harness s':>11}{'HFLM s':>9}{'ratio':>16}")
     totals: dict[str, list[float]] = {name: [0.0] * arguments.rounds for name in models}
     for task in tasks:

@@ -7,7 +7,6 @@ for `sciq`: the wheel has its validation split, lm-eval scores the test split. `
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,9 +119,3 @@ def official_config(path: Path) -> dict[str, Any]:
     config = yaml.load(path.read_text(encoding="utf-8"), Loader)
     included = config.pop("include", None)
     return {**official_config(path.parent / included), **config} if included else config
-
-
-def describe(tasks: Sequence[Task]) -> str:
-    """What of the tasks was scored, in words; empty for all of it."""
-    limits = {task.limit for task in tasks}
-    return f"provisional: first {min(n for n in limits if n)} items of a task" if limits - {None} else ""

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class Display:
@@ -21,6 +21,7 @@ class Display:
             MofNCompleteColumn(),
             TextColumn("{task.fields[phase]}"),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),  # of this phase
         )
         self._bars = Progress(*columns, console=console) if console.is_terminal else None
         self._tasks: dict[str, Any] = {}

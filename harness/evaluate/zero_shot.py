@@ -1,7 +1,7 @@
 """Zero-shot tasks, item by item: lm-eval asks and marks, the model in memory answers, and every item's outcome is kept.
 
-A result holds one character or number per item, in the order of lm-eval's documents: `correct` ("1" right, "0" wrong) and `answers` (index of
-the chosen answer; of lambada whether greedy decoding says the word) for every metric, and the log-likelihood of every answer.
+A result holds, for every item in the order of lm-eval's documents and for every metric, `correct` ("1" right, "0" wrong) and `answers`
+(index of the chosen answer; of lambada whether greedy decoding says the word), and the log-likelihood of every answer.
 Requests are known by the sha256 of their texts, so rows that were asked different questions cannot share a column.
 """
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from harness.assets import Say
 from harness.evaluate.task_data import load_task
 from harness.files import canonical
 from harness.model import load_tokenizer
@@ -37,7 +38,7 @@ def requests_sha256(requests: Iterable[tuple[str, str]]) -> str:
 
 
 def open_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> BranchingLM:
-    """lm-eval's view of a model in memory, for `score_task`."""
+    """lm-eval's view of a model in memory, for `score_task`. Raises ImportError without lm-eval."""
     from harness.evaluate.lm import BranchingLM
 
     return BranchingLM(model, tokenizer)
@@ -62,6 +63,12 @@ def score_task(lm: BranchingLM, task: Task) -> dict[str, Any]:
         "nonfinite_items": sum(not all(map(math.isfinite, values)) for values in likelihoods),
         "loglikelihoods": likelihoods, "branching": lm.branching, "seconds": time.perf_counter() - start,
     }  # fmt: skip
+
+
+def prepare(tasks: Iterable[Task], say: Say) -> None:
+    """Load every task before any cell starts: documents that cannot be had should cost seconds, not a finished compression."""
+    for task in tasks:
+        load_task(task, say)
 
 
 def _answer(task: ConfigurableTask, sample: Mapping[str, Any], metric: str) -> int:
