@@ -29,16 +29,10 @@ SEED = 1234  # lm-eval's own seed of the few-shot examples
 
 def load_task(task: Task, say: Say = lambda _: None) -> ConfigurableTask:
     """The task as lm-eval makes it, documents loaded. Raises ValueError when they cannot be had."""
-    import yaml
     from lm_eval.tasks import TaskManager
 
-    config: dict[str, Any] = {"include": str(official_file(task.name)), "task": task.name, "tag": None}
-    if task.source == "pinned":
-        config |= dict.fromkeys(("training_split", "validation_split", "test_split")) | {f"{task.split}_split": task.split}
-        files = {"data_files": {task.split: str(documents_file(task.name, say))}, "cache_dir": str(cache_dir("tasks", "datasets"))}
-        config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, f"{task.name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        write_task_file(task, Path(folder), say)
         try:
             loaded = TaskManager(include_path=folder, include_defaults=False).load([task.name])["tasks"][task.name]
         except OSError as error:  # every failure of a connection is one
@@ -47,6 +41,19 @@ def load_task(task: Task, say: Say = lambda _: None) -> ConfigurableTask:
     loaded.set_config(key="num_fewshot", value=task.few_shot)
     loaded.set_fewshot_seed(seed=SEED)
     return loaded
+
+
+def write_task_file(task: Task, folder: Path, say: Say = lambda _: None) -> None:
+    """Write <task>.yaml: lm-eval's own task file, by inclusion, and where its documents are. lm-eval's command line reads such a folder
+    too (--include_path)."""
+    import yaml
+
+    config: dict[str, Any] = {"include": str(official_file(task.name)), "task": task.name, "tag": None}
+    if task.source == "pinned":
+        config |= dict.fromkeys(("training_split", "validation_split", "test_split")) | {f"{task.split}_split": task.split}
+        files = {"data_files": {task.split: str(documents_file(task.name, say))}, "cache_dir": str(cache_dir("tasks", "datasets"))}
+        config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+    (folder / f"{task.name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
 def documents_file(name: str, say: Say = lambda _: None) -> Path:

@@ -82,11 +82,8 @@ def write_leaderboard(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path)
     task_means(summary, rows, tasks)
     if any(row["seeds"] > 1 for row in summary):
         _write_csv(folder / "summary.csv", list(summary[0]), summary)
-        text = (
-            markdown(*shown_table(summary, names, shown_tasks(tasks, ranks=False)))
-            + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n"
-            + text
-        )
+        means = markdown(*shown_table(summary, names, shown_tasks(tasks, ranks=False)))
+        text = means + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
     if stored:
         text += "\nStored bits per weight of each kind of matrix, mean (least to most); every matrix is in `cells/`:\n\n"
         tables.append(plan_table({label(row): stored[row["cell"]] for row in rows if row["cell"] in stored}))
@@ -124,9 +121,8 @@ def row_of(cell: Cell, plan: Plan, outcome: Outcome | None) -> tuple[dict[str, A
         if training := artifact.get("training"):
             row |= {f"training_{what}": training[name] for what, name in (("steps", "steps"), ("tokens", "tokens"), ("s", "seconds"))}
         row["weights_gib"] = artifact["checkpoint_bytes"] / 2**30
-        row["peak_ram_gib"] = max(
-            [artifact["peak_ram_gib"], *(result["peak_ram_gib"] for result in (*done, *filter(None, answered.values())))]
-        )
+        measured = (artifact, *done, *filter(None, answered.values()))
+        row["peak_ram_gib"] = max(result["peak_ram_gib"] for result in measured)
     if done:
         row |= {"kind": done[0]["kind"], "resident_bpw": done[0]["resident_bpw"], "eval_s": sum(score["seconds"] for score in done)}
         if any(seconds := [score.get("decode_s") or 0.0 for score in done]):

@@ -47,6 +47,8 @@ def fill_tasks(
 ) -> None:
     """Set every task column of every row. `results`: by cell; `reference`: the reference's cell. Raises ValueError when two cells were
     asked different questions."""
+    if not tasks:
+        return
     for task in tasks:
         asked = {result["requests_sha256"] for of_cell in results.values() if (result := of_cell.get(task.name))}
         if len(asked) > 1:
