@@ -101,7 +101,7 @@ def official_file(name: str) -> Path:
     """lm-eval's file of a task. Raises ValueError when lm-eval is missing, or too old or new to have it there."""
     found = find_spec("lm_eval")
     if found is None or not found.submodule_search_locations:
-        raise ValueError("--tasks needs lm-eval: pip install 'lm-eval>=0.4.9'")
+        raise ValueError("--tasks needs lm-eval: pip install 'lm-eval>=0.4.13'")
     path = Path(found.submodule_search_locations[0]) / "tasks" / OFFICIAL[name]
     if not path.exists():
         raise ValueError(f"the installed lm-eval keeps {name} elsewhere (no {OFFICIAL[name]}): pip install 'lm-eval==0.4.13'")

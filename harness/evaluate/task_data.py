@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ def load_task(task: Task, say: Say = lambda _: None) -> ConfigurableTask:
     """The task as lm-eval makes it, documents loaded. Raises ValueError when they cannot be had."""
     from lm_eval.tasks import TaskManager
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         write_task_file(task, Path(folder), say)
         try:
             loaded = TaskManager(include_path=folder, include_defaults=False).load([task.name])["tasks"][task.name]
@@ -41,6 +43,23 @@ def load_task(task: Task, say: Say = lambda _: None) -> ConfigurableTask:
     loaded.set_config(key="num_fewshot", value=task.few_shot)
     loaded.set_fewshot_seed(seed=SEED)
     return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars of `datasets`, nor what lm-eval thinks of its own task files."""
+    import datasets
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def write_task_file(task: Task, folder: Path, say: Say = lambda _: None) -> None:
