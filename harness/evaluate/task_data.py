@@ -38,6 +38,8 @@ def load_task(task: Task, say: Say = lambda _: None) -> ConfigurableTask:
         try:
             loaded = TaskManager(include_path=folder, include_defaults=False).load([task.name])["tasks"][task.name]
         except OSError as error:  # every failure of a connection is one
+            if task.source == "pinned":
+                raise
             reason = str(error).strip().splitlines()[0][:160]
             raise ValueError(f"cannot get {task.name} from the hub ({reason}): write --task-source pinned") from error
     loaded.set_config(key="num_fewshot", value=task.few_shot)

@@ -22,6 +22,7 @@ from harness.evaluate.task_data import load_task, write_task_file
 from harness.evaluate.zero_shot import open_lm, requests_sha256, score_task
 from harness.model import load_reference
 from harness.report.check import read_rows
+from harness.report.tasks import fill_tasks
 from harness.stats import MIN_WINDOWS, accuracy_difference, accuracy_interval, accuracy_ranks, interval, resampled_means, resampled_shares
 from harness.tasks import GROUPS, OFFICIAL, parse_tasks
 from tests.harness.conftest import run_harness
@@ -254,6 +255,38 @@ def test_bad_input_is_one_line(arguments, hint, capsys):
     assert main(["run", *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and re.search(hint, error), error
+
+
+def test_rows_that_were_asked_other_questions_share_no_column():
+    (task,) = parse_tasks("copa", limit=4)
+    results = {cell: {"copa": {"requests_sha256": cell}} for cell in ("a", "b")}
+    with pytest.raises(ValueError, match="copa was asked in two different wordings"):
+        fill_tasks([], results, [task], "a")
+
+
+def test_ranks_averages_and_flips_of_rows():
+    tasks = parse_tasks("copa,rte")
+    source = random.Random(3)
+    base = [int(source.random() < 0.7) for _ in range(300)]
+
+    def result(wrong):
+        marks = [mark if i >= wrong else 0 for i, mark in enumerate(base)]
+        text = "".join(map(str, marks))
+        value = {"acc": {"value": sum(marks) / 300, "stderr": 0.0}}
+        return {"requests_sha256": "x", "correct": {"acc": text}, "answers": {"acc": marks}, "metrics": value, "items": 300, "seconds": 1.0}
+
+    wrong = {"fp16": 0, "good": 3, "also": 2, "bad": 150}
+    results = {cell: dict.fromkeys(("copa", "rte"), result(count)) for cell, count in wrong.items()}
+    rows = [
+        {"cell": cell, "budget_bpw": "" if cell == "fp16" else "3.25", "track": "data-free", "seed": 0, "status": "ok"} for cell in results
+    ]
+    fill_tasks(rows, results, tasks, "fp16")
+    by_cell = {row["cell"]: row for row in rows}
+    assert [by_cell[cell]["rank_average"] for cell in ("good", "also", "bad")] == [1, 1, 3]
+    assert [by_cell[cell]["tie_copa"] for cell in ("good", "also", "bad")] == ["tie", "tie", ""]
+    assert by_cell["bad"]["flips_rte"] == sum(base[:150]) / 300 and "flips_rte" not in by_cell["fp16"]
+    assert by_cell["bad"]["acc_average_lo"] < by_cell["bad"]["acc_average"] < by_cell["bad"]["acc_average_hi"]
+    assert by_cell["fp16"]["provisional"] == "" and by_cell["fp16"]["tasks_s"] == 2.0
 
 
 def test_without_lm_eval_the_message_says_what_to_install(monkeypatch):
