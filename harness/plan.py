@@ -2,7 +2,7 @@
 
 artifact key   method with its configuration and version, model, budget, way of allocation, calibration, seed, compute dtype, kind
                of device
-result key     artifact key + protocol
+result key     artifact key + protocol, or artifact key + zero-shot task
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from harness.ledger import parse_budget
 from harness.model import Inventory
 from harness.protocol import Calibration, Protocol, Training, protocol_key
 from harness.sensitivity import FISHER_TOKENS, GRADIENT_TOKENS, HEAD_TOKENS, HESSIAN_TOKENS, RANDOM_CONTEXT
+from harness.tasks import Task
 from methods.base import LayerSpec, Method, Track
 
 ARTIFACT_VERSION = 2  # bump when the same cell would be written differently: another plan, measurement or training behind it
@@ -91,7 +92,7 @@ class Cell:
         label = f"{self.method_text} {self.budget.text}" if self.budget else self.method_text
         return f"{label} seed {self.seed}" if self.seed else label
 
-    def to_json(self, protocols: Sequence[Protocol], data: str | None, reference: str) -> dict[str, Any]:
+    def to_json(self, protocols: Sequence[Protocol], data: str | None, reference: str, tasks: Sequence[Task] = ()) -> dict[str, Any]:
         """Everything the cell's own process needs, and everything its result repeats."""
         return {
             "key": self.key,
@@ -110,6 +111,7 @@ class Cell:
             "dtype": self.compute.dtype,
             "threads": self.compute.threads,
             "protocols": {protocol_key(p): p.to_json() for p in protocols},
+            "tasks": {task.key: task.to_json() for task in tasks},
             "data": data,
             "plan": {name: config.to_json() for name, config in self.allocation.layers.items()} if self.allocation else {},
         }
@@ -119,6 +121,7 @@ class Cell:
 class Plan:
     cells: tuple[Cell, ...]
     protocols: tuple[Protocol, ...]
+    tasks: tuple[Task, ...] = ()
 
     @property
     def reference(self) -> Cell:
@@ -128,7 +131,8 @@ class Plan:
 
     @property
     def key(self) -> str:
-        return digest([[cell.key for cell in self.cells], [protocol_key(p) for p in self.protocols]])[:12]
+        tasks = [[task.key for task in self.tasks]] if self.tasks else []  # absent rather than empty: a run without has the folder it had
+        return digest([[cell.key for cell in self.cells], [protocol_key(p) for p in self.protocols], *tasks])[:12]
 
 
 def make_plan(

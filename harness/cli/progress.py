@@ -1,12 +1,15 @@
-"""Live progress of cells: bars on a terminal, a line per phase elsewhere."""
+"""Live progress of cells: bars on a terminal; elsewhere a line per phase, and in a long one a line now and then."""
 
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+EVERY_S = 120  # seconds between lines about one phase
 
 
 class Display:
@@ -15,12 +18,14 @@ class Display:
     def __init__(self, console: Console, labels: dict[str, str]) -> None:
         self.console, self.labels = console, labels
         self._lock, self._phase = threading.Lock(), dict.fromkeys(labels, "")
+        self._began: dict[str, tuple[float, float]] = {}  # of each cell's phase, and of the last line about it
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[phase]}"),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),  # of this phase
         )
         self._bars = Progress(*columns, console=console) if console.is_terminal else None
         self._tasks: dict[str, Any] = {}
@@ -48,6 +53,12 @@ class Display:
             self._bars.update(self._tasks[key], completed=done, total=total, phase=phase)
         elif phase != self._phase[key]:
             self.console.print(f"{self.labels[key]}: {phase}")
+            self._began[key] = (time.monotonic(), time.monotonic())
+        elif 0 < done < total and time.monotonic() - self._began[key][1] > EVERY_S:
+            began = self._began[key][0]
+            left = (time.monotonic() - began) * (total - done) / done
+            self.console.print(f"{self.labels[key]}: {phase} {done / total:.0%}, about {left / 60:.0f} min left")
+            self._began[key] = (began, time.monotonic())
         self._phase[key] = phase
 
     def _end(self, key: str, error: str) -> None:

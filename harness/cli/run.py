@@ -14,6 +14,7 @@ from harness.cli.options import add_bench_options, add_plan_options, build_plan,
 from harness.cli.progress import Display
 from harness.cli.tables import print_table
 from harness.engine.local import Outcome, measure_cells, run_cells
+from harness.evaluate.zero_shot import prepare
 from harness.measure.machine import identity_key
 from harness.model import read_config
 from harness.plan import Cell, Plan
@@ -54,6 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
         runnable = []  # everything asked for was refused: the reference is not loaded for nothing
     if runnable:
         _prepare_texts(plan, model.to_json(), read_config(model.path).get_text_config().vocab_size, arguments.data, say)
+        prepare(plan.tasks, say)
     if arguments.fresh:
         for cell in runnable:
             CellStore(cell.key).forget()
@@ -98,15 +100,16 @@ def bench_cells(plan: Plan, arguments: argparse.Namespace, console: Console, aga
 
 
 def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console: Console) -> dict[str, Outcome]:
-    keys = [protocol_key(p) for p in plan.protocols]
-    todo = [cell for cell in runnable if not CellStore(cell.key).finished(keys)]
+    keys, tasks = [protocol_key(p) for p in plan.protocols], [task.key for task in plan.tasks]
+    todo = [cell for cell in runnable if not CellStore(cell.key).finished(keys, tasks)]
     for cell in runnable:
         if cell not in todo:
             console.print(f"{cell.label}: found, not repeated", style="dim")
     if not todo:
         return {}
     with Display(console, {cell.key: cell.label for cell in todo}) as display:
-        return run_cells([cell.to_json(plan.protocols, data, plan.reference.key) for cell in todo], jobs, display.message)
+        specs = [cell.to_json(plan.protocols, data, plan.reference.key, plan.tasks) for cell in todo]
+        return run_cells(specs, jobs, display.message)
 
 
 def _prepare_texts(plan: Plan, model: dict[str, str], vocabulary: int, data: str | None, say: Say) -> None:

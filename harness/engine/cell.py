@@ -19,6 +19,7 @@ from harness.compress import compress_model
 from harness.compressed import CompressedModel
 from harness.engine.process import Speaker
 from harness.evaluate.score import noise_floor, score
+from harness.evaluate.zero_shot import score_tasks
 from harness.files import cache_dir, digest, locked
 from harness.finetune import finetune, save_adapter
 from harness.ledger import parse_budget
@@ -29,6 +30,7 @@ from harness.protocol import Calibration, Protocol, Training
 from harness.sensitivity import random_tokens, remembered_sensitivities
 from harness.store import CellStore
 from harness.streams import calibration_stream, evaluation_stream
+from harness.tasks import Task
 from harness.windows import stream_sha256
 from methods import method_class
 from methods.base import LayerConfig, Method, Sensitivity
@@ -49,7 +51,8 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
         _compress(spec, store, speak, dtype)
     is_reference = spec["reference"] == spec["key"]
     wanted = {key: data for key, data in spec["protocols"].items() if not store.scored(key)}
-    if not wanted:
+    tasks = {key: Task.from_json(data) for key, data in spec["tasks"].items() if store.task(key) is None}
+    if not wanted and not tasks:
         return
     speak("load", 0, 1)
     reloaded = CompressedModel.load(store.folder, spec["device"], dtype)
@@ -68,6 +71,9 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
         run |= {"kind": reloaded.kind, "resident_bpw": reloaded.resident_bpw}
         run["decode_s"] = sum(getattr(layer, "decode_seconds", None) or 0.0 for layer in reloaded.packed.values())
         store.put_score(key, {"protocol": data, "tokens_sha256": tokens.sha256, **result, **run})
+    # What a task's items are compared with is taken from the reference's result when the leaderboard is written: nobody waits here.
+    put = lambda key, result: store.put_task(key, {**result, "peak_ram_gib": peak_process_bytes() / 2**30})  # noqa: E731
+    score_tasks(reloaded.model, Path(spec["model"]["path"]), tasks, put, speak)
 
 
 def _reference_states(spec: dict[str, Any], protocol_key: str, speak: Speaker) -> Path | None:

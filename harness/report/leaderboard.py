@@ -24,6 +24,7 @@ from harness.protocol import protocol_key
 from harness.report import latency
 from harness.report.summary import add_ranks, summarise
 from harness.report.table import Shown, label, markdown, plan_table, shown_table
+from harness.report.tasks import TIME_COLUMN, Results, fill_tasks, shown_tasks, task_columns, task_means, write_pages
 from harness.stats import perplexity_interval
 from harness.store import CellStore
 
@@ -38,7 +39,7 @@ COLUMNS_AFTER = (
     "seed", "harness_version", "cell", "reason", "model_note",
 )  # fmt: skip
 # The only ones two identical runs may differ in:
-TIME_COLUMNS = ("plan_s", "compress_s", "eval_s", "decode_s_on_load", "peak_ram_gib", "training_s", *latency.COLUMNS)
+TIME_COLUMNS = ("plan_s", "compress_s", "eval_s", "decode_s_on_load", "peak_ram_gib", "training_s", TIME_COLUMN, *latency.COLUMNS)
 
 
 def protocol_columns(names: Sequence[str]) -> list[str]:
@@ -58,7 +59,8 @@ def write_leaderboard(
     returns the rows in order, and the tables people see. `outcomes` are the cells', `measured` those of their measurements, which
     are looked up under this machine's `identity`."""
     names = [protocol.name for protocol in plan.protocols]
-    rows, losses, stored = [], {}, {}
+    tasks = plan.tasks
+    rows, losses, stored, answered = [], {}, {}, {}
     streams: dict[str, str] = {}
     weights: dict[str, list[float] | None] = {}
     kernels: list[dict[str, Any]] = []
@@ -72,23 +74,29 @@ def write_leaderboard(
             if score and streams.setdefault(name, score["tokens_sha256"]) != score["tokens_sha256"]:
                 raise ValueError(f"{name} was scored on two different token streams; run again with --fresh")
         weights |= {name: score.get("window_weight") for name, score in record["scores"].items() if score}
+        answered[cell.key] = record["tasks"]
         losses[cell.key] = {name: score["window_nll"] for name, score in record["scores"].items() if score}
         write_json(folder / "cells" / f"{cell.key}.json", record)
         if cell.allocate == "ilp" and record["artifact"]:
             stored[cell.key] = record["artifact"]["layers"]
         rows.append(row)
-    add_ranks(rows, losses, names, weights, {cell.key for cell in plan.cells if not cell.method.seeded})
+    unseeded = {cell.key for cell in plan.cells if not cell.method.seeded}
+    add_ranks(rows, losses, names, weights, unseeded)
+    fill_tasks(rows, answered, tasks, plan.reference.key, unseeded)
     rows.sort(key=lambda row: _order(row, names))
-    write_csv(folder / "leaderboard.csv", [*COLUMNS_BEFORE, *protocol_columns(names), *COLUMNS_AFTER], rows)
+    write_csv(folder / "leaderboard.csv", [*COLUMNS_BEFORE, *protocol_columns(names), *task_columns(tasks), *COLUMNS_AFTER], rows)
     (folder / "kernels.csv").unlink(missing_ok=True)  # of an earlier measurement
     if kernels:
         write_csv(folder / "kernels.csv", list(latency.KERNEL_COLUMNS), kernels)
-    tables = [shown_table(rows, names)]
+    write_pages(folder, rows, answered, tasks, plan.reference.key)
+    tables = [shown_table(rows, names, shown_tasks(tasks))]
     text = markdown(*tables[0])
     summary = summarise(rows, losses, names, weights)
+    task_means(summary, rows, tasks)
     if any(row["seeds"] > 1 for row in summary):
         write_csv(folder / "summary.csv", list(summary[0]), summary)
-        text = markdown(*shown_table(summary, names)) + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
+        means = markdown(*shown_table(summary, names, shown_tasks(tasks, ranks=False)))
+        text = means + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
     if stored:
         text += "\nStored bits per weight of each kind of matrix, mean (least to most); every matrix is in `cells/`:\n\n"
         tables.append(plan_table({label(row): stored[row["cell"]] for row in rows if row["cell"] in stored}))
@@ -105,13 +113,16 @@ def row_of(
     store = CellStore(cell.key)
     artifact = store.artifact() if not cell.refusal else None
     scores = {p.name: store.score(protocol_key(p)) for p in plan.protocols} if artifact else {}
+    answered: Results = {task.name: store.task(task.key) for task in plan.tasks} if artifact else {}
     done = [score for score in scores.values() if score]
     error = cell.refusal or (outcome.error if outcome else "")
     bench = store.bench(identity) if artifact else None
-    row: dict[str, Any] = dict.fromkeys((*COLUMNS_BEFORE, *protocol_columns([p.name for p in plan.protocols]), *COLUMNS_AFTER), "")
+    middle = (*protocol_columns([p.name for p in plan.protocols]), *task_columns(plan.tasks))
+    row: dict[str, Any] = dict.fromkeys((*COLUMNS_BEFORE, *middle, *COLUMNS_AFTER), "")
+    status = "skipped" if outcome and outcome.skipped else _status(cell, artifact, scores, answered, error)
     row |= {
         "model": cell.model.name, "method": cell.method.name, "variant": cell.method.variant or cell.method_text.partition(":")[2],
-        "track": str(cell.method.track), "status": "skipped" if outcome and outcome.skipped else _status(cell, artifact, scores, error),
+        "track": str(cell.method.track), "status": status,
         "budget_bpw": cell.budget.text if cell.budget else "", "seed": cell.seed, "device": cell.compute.device,
         "allocate": cell.allocate if cell.budget else "",
         "harness_version": __version__, "cell": cell.key, "model_note": cell.model.note,
@@ -127,7 +138,8 @@ def row_of(
         if training := artifact.get("training"):
             row |= {f"training_{what}": training[name] for what, name in (("steps", "steps"), ("tokens", "tokens"), ("s", "seconds"))}
         row["weights_gib"] = artifact["checkpoint_bytes"] / 2**30
-        row["peak_ram_gib"] = max([artifact["peak_ram_gib"], *(score["peak_ram_gib"] for score in done)])
+        results = (artifact, *done, *filter(None, answered.values()))
+        row["peak_ram_gib"] = max(result["peak_ram_gib"] for result in results)
     if done:
         row |= {"kind": done[0]["kind"], "resident_bpw": done[0]["resident_bpw"], "eval_s": sum(score["seconds"] for score in done)}
         if any(seconds := [score.get("decode_s") or 0.0 for score in done]):
@@ -137,7 +149,10 @@ def row_of(
     for name, score in scores.items():
         if score:
             row |= _protocol_values(name, score)
-    return row, {"row": row, "seeded": cell.method.seeded, "artifact": artifact, "scores": scores, "bench": bench}
+    # Likelihoods of single answers stay in the store.
+    short = {name: {k: v for k, v in result.items() if k != "loglikelihoods"} if result else None for name, result in answered.items()}
+    record = {"artifact": artifact, "scores": scores, "tasks": short, "bench": bench}
+    return row, {"row": row, "seeded": cell.method.seeded, **record}
 
 
 def _protocol_values(name: str, score: dict[str, Any]) -> dict[str, Any]:
@@ -149,12 +164,14 @@ def _protocol_values(name: str, score: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _status(cell: Cell, artifact: dict | None, scores: Mapping[str, dict | None], error: str) -> str:
+def _status(cell: Cell, artifact: dict | None, scores: Mapping[str, dict | None], tasks: Results, error: str) -> str:
     if cell.refusal:
         return "refused"
-    if error or artifact is None or any(score is None for score in scores.values()):
+    if error or artifact is None or any(result is None for result in (*scores.values(), *tasks.values())):
         return "failed"
     if any(score["nonfinite_windows"] or not math.isfinite(score["ppl"]) for score in scores.values() if score):
+        return "nonfinite"
+    if any(result["nonfinite_items"] for result in tasks.values() if result):
         return "nonfinite"
     ledger = artifact["ledger"]
     return "underspent" if cell.budget and underspent(ledger["stored_bits"], ledger["weights"], cell.budget.bpw) else "ok"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.report.table import GOOD
@@ -22,16 +22,21 @@ def add_ranks(
 
     A row no seed can change (its cell is in `unseeded`) stands in every seed's ranking, and shows its rank in the first.
     """
+    for group in ranked_together(rows, unseeded):
+        for name in names:
+            ranks = shared_ranks([losses[row["cell"]][name] for row in group], weights.get(name))
+            for row, rank in zip(group, ranks, strict=True):
+                row[f"rank_{name}"] = rank
+                row[f"tie_{name}"] = "tie" if ranks.count(rank) > 1 else ""
+
+
+def ranked_together(rows: Sequence[dict[str, Any]], unseeded: Container[str] = ()) -> Iterator[list[dict[str, Any]]]:
+    """Groups of rows with numbers that share budget, track and seed; the first seed last, so that it has the last word on rows that stand
+    in every seed's group."""
     ranked = [row for row in rows if row["budget_bpw"] and row["status"] in GOOD]
-    seeds = sorted({row["seed"] for row in ranked if row["cell"] not in unseeded}, reverse=True) or [0]
-    for seed in seeds:
+    for seed in sorted({row["seed"] for row in ranked if row["cell"] not in unseeded}, reverse=True) or [0]:
         present = [row for row in ranked if row["seed"] == seed or row["cell"] in unseeded]
-        for group in _groups(present, lambda row: (row["budget_bpw"], row["track"])):
-            for name in names:
-                ranks = shared_ranks([losses[row["cell"]][name] for row in group], weights.get(name))
-                for row, rank in zip(group, ranks, strict=True):
-                    row[f"rank_{name}"] = rank
-                    row[f"tie_{name}"] = "tie" if ranks.count(rank) > 1 else ""
+        yield from _groups(present, lambda row: (row["budget_bpw"], row["track"]))
 
 
 def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], weights: Weights) -> list[dict[str, Any]]:

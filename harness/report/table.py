@@ -36,13 +36,17 @@ def label(row: Mapping[str, Any]) -> str:
     return " ".join(part for part in (name, row["budget_bpw"], seed) if part)
 
 
-def shown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Shown:
+def shown_table(
+    rows: Sequence[dict[str, Any]], names: Sequence[str], more: Mapping[str, Callable[[dict[str, Any]], str]] | None = None
+) -> Shown:
+    """`more`: further columns behind the protocols', title -> text of a row."""
+    more = more or {}
     protocols = [(kind, name) for name in names for kind in SHOWN]
     tail = {column: title for column, title in TAIL.items() if column in rows[0]}
-    header = [*HEAD.values(), *(f"{kind} {name}" if kind == "ppl" else kind for kind, name in protocols), *tail.values()]
+    header = [*HEAD.values(), *(f"{kind} {name}" if kind == "ppl" else kind for kind, name in protocols), *more, *tail.values()]
     cells = []
     for row in rows:
-        middle = [SHOWN[kind](row, name) for kind, name in protocols]
+        middle = [*(SHOWN[kind](row, name) for kind, name in protocols), *(text(row) for text in more.values())]
         cells.append([*(_text(row, column) for column in HEAD), *middle, *(_text(row, column) for column in tail)])
     return header, cells
 

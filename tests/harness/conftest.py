@@ -25,7 +25,8 @@ def assets_cache() -> Path:
 def linked_cache(assets: Path, folder: Path) -> Path:
     """A cache with the same assets and no results."""
     folder.mkdir(parents=True)
-    for name in ("files", "models", "sha256"):
+    (assets / "tasks").mkdir(exist_ok=True)
+    for name in ("files", "models", "sha256", "tasks"):
         (folder / name).symlink_to(assets / name)
     return folder
 
