@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from kernels import views
 from kernels.codebook import CodebookLinear
 from kernels.normal_float import dynamic_map
 from kernels.packed import PackedLinear
@@ -31,7 +32,6 @@ class View:
     """A layer's structure, the tensors it points to, and the order its inputs are wanted in."""
 
     def __init__(self, layer: PackedLinear) -> None:
-        self.state = _state(layer)
         numbers, tensors, self.order_I = _uniform(layer) if isinstance(layer, UniformLinear) else _codebook(layer)
         if layer.lowrank is not None:
             numbers["rank"] = layer.rank
@@ -48,21 +48,7 @@ class View:
 
 
 def view(layer: PackedLinear) -> View:
-    """Made once, and again when the layer's tensors are others or were written to."""
-    known = layer.__dict__.get("_cpu_view")
-    if known is None or known.state != _state(layer):
-        known = layer.__dict__["_cpu_view"] = View(layer)
-    return known
-
-
-def _state(layer: PackedLinear) -> list[tuple[int, int]]:
-    shared = getattr(layer, "shared", None)  # a table of the model's
-    buffers = [*layer.buffers(), *(shared.buffers() if shared is not None else ())]
-    return [(buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version) for buffer in buffers]
-
-
-def supports(layer: PackedLinear) -> bool:
-    return not (isinstance(layer, CodebookLinear) and (layer.order is not None or layer.along == "columns" or layer.index_bits > 12))
+    return views.view(layer, "_cpu_view", View)
 
 
 def _uniform(layer: UniformLinear) -> tuple[dict[str, float], dict[str, Tensor | None], Tensor | None]:

@@ -1,0 +1,155 @@
+"""Load, unpack, decode: how a program turns stored bytes into a tile of weights. The only place that knows the layouts.
+
+A tile has four axes [V, U, L, D]: V vectors of rows, U units of columns, the L columns of a unit, the D rows of a vector (1 unless codes
+index vectors). A unit is as many columns as have their codes within 32 bits, so that a thread gets all of its codes from one window of
+the stream: one load where windows divide a word, else two (3 bits: eight columns, 24 bits of two words). L and D stay inside a thread:
+shifts by a lane are then constants, an entry of d numbers is one load, and a scale is read and applied once a unit.
+
+Shape suffixes are the axes above; bits are numbered as in kernels/bitpack.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Form(NamedTuple):
+    """What is fixed when a kernel is compiled: everything about a layer but its number of rows, which only bounds the grid."""
+
+    rows: int
+    columns: int
+    bits: int  # of a code
+    lanes: int  # columns in a unit
+    dim: int  # rows in a vector
+    table: bool  # codes index a table; else they are numbers
+    group: int  # columns under a scale
+    groups: int  # scales to a row
+    scale_bits: int  # 16: fp16 scales, stored as they are
+    per_step: int  # scales to a step
+    levels: bool  # scale codes index `levels`; else they are numbers
+    offset: str  # "" | symmetric | zero | minimum
+    rank: int
+    row_scale: bool
+    bias: bool
+
+
+class Stored(NamedTuple):
+    """The tensors of a layer. What its form lacks is None."""
+
+    codes: Any  # int32 [ceil(rows / dim), words]
+    table: Any  # [2**bits, dim]
+    scales: Any  # fp16 [rows, groups], or codes of that many: uint8, or one stream in int32
+    steps: Any
+    levels: Any  # fp32 [256]
+    scale_offset: Any  # fp32 [1]
+    minima: Any  # fp16 [rows, groups]
+    zeros: Any  # one stream of rows * groups codes, int32
+    right: Any  # [rank, columns], int8 or fp16
+    left: Any  # [rows, rank]
+    right_scale: Any  # fp16 [rank]; None with fp16 factors
+    left_scale: Any
+    row_scale: Any  # fp16 [rows]
+    bias: Any  # fp16 [rows]
+
+
+def lanes(bits: int) -> int:
+    """Columns in a unit."""
+    return 8 if bits <= 4 else 4 if bits <= 8 else 2
+
+
+@triton.jit
+def window(words, first, bit, last, present, WIDTH: tl.constexpr):
+    """`WIDTH` bits (and more above them) from bit number `bit` of the stream of words `first` to `last` - 1.
+
+    uint32 in the shape of `first + bit`; zero beyond the end of the stream. Windows begin on multiples of their own width."""
+    word = first + (bit >> 5)
+    shift = (bit & 31).to(tl.uint32)
+    found = tl.load(words + word, mask=present, other=0).to(tl.uint32, bitcast=True) >> shift
+    if 32 % WIDTH != 0:
+        above = present & (shift + WIDTH > 32) & (word + 1 < last)
+        high = tl.load(words + word + 1, mask=above, other=0).to(tl.uint32, bitcast=True)
+        found = found | ((high << 1) << (31 - shift))  # in two steps: a shift by 32 is undefined
+    return found
+
+
+@triton.jit
+def code_at(words, index, present, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """Codes number `index` of one stream of `COUNT` codes of `BITS` bits, int32."""
+    found = window(words, 0, index * BITS, (COUNT * BITS + 31) // 32, present, BITS)
+    return (found & ((1 << BITS) - 1)).to(tl.int32)
+
+
+@triton.jit
+def codes(stored, vector_V, unit_U, F: tl.constexpr):
+    """Codes of a tile, int32 [V, U, L]. Those of vectors or columns that do not exist are valid codes without a meaning."""
+    WORDS: tl.constexpr = (F.columns * F.bits + 31) // 32
+    VECTORS: tl.constexpr = (F.rows + F.dim - 1) // F.dim
+    first_V = vector_V * WORDS
+    bit_U = unit_U * (F.lanes * F.bits)
+    present_VU = (vector_V < VECTORS)[:, None] & (bit_U < F.columns * F.bits)[None, :]
+    window_VU = window(stored.codes, first_V[:, None], bit_U[None, :], first_V[:, None] + WORDS, present_VU, F.lanes * F.bits)
+    shift_L = (tl.arange(0, F.lanes) * F.bits).to(tl.uint32)
+    return ((window_VU[:, :, None] >> shift_L[None, None, :]) & ((1 << F.bits) - 1)).to(tl.int32)
+
+
+@triton.jit
+def values(stored, code_VUL, F: tl.constexpr):
+    """What codes stand for under a scale of one, fp32 [V, U, L, D]: themselves, or entries of the table."""
+    if F.table:
+        entry_D = tl.arange(0, F.dim)
+        return tl.load(stored.table + (code_VUL * F.dim)[:, :, :, None] + entry_D[None, None, None, :]).to(tl.float32)
+    return code_VUL[:, :, :, None].to(tl.float32)
+
+
+@triton.jit
+def scale_at(stored, index, present, F: tl.constexpr):
+    """Scales number `index` of all (row-major), fp32."""
+    if F.scale_bits == 16:
+        return tl.load(stored.scales + index, mask=present, other=0.0).to(tl.float32)
+    if F.scale_bits == 8:
+        code = tl.load(stored.scales + index, mask=present, other=0).to(tl.int32)
+    else:
+        code = code_at(stored.scales, index, present, F.rows * F.groups, F.scale_bits)
+    if F.levels:
+        level = tl.load(stored.levels + code)
+    else:
+        level = code.to(tl.float32)
+    return level * tl.load(stored.steps + index // F.per_step, mask=present, other=0.0).to(tl.float32) + tl.load(stored.scale_offset)
+
+
+@triton.jit
+def shift_at(stored, scale, index, present, F: tl.constexpr):
+    """What is added to scale * value: a stored minimum, or minus the scaled zero point. fp32 in the shape of `scale`."""
+    if F.offset == "minimum":
+        return tl.load(stored.minima + index, mask=present, other=0.0).to(tl.float32)
+    elif F.offset == "zero":
+        return -scale * code_at(stored.zeros, index, present, F.rows * F.groups, F.bits).to(tl.float32)
+    else:
+        return -scale * (1 << (F.bits - 1))
+
+
+@triton.jit
+def scale_index(vector_V, unit_U, F: tl.constexpr):
+    """Numbers of the scales of a tile, and which of them exist. [V, U, 1, D] where a unit lies under one scale, else [V, U, L, D]."""
+    row_VD = vector_V[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
+    if F.group % F.lanes == 0 or F.groups == 1:
+        column_UL = (unit_U * F.lanes)[:, None]
+    else:
+        column_UL = unit_U[:, None] * F.lanes + tl.arange(0, F.lanes)[None, :]
+    index = (row_VD * F.groups)[:, None, None, :] + (column_UL // F.group)[None, :, :, None]
+    return index, (row_VD < F.rows)[:, None, None, :] & (column_UL < F.columns)[None, :, :, None]
+
+
+@triton.jit
+def weights(stored, vector_V, unit_U, F: tl.constexpr):
+    """Weights of a tile without low-rank part and row scales, fp32 [V, U, L, D]."""
+    value = values(stored, codes(stored, vector_V, unit_U, F), F)
+    index, present = scale_index(vector_V, unit_U, F)
+    scale = scale_at(stored, index, present, F)
+    if F.offset == "":
+        return value * scale
+    else:
+        return value * scale + shift_at(stored, scale, index, present, F)
