@@ -1,9 +1,11 @@
 """Load, unpack, decode: how a program turns stored bytes into a tile of weights. The only place that knows the layouts.
 
-A tile has four axes [V, U, L, D]: V vectors of rows, U units of columns, the L columns of a unit, the D rows of a vector (1 unless codes
+A tile has four axes [U, V, L, D]: U units of columns, V vectors of rows, the L columns of a unit, the D rows of a vector (1 unless codes
 index vectors). A unit is as many columns as have their codes within 32 bits, so that a thread gets all of its codes from one window of
 the stream: one load where windows divide a word, else two (3 bits: eight columns, 24 bits of two words). L and D stay inside a thread:
-shifts by a lane are then constants, an entry of d numbers is one load, and a scale is read and applied once a unit.
+shifts by a lane are then constants, an entry of d numbers is one load, and a scale is read and applied once a unit. Neighbouring threads
+hold neighbouring units, so that a warp reads consecutive words: U comes first because the compiler, which cannot see that addresses of
+windows are consecutive, deals the first axis to threads first.
 
 Shape suffixes are the axes above; bits are numbered as in kernels/bitpack.py.
 """
@@ -83,41 +85,43 @@ def code_at(words, index, present, COUNT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def codes(stored, vector_V, unit_U, F: tl.constexpr):
-    """Codes of a tile, int32 [V, U, L]. Those of vectors or columns that do not exist are valid codes without a meaning."""
+def codes(stored, unit_U, vector_V, F: tl.constexpr):
+    """Codes of a tile, int32 [U, V, L]. Those of vectors or columns that do not exist are valid codes without a meaning."""
     WORDS: tl.constexpr = (F.columns * F.bits + 31) // 32
     VECTORS: tl.constexpr = (F.rows + F.dim - 1) // F.dim
-    first_V = vector_V * WORDS
-    bit_U = unit_U * (F.lanes * F.bits)
-    present_VU = (vector_V < VECTORS)[:, None] & (bit_U < F.columns * F.bits)[None, :]
-    window_VU = window(stored.codes, first_V[:, None], bit_U[None, :], first_V[:, None] + WORDS, present_VU, F.lanes * F.bits)
+    WIDTH: tl.constexpr = F.lanes * F.bits
+    first_UV = (vector_V * WORDS)[None, :]
+    bit_UV = (unit_U * WIDTH)[:, None]
+    present_UV = (vector_V < VECTORS)[None, :] & (bit_UV < F.columns * F.bits)
+    window_UV = window(stored.codes, first_UV, bit_UV, first_UV + WORDS, present_UV, WIDTH)
     shift_L = (tl.arange(0, F.lanes) * F.bits).to(tl.uint32)
-    return ((window_VU[:, :, None] >> shift_L[None, None, :]) & ((1 << F.bits) - 1)).to(tl.int32)
+    return ((window_UV[:, :, None] >> shift_L[None, None, :]) & ((1 << F.bits) - 1)).to(tl.int32)
 
 
 @triton.jit
-def values(stored, code_VUL, F: tl.constexpr):
-    """What codes stand for under a scale of one, fp32 [V, U, L, D]: themselves, or entries of the table."""
+def values(stored, code_UVL, F: tl.constexpr):
+    """What codes stand for under a scale of one, fp32 [U, V, L, D]: themselves, or entries of the table."""
     if F.table:
         entry_D = tl.arange(0, F.dim)
-        return tl.load(stored.table + (code_VUL * F.dim)[:, :, :, None] + entry_D[None, None, None, :]).to(tl.float32)
-    return code_VUL[:, :, :, None].to(tl.float32)
+        return tl.load(stored.table + (code_UVL * F.dim)[:, :, :, None] + entry_D[None, None, None, :]).to(tl.float32)
+    else:
+        return code_UVL[:, :, :, None].to(tl.float32)
 
 
 @triton.jit
 def scale_at(stored, index, present, F: tl.constexpr):
     """Scales number `index` of all (row-major), fp32."""
     if F.scale_bits == 16:
-        return tl.load(stored.scales + index, mask=present, other=0.0).to(tl.float32)
-    if F.scale_bits == 8:
-        code = tl.load(stored.scales + index, mask=present, other=0).to(tl.int32)
+        scale = tl.load(stored.scales + index, mask=present, other=0.0).to(tl.float32)
     else:
-        code = code_at(stored.scales, index, present, F.rows * F.groups, F.scale_bits)
-    if F.levels:
-        level = tl.load(stored.levels + code)
-    else:
-        level = code.to(tl.float32)
-    return level * tl.load(stored.steps + index // F.per_step, mask=present, other=0.0).to(tl.float32) + tl.load(stored.scale_offset)
+        if F.scale_bits == 8:
+            code = tl.load(stored.scales + index, mask=present, other=0).to(tl.int32)
+        else:
+            code = code_at(stored.scales, index, present, F.rows * F.groups, F.scale_bits)
+        level = tl.load(stored.levels + code) if F.levels else code.to(tl.float32)
+        step = tl.load(stored.steps + index // F.per_step, mask=present, other=0.0).to(tl.float32)
+        scale = level * step + tl.load(stored.scale_offset)
+    return scale
 
 
 @triton.jit
@@ -132,22 +136,22 @@ def shift_at(stored, scale, index, present, F: tl.constexpr):
 
 
 @triton.jit
-def scale_index(vector_V, unit_U, F: tl.constexpr):
-    """Numbers of the scales of a tile, and which of them exist. [V, U, 1, D] where a unit lies under one scale, else [V, U, L, D]."""
+def scale_index(unit_U, vector_V, F: tl.constexpr):
+    """Numbers of the scales of a tile, and which of them exist. [U, V, 1, D] where a unit lies under one scale, else [U, V, L, D]."""
     row_VD = vector_V[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
     if F.group % F.lanes == 0 or F.groups == 1:
         column_UL = (unit_U * F.lanes)[:, None]
     else:
         column_UL = unit_U[:, None] * F.lanes + tl.arange(0, F.lanes)[None, :]
-    index = (row_VD * F.groups)[:, None, None, :] + (column_UL // F.group)[None, :, :, None]
-    return index, (row_VD < F.rows)[:, None, None, :] & (column_UL < F.columns)[None, :, :, None]
+    index = (row_VD * F.groups)[None, :, None, :] + (column_UL // F.group)[:, None, :, None]
+    return index, (row_VD < F.rows)[None, :, None, :] & (column_UL < F.columns)[:, None, :, None]
 
 
 @triton.jit
-def weights(stored, vector_V, unit_U, F: tl.constexpr):
-    """Weights of a tile without low-rank part and row scales, fp32 [V, U, L, D]."""
-    value = values(stored, codes(stored, vector_V, unit_U, F), F)
-    index, present = scale_index(vector_V, unit_U, F)
+def weights(stored, unit_U, vector_V, F: tl.constexpr):
+    """Weights of a tile without low-rank part and row scales, fp32 [U, V, L, D]."""
+    value = values(stored, codes(stored, unit_U, vector_V, F), F)
+    index, present = scale_index(unit_U, vector_V, F)
     scale = scale_at(stored, index, present, F)
     if F.offset == "":
         return value * scale

@@ -48,6 +48,7 @@ def gemv(
 
     x, ordered_x [batch, columns]; `ordered_x` has its columns in the order of the codes. out: y [batch, rows], or the workspace."""
     TILES: tl.constexpr = ((F.rows + F.dim - 1) // F.dim + V - 1) // V
+    DIM: tl.constexpr = F.dim
     tile = tl.program_id(0)
     split = tl.program_id(1)
     batch = tl.program_id(2)
@@ -55,27 +56,27 @@ def gemv(
     if tile < TILES:
         vector_V = tile * V + tl.arange(0, V)
         lane_L = tl.arange(0, F.lanes)
-        acc_VUD = tl.zeros((V, U, F.dim), dtype=tl.float32)
+        acc_UVD = tl.zeros((U, V, DIM), dtype=tl.float32)
         for at in tl.range(0, PER_SPLIT, U):
             unit_U = split * PER_SPLIT + at + tl.arange(0, U)
             column_UL = unit_U[:, None] * F.lanes + lane_L[None, :]
             x_UL = tl.load(ordered_x + batch * F.columns + column_UL, mask=column_UL < F.columns, other=0.0).to(tl.float32)
-            x_VULD = x_UL[None, :, :, None]
-            value_VULD = values(stored, codes(stored, vector_V, unit_U, F), F)
-            index, present = scale_index(vector_V, unit_U, F)
+            x_UVLD = x_UL[:, None, :, None]
+            value_UVLD = values(stored, codes(stored, unit_U, vector_V, F), F)
+            index, present = scale_index(unit_U, vector_V, F)
             scale = scale_at(stored, index, present, F)
             if F.group % F.lanes == 0 or F.groups == 1:  # scales of a unit are one: they multiply its sum
-                sum_VUD = tl.sum(value_VULD * x_VULD, axis=2) * tl.sum(scale, axis=2)
+                sum_UVD = tl.sum(value_UVLD * x_UVLD, axis=2) * tl.sum(scale, axis=2)
                 if F.offset != "":
                     shift = shift_at(stored, scale, index, present, F)
-                    sum_VUD += tl.sum(shift, axis=2) * tl.sum(x_UL, axis=1)[None, :, None]
-                acc_VUD += sum_VUD
+                    sum_UVD += tl.sum(shift, axis=2) * tl.sum(x_UL, axis=1)[:, None, None]
+                acc_UVD += sum_UVD
             else:
-                weight_VULD = value_VULD * scale
+                weight_UVLD = value_UVLD * scale
                 if F.offset != "":
-                    weight_VULD += shift_at(stored, scale, index, present, F)
-                acc_VUD += tl.sum(weight_VULD * x_VULD, axis=2)
-        y_VD = tl.sum(acc_VUD, axis=1)
+                    weight_UVLD += shift_at(stored, scale, index, present, F)
+                acc_UVD += tl.sum(weight_UVLD * x_UVLD, axis=2)
+        y_VD = tl.sum(acc_UVD, axis=0)
         row_VD = vector_V[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
         present_VD = row_VD < F.rows
         if FINISH:
@@ -97,21 +98,22 @@ def gemm(
     least 16, the least that tensor cores take. Weights are rounded to the dtype of x, as the reference's are."""
     TILES: tl.constexpr = ((F.rows + F.dim - 1) // F.dim + V - 1) // V
     COLUMNS: tl.constexpr = U * F.lanes
+    ROWS: tl.constexpr = V * F.dim
     tile = tl.program_id(0)
     split = tl.program_id(1)
     if tile < TILES:
         b_B = tl.arange(0, B)
         vector_V = tile * V + tl.arange(0, V)
-        acc_BN = tl.zeros((B, V * F.dim), dtype=tl.float32)
+        acc_BN = tl.zeros((B, ROWS), dtype=tl.float32)
         for at in tl.range(0, PER_SPLIT, U):
             first = split * PER_SPLIT + at
             column_I = first * F.lanes + tl.arange(0, COLUMNS)
             present_BI = (b_B < batch)[:, None] & (column_I < F.columns)[None, :]
             x_BI = tl.load(ordered_x + b_B[:, None] * F.columns + column_I[None, :], mask=present_BI, other=0.0)
-            weight_VULD = weights(stored, vector_V, first + tl.arange(0, U), F).to(x_BI.dtype)
-            weight_IN = tl.reshape(tl.permute(weight_VULD, (1, 2, 0, 3)), (COLUMNS, V * F.dim))
+            weight_UVLD = weights(stored, first + tl.arange(0, U), vector_V, F).to(x_BI.dtype)
+            weight_IN = tl.reshape(tl.permute(weight_UVLD, (0, 2, 1, 3)), (COLUMNS, ROWS))
             acc_BN = tl.dot(x_BI, weight_IN, acc_BN, input_precision="ieee")
-        row_N = tile * V * F.dim + tl.arange(0, V * F.dim)
+        row_N = tile * ROWS + tl.arange(0, ROWS)
         present_BN = (b_B < batch)[:, None] & (row_N < F.rows)[None, :]
         if FINISH:
             y_BN = finished(stored, acc_BN, row_N[None, :], (row_N < F.rows)[None, :], F)
@@ -156,12 +158,12 @@ def finish(stored, workspace, out, F: tl.constexpr, SPLITS: tl.constexpr, ROWS: 
 
 @triton.jit
 def decode(stored, out, first, last, F: tl.constexpr, V: tl.constexpr, U: tl.constexpr):
-    """The base of rows `first` to `last` - 1 (a multiple of the vector length first) in the order of the codes, out [last - first, columns].
+    """The base of rows `first` (a multiple of the vector length) to `last` - 1 in the order of the codes, out [last - first, columns].
     Grid (tiles of V vectors, tiles of U units)."""
     vector_V = first // F.dim + tl.program_id(0) * V + tl.arange(0, V)
     unit_U = tl.program_id(1) * U + tl.arange(0, U)
-    row_VULD = vector_V[:, None, None, None] * F.dim + tl.arange(0, F.dim)[None, None, None, :]
-    column_VULD = unit_U[None, :, None, None] * F.lanes + tl.arange(0, F.lanes)[None, None, :, None]
-    weight_VULD = weights(stored, vector_V, unit_U, F)
-    at = (row_VULD - first).to(tl.int64) * F.columns + column_VULD
-    tl.store(out + at, weight_VULD.to(out.dtype.element_ty), mask=(row_VULD < last) & (column_VULD < F.columns))
+    row_UVLD = vector_V[None, :, None, None] * F.dim + tl.arange(0, F.dim)[None, None, None, :]
+    column_UVLD = unit_U[:, None, None, None] * F.lanes + tl.arange(0, F.lanes)[None, None, :, None]
+    weight_UVLD = weights(stored, unit_U, vector_V, F)
+    at = (row_UVLD - first).to(tl.int64) * F.columns + column_UVLD
+    tl.store(out + at, weight_UVLD.to(out.dtype.element_ty), mask=(row_UVLD < last) & (column_UVLD < F.columns))
