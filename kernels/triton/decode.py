@@ -29,10 +29,12 @@ class Form(NamedTuple):
     table: bool  # codes index a table; else they are numbers
     group: int  # columns under a scale
     groups: int  # scales to a row
+    one_scale: bool  # the columns of a unit always lie in one group
     scale_bits: int  # 16: fp16 scales, stored as they are
     per_step: int  # scales to a step
     levels: bool  # scale codes index `levels`; else they are numbers
     offset: str  # "" | symmetric | zero | minimum
+    shifted: bool  # something is added to scale * value; a symmetric zero point is part of the value
     rank: int
     row_scale: bool
     bias: bool
@@ -55,6 +57,7 @@ class Stored(NamedTuple):
     left_scale: Any
     row_scale: Any  # fp16 [rows]
     bias: Any  # fp16 [rows]
+    exponent: int = 0x4B000000  # bits of 2**23. An argument and no constant: it then has a register, and mask and exponent are one LOP3
 
 
 def lanes(bits: int) -> int:
@@ -85,27 +88,46 @@ def code_at(words, index, present, COUNT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def codes(stored, unit_U, vector_V, F: tl.constexpr):
-    """Codes of a tile, int32 [U, V, L]. Those of vectors or columns that do not exist are valid codes without a meaning."""
+def windows(stored, unit_U, vector_V, F: tl.constexpr):
+    """The codes of every unit side by side, uint32 [U, V]. Those of vectors or columns that do not exist are codes without a meaning."""
     WORDS: tl.constexpr = (F.columns * F.bits + 31) // 32
     VECTORS: tl.constexpr = (F.rows + F.dim - 1) // F.dim
     WIDTH: tl.constexpr = F.lanes * F.bits
     first_UV = (vector_V * WORDS)[None, :]
     bit_UV = (unit_U * WIDTH)[:, None]
     present_UV = (vector_V < VECTORS)[None, :] & (bit_UV < F.columns * F.bits)
-    window_UV = window(stored.codes, first_UV, bit_UV, first_UV + WORDS, present_UV, WIDTH)
-    shift_L = (tl.arange(0, F.lanes) * F.bits).to(tl.uint32)
-    return ((window_UV[:, :, None] >> shift_L[None, None, :]) & ((1 << F.bits) - 1)).to(tl.int32)
+    return window(stored.codes, first_UV, bit_UV, first_UV + WORDS, present_UV, WIDTH)
 
 
 @triton.jit
-def values(stored, code_UVL, F: tl.constexpr):
-    """What codes stand for under a scale of one, fp32 [U, V, L, D]: themselves, or entries of the table."""
+def places(F: tl.constexpr, IN_PLACE: tl.constexpr):
+    """How far from the lowest bit a code is left standing when it becomes a number, int32 [L]. See `values`."""
+    RUN: tl.constexpr = 23 // F.bits if IN_PLACE else 1
+    return tl.arange(0, F.lanes) % RUN * F.bits
+
+
+@triton.jit
+def values(stored, unit_U, vector_V, F: tl.constexpr, IN_PLACE: tl.constexpr):
+    """What codes stand for under a scale of one, fp32 [U, V, L, D]: entries of the table; or themselves, less the zero point if that is
+    the symmetric one.
+
+    A code becomes a number without a conversion: as the low bits of the fp32 number 2**23, which is then subtracted, exactly. With
+    IN_PLACE a code is masked out of its window but not shifted, so that value l is 2**places[l] times as large; the inputs are divided
+    by that instead, once for all rows. 23 bits of mantissa hold 23 // bits codes, then the window is shifted."""
+    window_UVL = windows(stored, unit_U, vector_V, F)[:, :, None]
+    MASK: tl.constexpr = (1 << F.bits) - 1
     if F.table:
-        entry_D = tl.arange(0, F.dim)
-        return tl.load(stored.table + (code_UVL * F.dim)[:, :, :, None] + entry_D[None, None, None, :]).to(tl.float32)
+        shift_L = (tl.arange(0, F.lanes) * F.bits).to(tl.uint32)
+        entry_UVL = ((window_UVL >> shift_L[None, None, :]) & MASK).to(tl.int32) * F.dim
+        return tl.load(stored.table + entry_UVL[:, :, :, None] + tl.arange(0, F.dim)[None, None, None, :]).to(tl.float32)
     else:
-        return code_UVL[:, :, :, None].to(tl.float32)
+        place_L = places(F, IN_PLACE)
+        shift_L = (tl.arange(0, F.lanes) * F.bits - place_L).to(tl.uint32)
+        field_UVL = (window_UVL >> shift_L[None, None, :]) & (MASK << place_L).to(tl.uint32)[None, None, :]
+        number_UVL = (field_UVL | stored.exponent.to(tl.uint32)).to(tl.float32, bitcast=True)
+        CENTRE: tl.constexpr = (1 << (F.bits - 1)) if F.offset == "symmetric" else 0
+        zero_L = ((CENTRE << place_L) + (1 << 23)).to(tl.float32)
+        return (number_UVL - zero_L[None, None, :])[:, :, :, None]
 
 
 @triton.jit
@@ -126,20 +148,19 @@ def scale_at(stored, index, present, F: tl.constexpr):
 
 @triton.jit
 def shift_at(stored, scale, index, present, F: tl.constexpr):
-    """What is added to scale * value: a stored minimum, or minus the scaled zero point. fp32 in the shape of `scale`."""
+    """What is added to scale * value, where there is something: a stored minimum, or minus the scaled zero point. fp32 in the shape of
+    `scale`."""
     if F.offset == "minimum":
         return tl.load(stored.minima + index, mask=present, other=0.0).to(tl.float32)
-    elif F.offset == "zero":
-        return -scale * code_at(stored.zeros, index, present, F.rows * F.groups, F.bits).to(tl.float32)
     else:
-        return -scale * (1 << (F.bits - 1))
+        return -scale * code_at(stored.zeros, index, present, F.rows * F.groups, F.bits).to(tl.float32)
 
 
 @triton.jit
 def scale_index(unit_U, vector_V, F: tl.constexpr):
     """Numbers of the scales of a tile, and which of them exist. [U, V, 1, D] where a unit lies under one scale, else [U, V, L, D]."""
     row_VD = vector_V[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
-    if F.group % F.lanes == 0 or F.groups == 1:
+    if F.one_scale:
         column_UL = (unit_U * F.lanes)[:, None]
     else:
         column_UL = unit_U[:, None] * F.lanes + tl.arange(0, F.lanes)[None, :]
@@ -150,10 +171,10 @@ def scale_index(unit_U, vector_V, F: tl.constexpr):
 @triton.jit
 def weights(stored, unit_U, vector_V, F: tl.constexpr):
     """Weights of a tile without low-rank part and row scales, fp32 [U, V, L, D]."""
-    value = values(stored, codes(stored, unit_U, vector_V, F), F)
+    value = values(stored, unit_U, vector_V, F, False)
     index, present = scale_index(unit_U, vector_V, F)
     scale = scale_at(stored, index, present, F)
-    if F.offset == "":
-        return value * scale
-    else:
+    if F.shifted:
         return value * scale + shift_at(stored, scale, index, present, F)
+    else:
+        return value * scale

@@ -29,13 +29,14 @@ def view(layer: PackedLinear) -> View:
 def _make(layer: PackedLinear) -> View:
     form, tensors = _uniform(layer) if isinstance(layer, UniformLinear) else _codebook(layer)
     form |= dict(rows=layer.out_features, columns=layer.in_features, rank=layer.rank, lanes=lanes(form["bits"]))
+    form |= dict(one_scale=form["group"] % form["lanes"] == 0 or form["groups"] == 1, shifted=form["offset"] in ("zero", "minimum"))
     form |= dict(row_scale=layer.row_scale is not None, bias=layer.bias is not None)
     if layer.lowrank is not None:
         tensors |= {name: getattr(layer.lowrank, name) for name in ("left", "right", "left_scale", "right_scale")}
     tensors |= dict(codes=layer.codes, row_scale=layer.row_scale, bias=layer.bias)
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
     order = getattr(layer, "order", None)
-    return View(Form(**form), Stored(**dict.fromkeys(Stored._fields) | tensors), None if order is None else order.long() & 0xFFFF)
+    return View(Form(**form), Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors), None if order is None else order.long() & 0xFFFF)
 
 
 def _uniform(layer: UniformLinear) -> tuple[dict, dict]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.decode import codes, scale_at, scale_index, shift_at, values, weights
+from kernels.triton.decode import places, scale_at, scale_index, shift_at, values, weights
 
 
 @triton.jit
@@ -61,21 +61,22 @@ def gemv(
             unit_U = split * PER_SPLIT + at + tl.arange(0, U)
             column_UL = unit_U[:, None] * F.lanes + lane_L[None, :]
             x_UL = tl.load(ordered_x + batch * F.columns + column_UL, mask=column_UL < F.columns, other=0.0).to(tl.float32)
-            x_UVLD = x_UL[:, None, :, None]
-            value_UVLD = values(stored, codes(stored, unit_U, vector_V, F), F)
+            # Tables ask for plain inputs; numbers stand some bits up (decode.values).
+            placed_UL = x_UL if F.table else x_UL * ((127 - places(F, True)) << 23).to(tl.float32, bitcast=True)[None, :]
+            value_UVLD = values(stored, unit_U, vector_V, F, True)
             index, present = scale_index(unit_U, vector_V, F)
             scale = scale_at(stored, index, present, F)
-            if F.group % F.lanes == 0 or F.groups == 1:  # scales of a unit are one: they multiply its sum
-                sum_UVD = tl.sum(value_UVLD * x_UVLD, axis=2) * tl.sum(scale, axis=2)
-                if F.offset != "":
+            if F.one_scale:  # it multiplies the sum of a unit
+                sum_UVD = tl.sum(value_UVLD * placed_UL[:, None, :, None], axis=2) * tl.sum(scale, axis=2)
+                if F.shifted:
                     shift = shift_at(stored, scale, index, present, F)
                     sum_UVD += tl.sum(shift, axis=2) * tl.sum(x_UL, axis=1)[:, None, None]
                 acc_UVD += sum_UVD
             else:
-                weight_UVLD = value_UVLD * scale
-                if F.offset != "":
-                    weight_UVLD += shift_at(stored, scale, index, present, F)
-                acc_UVD += tl.sum(weight_UVLD * x_UVLD, axis=2)
+                sum_UVLD = value_UVLD * scale * placed_UL[:, None, :, None]
+                if F.shifted:
+                    sum_UVLD += shift_at(stored, scale, index, present, F) * x_UL[:, None, :, None]
+                acc_UVD += tl.sum(sum_UVLD, axis=2)
         y_VD = tl.sum(acc_UVD, axis=0)
         row_VD = vector_V[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
         present_VD = row_VD < F.rows
@@ -104,22 +105,22 @@ def gemm(
     if tile < TILES:
         b_B = tl.arange(0, B)
         vector_V = tile * V + tl.arange(0, V)
-        acc_BN = tl.zeros((B, ROWS), dtype=tl.float32)
+        acc_NB = tl.zeros((ROWS, B), dtype=tl.float32)
         for at in tl.range(0, PER_SPLIT, U):
             first = split * PER_SPLIT + at
             column_I = first * F.lanes + tl.arange(0, COLUMNS)
             present_BI = (b_B < batch)[:, None] & (column_I < F.columns)[None, :]
             x_BI = tl.load(ordered_x + b_B[:, None] * F.columns + column_I[None, :], mask=present_BI, other=0.0)
             weight_UVLD = weights(stored, first + tl.arange(0, U), vector_V, F).to(x_BI.dtype)
-            weight_IN = tl.reshape(tl.permute(weight_UVLD, (0, 2, 1, 3)), (COLUMNS, ROWS))
-            acc_BN = tl.dot(x_BI, weight_IN, acc_BN, input_precision="ieee")
-        row_N = tile * ROWS + tl.arange(0, ROWS)
-        present_BN = (b_B < batch)[:, None] & (row_N < F.rows)[None, :]
+            weight_NI = tl.reshape(tl.permute(weight_UVLD, (1, 3, 0, 2)), (ROWS, COLUMNS))  # rows first: a thread's columns stay together
+            acc_NB = tl.dot(weight_NI, tl.trans(x_BI), acc_NB, input_precision="ieee")
+        row_N1 = (tile * ROWS + tl.arange(0, ROWS))[:, None]
+        present_NB = (row_N1 < F.rows) & (b_B < batch)[None, :]
         if FINISH:
-            y_BN = finished(stored, acc_BN, row_N[None, :], (row_N < F.rows)[None, :], F)
-            tl.store(out + b_B[:, None] * F.rows + row_N[None, :], y_BN.to(out.dtype.element_ty), mask=present_BN)
+            y_NB = finished(stored, acc_NB, row_N1, row_N1 < F.rows, F)
+            tl.store(out + b_B[None, :] * F.rows + row_N1, y_NB.to(out.dtype.element_ty), mask=present_NB)
         else:
-            tl.store(out + (split * batch + b_B)[:, None] * (F.rows + F.rank) + row_N[None, :], acc_BN, mask=present_BN)
+            tl.store(out + (split * batch + b_B)[None, :] * (F.rows + F.rank) + row_N1, acc_NB, mask=present_NB)
     elif F.rank > 0:
         RANK_TILES: tl.constexpr = (F.rank + RANKS - 1) // RANKS
         b = (tile - TILES) // RANK_TILES
