@@ -160,10 +160,8 @@ def shift_at(stored, scale, index, present, F: tl.constexpr):
 def scale_index(unit_U, vector_V, F: tl.constexpr):
     """Numbers of the scales of a tile, and which of them exist. [U, V, 1, D] where a unit lies under one scale, else [U, V, L, D]."""
     row_VD = vector_V[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
-    if F.one_scale:
-        column_UL = (unit_U * F.lanes)[:, None]
-    else:
-        column_UL = unit_U[:, None] * F.lanes + tl.arange(0, F.lanes)[None, :]
+    lane_L = tl.zeros((1,), dtype=tl.int32) if F.one_scale else tl.arange(0, F.lanes)
+    column_UL = unit_U[:, None] * F.lanes + lane_L[None, :]
     index = (row_VD * F.groups)[None, :, None, :] + (column_UL // F.group)[:, None, :, None]
     return index, (row_VD < F.rows)[None, :, None, :] & (column_UL < F.columns)[:, None, :, None]
 

@@ -80,7 +80,10 @@ def table() -> dict[str, dict[str, list]]:
 def save(name: str, found: dict[str, Launch]) -> None:
     """Add configurations measured on the GPU called `name` to the file; those of the same keys are replaced."""
     every = json.loads(FILE.read_text())
-    every[name] = dict(sorted((every.get(name, {}) | {k: list(astuple(v)) for k, v in found.items()}).items()))
-    lines = [f"{json.dumps(k)}: {{\n" + ",\n".join(f"  {json.dumps(a)}: {json.dumps(b)}" for a, b in v.items()) + "\n}" for k, v in every.items()]
-    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    every[name] = every.get(name, {}) | {k: list(astuple(launch)) for k, launch in found.items()}
+    devices = []
+    for device, launches in sorted(every.items()):
+        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(launch)}" for k, launch in sorted(launches.items()))
+        devices.append(f"{json.dumps(device)}: {{\n{lines}\n}}")
+    FILE.write_text("{\n" + ",\n".join(devices) + "\n}\n")
     table.cache_clear()

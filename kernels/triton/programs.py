@@ -149,9 +149,7 @@ def finish(stored, workspace, out, F: tl.constexpr, SPLITS: tl.constexpr, ROWS: 
             if stored.right_scale is not None:
                 t_R *= tl.load(stored.right_scale + r_R, mask=present_R, other=0.0).to(tl.float32)
                 t_R *= tl.load(stored.left_scale + r_R, mask=present_R, other=0.0).to(tl.float32)
-            left_NR = tl.load(
-                stored.left + row_N[:, None] * F.rank + r_R[None, :], mask=present_N[:, None] & present_R[None, :], other=0
-            )
+            left_NR = tl.load(stored.left + row_N[:, None] * F.rank + r_R[None, :], mask=present_N[:, None] & present_R[None, :], other=0)
             y_N += tl.sum(left_NR.to(tl.float32) * t_R[None, :], axis=1)
     y_N = finished(stored, y_N, row_N, present_N, F)
     tl.store(out + batch * F.rows + row_N, y_N.to(out.dtype.element_ty), mask=present_N)

@@ -1,4 +1,5 @@
-"""The correctness grid of the Triton kernels: every format by every program, on ragged shapes, against an fp64 product of the decoded weights.
+"""The correctness grid of the Triton kernels: every format by every program on ragged shapes, against an fp64 product of the decoded
+weights.
 
     TRITON_INTERPRET=1 python -m tests.kernels.triton_grid      on a CPU, in Triton's interpreter
     python -m tests.kernels.triton_grid                         on a GPU
@@ -57,8 +58,7 @@ def run(case: Case, layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
     if case.program == "product":
         return product(layer, x)
     seen = view(layer)
-    units = max(16 // seen.form.lanes, 1)
-    how = launch.Launch(case.program, max(1, 32 // seen.form.dim), units, warps=4, stages=2, splits=case.splits)
+    how = launch.Launch(case.program, 64 // seen.form.dim, 64 // seen.form.lanes, warps=4, stages=2, splits=case.splits)
     return fused(seen, x, x if seen.order_I is None else x[:, seen.order_I].contiguous(), how)
 
 
@@ -74,6 +74,8 @@ def failure(case: Case) -> str:
     error = ((found.double().cpu() - expected).norm() / expected.norm()).item()
     if not error <= LIMITS[case.dtype]:
         return f"relative error {error:.2e}"
+    if INTERPRETED:  # one program after the other
+        return ""
     return "" if torch.equal(found, run(case, layer, x)) else "another result when repeated"
 
 
