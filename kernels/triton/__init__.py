@@ -38,7 +38,7 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
 def fused(seen: View, x_NI: Tensor, ordered_NI: Tensor, how: launch.Launch | None = None) -> Tensor:
     """The product of up to `SMALL` inputs, with another launch configuration than the one on file (the tuner's entrance)."""
     form, batch = seen.form, len(x_NI)
-    how = how or launch.choose(form, batch, x_NI)
+    how = how or launch.choose(form, batch, x_NI.dtype, x_NI.device)
     out_NO = x_NI.new_empty(batch, form.rows)
     units = -(-form.columns // form.lanes)
     per_split = -(-units // (how.splits * how.units)) * how.units

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import triton
-from torch import Tensor
 
 from kernels.triton.decode import Form
 
@@ -43,9 +42,10 @@ def key(form: Form, batch: int) -> str:
     return f"{form.rows}x{form.columns} {form.bits}-bit {kind} g{form.group} b{triton.next_power_of_2(batch)}"
 
 
-def choose(form: Form, batch: int, x: Tensor) -> Launch:
-    name, cores = _device(x.device.index) if x.is_cuda else ("", DEFAULT_CORES)
-    if x.dtype == torch.float32:  # tensor cores would round it
+def choose(form: Form, batch: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """For inputs of this dtype on this device."""
+    name, cores = _device(device.index) if device.type == "cuda" else ("", DEFAULT_CORES)
+    if dtype == torch.float32:  # tensor cores would round it
         return default(form, 1, cores)
     tuned = table().get(name, {}).get(key(form, batch))
     return Launch(*tuned) if tuned else default(form, batch, cores)

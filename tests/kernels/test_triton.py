@@ -37,6 +37,31 @@ def test_every_program_compiles_for_a_gpu_that_is_not_here():
     assert "compiled" in answer("tests.kernels.triton_compile")
 
 
+@triton_installed
+def test_launch_configurations_are_filed_by_gpu_and_found_again(monkeypatch, tmp_path):
+    from kernels.triton import launch
+    from kernels.triton.layer import view
+
+    form = view(random_layer(VECTOR[-2], 64, 64, bias=False)).form
+    monkeypatch.setattr(launch, "FILE", tmp_path / "launch.json")
+    monkeypatch.setattr(launch, "_device", lambda index: ("a GPU", 10))
+    launch.FILE.write_text("{}")
+    launch.table.cache_clear()
+    inputs = torch.float16, torch.device("cuda", 0)
+    try:
+        assert launch.choose(form, 3, *inputs) == launch.default(form, 3, 10)
+        found = launch.Launch("gemm", 4, 8, warps=8, stages=2, splits=3)
+        launch.save("a GPU", {launch.key(form, 3): found})
+        launch.save("a GPU", {launch.key(form, 1): launch.Launch("gemv", 1, 32)})
+        assert (
+            launch.choose(form, 4, *inputs) == found
+            and launch.choose(form, 1, *inputs).program == "gemv"
+            and launch.choose(form, 9, *inputs) != found
+        )
+    finally:
+        launch.table.cache_clear()
+
+
 def test_a_machine_without_a_gpu_does_not_import_triton():
     code = (
         "import sys, torch, kernels.formats; from kernels.dispatch import kind; from kernels.packed import PackedLinear; "
