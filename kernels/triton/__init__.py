@@ -30,8 +30,9 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
     seen = view(layer)
     flat_NI = x.reshape(-1, layer.in_features).contiguous()
     ordered_NI = flat_NI if seen.order_I is None else flat_NI.index_select(1, seen.order_I)
-    many = len(flat_NI) > SMALL
-    out_NO = _decoded(layer, seen, flat_NI, ordered_NI) if many else fused(seen, flat_NI, ordered_NI)
+    with torch.cuda.device_of(x):  # programs are launched on the current device
+        many = len(flat_NI) > SMALL
+        out_NO = _decoded(layer, seen, flat_NI, ordered_NI) if many else fused(seen, flat_NI, ordered_NI)
     return out_NO.view(*x.shape[:-1], layer.out_features)
 
 

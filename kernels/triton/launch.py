@@ -45,7 +45,7 @@ def key(form: Form, batch: int) -> str:
 def choose(form: Form, batch: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """For inputs of this dtype on this device."""
     name, cores = _device(device.index) if device.type == "cuda" else ("", DEFAULT_CORES)
-    if dtype == torch.float32:  # tensor cores would round it
+    if dtype not in (torch.float16, torch.bfloat16):  # tensor cores would round it
         return default(form, 1, cores)
     tuned = table().get(name, {}).get(key(form, batch))
     return Launch(*tuned) if tuned else default(form, batch, cores)
