@@ -19,7 +19,7 @@ import triton.language as tl
 
 
 class Form(NamedTuple):
-    """What is fixed when a kernel is compiled: everything about a layer but its number of rows, which only bounds the grid."""
+    """What is fixed when a program is compiled: everything about a layer but the numbers in its tensors."""
 
     rows: int
     columns: int

@@ -37,9 +37,9 @@ DECODE = Launch("decode", 8, 16)
 
 
 def key(form: Form, batch: int) -> str:
-    """What a configuration is filed under: the shape, how codes are stored, and the batch up to a power of two."""
+    """What a configuration is filed under: the shape, how codes are stored, the rank, and the batch up to a power of two."""
     kind = f"table{form.dim}" if form.table else form.offset
-    return f"{form.rows}x{form.columns} {form.bits}-bit {kind} g{form.group} b{triton.next_power_of_2(batch)}"
+    return f"{form.rows}x{form.columns} {form.bits}-bit {kind} g{form.group} r{form.rank} b{triton.next_power_of_2(batch)}"
 
 
 def choose(form: Form, batch: int, dtype: torch.dtype, device: torch.device) -> Launch:
