@@ -79,3 +79,11 @@ def _fill() -> None:
 
     for name in ("uniform", "codebook"):
         PRODUCTS[name, "cpu"] = Fused(kernels.cpu.product, kernels.cpu.serves)
+    if not torch.cuda.is_available():  # importing triton takes a second, for nothing
+        return
+    try:
+        import kernels.triton
+    except ImportError:
+        return
+    for name in ("uniform", "codebook"):
+        PRODUCTS[name, "cuda"] = Fused(kernels.triton.product, kernels.triton.serves)

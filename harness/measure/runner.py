@@ -13,6 +13,7 @@ from harness.compressed import CompressedModel
 from harness.measure.timing import Call, graphed
 from kernels.packed import PackedLinear
 from kernels.stored import StoredModule
+from kernels.views import Kept
 
 CONTEXT = 128  # tokens in front of the first that is timed
 STEPS = 128  # tokens a cache has room for behind them, fewer where the model knows fewer positions
@@ -131,7 +132,7 @@ def resident_bytes(model: nn.Module) -> int:
     found: dict[int, int] = {}
     for module in model.modules():
         kept = [value for value in vars(module).values() if isinstance(value, Tensor)]
-        views = [value.tensors.values() for value in vars(module).values() if isinstance(getattr(value, "tensors", None), dict)]
+        views = [value.made.tensors.values() for value in vars(module).values() if isinstance(value, Kept)]
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *kept, *(t for view in views for t in view)):
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.build import library
-from kernels.cpu.layer import View, supports, view
+from kernels.cpu.layer import View, view
 from kernels.packed import PackedLinear
+from kernels.views import supports
 
 SMALL = 32
 LONGEST = 8  # weights to a code

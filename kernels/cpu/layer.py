@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kernels import views
 from kernels.codebook import CodebookLinear
 from kernels.normal_float import dynamic_map
 from kernels.packed import PackedLinear
@@ -45,31 +46,12 @@ class View:
         pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
         self.structure = Layer(**shape, **numbers, **pointers)
         self.address = ctypes.addressof(self.structure)
-        shared = getattr(layer, "shared", None)  # a table of the model's
-        owners: list[nn.Module] = [*layer.modules(), *([shared] if shared is not None else [])]
-        self._sources = [(owner._buffers, name, buffer, _version(buffer)) for owner in owners for name, buffer in owner._buffers.items()]
-
-    @property
-    def current(self) -> bool:
-        """Whether the layer still has the tensors this was made of, as they were. Asked for at every product: no call of torch's."""
-        return all(buffers[name] is known and _version(known) == version for buffers, name, known, version in self._sources)
-
-
-def _version(buffer: Tensor | None) -> int:
-    """Counts what was written to it."""
-    return 0 if buffer is None or buffer.is_inference() else buffer._version
+        if self.order_I is not None:
+            self.tensors["order"] = self.order_I
 
 
 def view(layer: PackedLinear) -> View:
-    """Made once, and again when the layer's tensors are others or were written to."""
-    known = layer.__dict__.get("_cpu_view")
-    if known is None or not known.current:
-        known = layer.__dict__["_cpu_view"] = View(layer)
-    return known
-
-
-def supports(layer: PackedLinear) -> bool:
-    return not (isinstance(layer, CodebookLinear) and (layer.order is not None or layer.along == "columns" or layer.index_bits > 12))
+    return views.view(layer, "_cpu_view", View)
 
 
 def _uniform(layer: UniformLinear) -> tuple[dict[str, float], dict[str, Tensor | None], Tensor | None]:

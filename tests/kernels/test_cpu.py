@@ -1,7 +1,6 @@
 """The compiled CPU kernels against an fp64 product of the decoded weights: every format, ragged shapes, random stored bytes."""
 
 import ctypes
-import itertools
 import warnings
 
 import pytest
@@ -11,31 +10,8 @@ import kernels.cpu
 from kernels.cpu import build
 from kernels.dispatch import fused, kind, linear, reference, reference_only
 from kernels.synthetic import random_layer
+from tests.kernels.layers import ADDED, SCALAR, UNIFORM, VECTOR
 
-UNIFORM = [
-    dict(format="uniform", bits=bits, group=group, offset=offset)
-    for bits in (2, 3, 4, 5, 8)
-    for group, offset in ((64, "symmetric"), (24, "zero"), (0, "minimum"), (128, "zero"))
-]
-SCALAR = [
-    dict(format="codebook", dim=1, index_bits=bits, block=block, scales=scales, table="nf")
-    for bits, (block, scales) in itertools.product((2, 3, 4), ((64, "dynamic"), (16, "half"), (24, "dynamic")))
-]
-VECTOR = [
-    dict(format="codebook", dim=dim, index_bits=bits, block=block, scales="double")
-    for (dim, bits), block in itertools.product(
-        ((1, 5), (1, 6), (1, 7), (1, 9), (2, 3), (2, 5), (2, 6), (2, 7), (2, 8), (2, 11), (4, 4), (4, 8), (4, 12), (8, 8), (8, 10)),
-        (64, 24),
-    )
-]
-ADDED = [
-    dict(format="uniform", bits=3, group=64, offset="zero", permuted=True, rank=3, adapter_bits=16, row_scales=True),
-    dict(
-        format="codebook", dim=1, index_bits=3, block=32, scales="double", scale_bits=3, scale_group=16, scale_dtype="bfloat16",
-        table="nf", rank=5,
-    ),
-    dict(format="codebook", dim=4, index_bits=8, block=64, rank=37, row_scales=True),
-]  # fmt: skip
 SHAPES = [(576, 576), (192, 577), (7, 13), (1, 1), (101, 97), (1100, 1024), (45, 4200)]
 BATCHES = (1, 2, 3, 5, 9, 33)
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative, of the norm

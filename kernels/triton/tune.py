@@ -1,0 +1,102 @@
+"""Find launch configurations for the GPU at hand and file them in launch.json.
+
+    python -m kernels.triton.tune [--shapes 4096x4096,...] [--formats 4-bit,...] [--batches 1,16] [--seconds 480]
+
+Every candidate is compiled, checked against the default's result and timed with weights that come from memory (kernels.triton.timing).
+What is faster than the default by more than noise is kept; a case that time ran out for keeps what it had."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+
+import torch
+import triton
+
+from kernels.packed import PackedLinear
+from kernels.synthetic import random_layer
+from kernels.triton import fused, launch
+from kernels.triton.decode import Form
+from kernels.triton.layer import view
+from kernels.triton.timing import Replay, in_turn, layers
+
+SHAPES = ((28672, 8192), (11008, 4096), (4096, 4096))
+FORMATS = {
+    "4-bit": dict(format="uniform", bits=4, group=128, offset="symmetric"),
+    "3-bit": dict(format="uniform", bits=3, group=128, offset="symmetric"),
+    "2-bit": dict(format="uniform", bits=2, group=64, offset="symmetric"),
+    "nf4": dict(format="codebook", dim=1, index_bits=4, block=64, scales="dynamic", table="nf"),
+    "nf3": dict(format="codebook", dim=1, index_bits=3, block=64, scales="dynamic", table="nf"),
+    "nf2": dict(format="codebook", dim=1, index_bits=2, block=64, scales="dynamic", table="nf"),
+    "2x64 (3 bits)": dict(format="codebook", dim=2, index_bits=6, block=64),
+    "4x256 (2 bits)": dict(format="codebook", dim=4, index_bits=8, block=64),
+    "4x256 + rank 64": dict(format="codebook", dim=4, index_bits=8, block=64, rank=64),
+}
+NOISE = 0.98
+
+
+def candidates(form: Form, batch: int) -> Iterator[launch.Launch]:
+    """Tiles that give a thread 16 to 128 weights."""
+    whole = triton.next_power_of_2(-(-form.columns // form.lanes))
+    if batch == 1:
+        for vectors, units, warps, splits in itertools.product((1, 2, 4, 8, 16), (64, 128, 256, 512), (2, 4, 8), (1, 2)):
+            if units <= whole and 16 <= vectors * units * form.lanes * form.dim / (32 * warps) <= 128 and units >= 32 * warps:
+                yield launch.Launch("gemv", vectors, units, warps, 2, splits)
+        return
+    for rows, columns, warps, stages, splits in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 4), (1, 2, 4, 8)):
+        if rows >= 16 * warps and columns >= 2 * form.lanes:
+            yield launch.Launch("gemm", rows // form.dim, columns // form.lanes, warps, stages, splits)
+
+
+def best(layer: PackedLinear, batch: int, until: float) -> tuple[launch.Launch, float, float]:
+    """The fastest configuration for fp16 inputs, its time and the default's, microseconds."""
+    every = layers(layer)
+    x = torch.randn(batch, layer.in_features, device="cuda", dtype=torch.float16)
+    form = view(layer).form
+    default = launch.default(form, batch, torch.cuda.get_device_properties(0).multi_processor_count)
+    expected = fused(view(every[0]), x, x, default)
+
+    def replay(how: launch.Launch) -> Replay:
+        return Replay([lambda one=one: fused(view(one), x, x, how) for one in every])
+
+    found, default_us = default, in_turn([replay(default)], 15)[0]
+    found_us = NOISE * default_us
+    for how in candidates(form, batch):
+        if time.monotonic() > until:
+            break
+        try:
+            result = fused(view(every[0]), x, x, how)
+            assert torch.allclose(result, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()), how
+            took_us = in_turn([replay(how)], 15)[0]
+        except triton.runtime.errors.OutOfResources:
+            continue
+        if took_us < found_us:
+            found, found_us = how, took_us
+    return found, min(found_us, default_us), default_us
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--seconds", type=float, default=480)
+    asked = parser.parse_args()
+    name, started = torch.cuda.get_device_name(), time.monotonic()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in asked.shapes.split(",")]
+    cases = list(itertools.product(map(int, asked.batches.split(",")), shapes, asked.formats.split(",")))
+    for number, (batch, (rows, columns), kind) in enumerate(cases):
+        left = started + asked.seconds - time.monotonic()
+        if left <= 0:
+            print(f"out of time: {len(cases) - number} of {len(cases)} cases keep what they have")
+            break
+        layer = random_layer(FORMATS[kind], rows, columns, bias=False).to("cuda")
+        found, took_us, default_us = best(layer, batch, time.monotonic() + left / (len(cases) - number))
+        print(f"{rows}x{columns} {kind} batch {batch}: {took_us:.2f} us (default {default_us:.2f}) {found}", flush=True)
+        launch.save(name, {launch.key(view(layer).form, batch): found})
+
+
+if __name__ == "__main__":
+    main()

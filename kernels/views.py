@@ -1,0 +1,51 @@
+"""What fused kernels know of a layer: prepared once, and again when the layer's tensors are others or were written to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from kernels.codebook import CodebookLinear
+from kernels.packed import PackedLinear
+
+
+class View(Protocol):
+    tensors: dict[str, Tensor]  # all that is held for the kernel: the layer's own, and those made of them
+
+
+Some = TypeVar("Some", bound=View)
+
+
+class Kept(Generic[Some]):
+    """A view, and the tensors it was made of, as they were."""
+
+    def __init__(self, layer: PackedLinear, made: Some) -> None:
+        self.made = made
+        shared = getattr(layer, "shared", None)  # a table of the model's
+        owners: list[nn.Module] = [*layer.modules(), *([shared] if shared is not None else [])]
+        self._sources = [(owner._buffers, name, buffer, _version(buffer)) for owner in owners for name, buffer in owner._buffers.items()]
+
+    @property
+    def current(self) -> bool:
+        """Whether they still are. Asked for at every product: no call of torch's, and no allocation."""
+        return all(buffers[name] is known and _version(known) == version for buffers, name, known, version in self._sources)
+
+
+def view(layer: PackedLinear, name: str, make: Callable[[PackedLinear], Some]) -> Some:
+    """The view `make(layer)`, kept with the layer under `name` for as long as its tensors stay as they are."""
+    known = layer.__dict__.get(name)
+    if known is None or not known.current:
+        known = layer.__dict__[name] = Kept(layer, make(layer))
+    return known.made
+
+
+def _version(buffer: Tensor | None) -> int:
+    """Counts what was written to it."""
+    return 0 if buffer is None or buffer.is_inference() else buffer._version
+
+
+def supports(layer: PackedLinear) -> bool:
+    """Whether the fused kernels read this layout: codes along rows, one order of columns for all of them, tables that fit a cache."""
+    return not (isinstance(layer, CodebookLinear) and (layer.order is not None or layer.along == "columns" or layer.index_bits > 12))
