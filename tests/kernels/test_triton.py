@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ def answer(module: str, **environment: str) -> str:
 
 @triton_installed
 def test_every_format_is_right_in_the_interpreter():
-    assert "of 250 correct, interpreter" in answer("tests.kernels.triton_grid", TRITON_INTERPRET="1")
+    right, every = re.search(r"(\d+) of (\d+) correct, interpreter", answer("tests.kernels.triton_grid", TRITON_INTERPRET="1")).groups()
+    assert right == every
 
 
 @triton_installed
