@@ -167,7 +167,7 @@ def test_the_fisher_information_is_the_mean_squared_gradient(truncated, tokens):
 
 def test_a_run_trains_and_counts(truncated, cache, tmp_path):
     arguments = ("run", "--model", str(truncated.path), "--methods", "qlora,fp16-lora", "--bits", "3.25")
-    small = ("--calibration", "c4-mini@128x4", "--protocols", "c4-mini@128/4", "--training", "c4-mini@128x6/2", "--no-bench")
+    small = ("--calibration", "c4-mini@128x4", "--protocols", "c4-mini@128/4", "--no-bench", "--training", "c4-mini@128x6/2")
     done = run_harness(*arguments, *small, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path / "out")

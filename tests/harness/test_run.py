@@ -18,7 +18,8 @@ from harness.report.check import read_rows
 from harness.report.leaderboard import TIME_COLUMNS
 from tests.harness.conftest import linked_cache, run_harness
 
-SMALL = ("--calibration", "c4-mini@128x4", "--protocols", "wiki-mini@128/4,c4-mini@128/4", "--no-bench")
+PLANNED = ("--calibration", "c4-mini@128x4", "--protocols", "wiki-mini@128/4,c4-mini@128/4")
+SMALL = (*PLANNED, "--no-bench")
 # The columns the first version had: later ones may be added, none renamed.
 COLUMNS = [
     "model",
@@ -72,7 +73,7 @@ def test_a_run_reuses_what_is_finished_and_writes_the_same_leaderboard(truncated
     assert again.stderr.count("found, not repeated") == 5
     assert (tmp_path / "again" / "leaderboard.csv").read_bytes() == (tmp_path / "first" / "leaderboard.csv").read_bytes()
 
-    plan = run_harness("plan", "--model", str(truncated.path), "--methods", "gptq", *SMALL)
+    plan = run_harness("plan", "--model", str(truncated.path), "--methods", "gptq", *PLANNED)
     assert plan.stdout.count("model.layers.") == 28 and "predicted divergence" in plan.stdout
     uniform = run_harness("run", *arguments[1:3], "--methods", "gptq", "--allocate", "uniform", *SMALL, "--out", str(tmp_path / "uniform"))
     assert uniform.returncode == 0, uniform.stderr
