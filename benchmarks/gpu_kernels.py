@@ -12,10 +12,10 @@ import time
 import torch
 
 from kernels.packed import PackedLinear
-from kernels.synthetic import random_layer
+from kernels.synthetic import TYPICAL, random_layer
 from kernels.triton import product
 from kernels.triton.timing import Replay, bandwidth, copies, in_turn, layers, stored_bytes
-from kernels.triton.tune import FORMATS, SHAPES
+from kernels.triton.tune import SHAPES
 
 ROUNDS = 50
 LIMIT = 2e-3  # relative error of the norm, fp16 inputs
@@ -68,7 +68,7 @@ def main() -> int:
         for rows, columns in SHAPES:
             x = torch.randn(batch, columns, device="cuda", dtype=torch.float16)
             other = cublas(rows, columns, x)
-            for name, spec in FORMATS.items():
+            for name, spec in TYPICAL.items():
                 if time.monotonic() - started > asked.seconds:
                     print(f"| {rows}x{columns} | {batch} | {name} | left out: out of time |")
                     continue

@@ -12,6 +12,18 @@ from kernels.packed import PackedLinear
 from kernels.stored import StoredModule
 from kernels.tables import Table
 
+TYPICAL = {  # what benchmarks and tuners measure: the formats as methods store them, by bits
+    "4-bit": dict(format="uniform", bits=4, group=128, offset="symmetric"),
+    "3-bit": dict(format="uniform", bits=3, group=128, offset="symmetric"),
+    "2-bit": dict(format="uniform", bits=2, group=64, offset="symmetric"),
+    "nf4": dict(format="codebook", dim=1, index_bits=4, block=64, scales="dynamic", table="nf"),
+    "nf3": dict(format="codebook", dim=1, index_bits=3, block=64, scales="dynamic", table="nf"),
+    "nf2": dict(format="codebook", dim=1, index_bits=2, block=64, scales="dynamic", table="nf"),
+    "2x64 (3 bits)": dict(format="codebook", dim=2, index_bits=6, block=64),
+    "4x256 (2 bits)": dict(format="codebook", dim=4, index_bits=8, block=64),
+    "4x256 + rank 64": dict(format="codebook", dim=4, index_bits=8, block=64, rank=64),
+}
+
 
 def random_layer(spec: dict[str, Any], rows: int, columns: int, bias: bool = False, seed: int = 0) -> PackedLinear:
     """A layer of this configuration on the CPU, with a table of its own where it decodes from a shared one. Scales and entries are small

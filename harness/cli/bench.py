@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from harness.allocate import BudgetError, uniform
 from harness.cli.options import Request, add_bench_options, add_plan_options, build_plan, read_request
@@ -16,13 +15,12 @@ from harness.cli.run import bench_cells, report
 from harness.cli.tables import print_table
 from harness.files import write_json
 from harness.measure import machine
-from harness.measure.layers import BEYOND, Group, describe, layer_times
+from harness.measure.layers import layer_times, random_group, vendor_group
 from harness.model import half_dtype, inventory, read_config, skeleton
 from harness.presets import PRESETS
 from harness.report.latency import KERNEL_COLUMNS, kernel_rows, kernel_table
 from harness.report.leaderboard import write_csv
 from harness.store import CellStore
-from kernels.synthetic import random_layer
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -72,8 +70,8 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
                         continue
                     console.print(f"{name}, {text} {budget.text}", style="dim")
                     alike = {(layer.out_features, layer.in_features): plan[layer.name] for layer in stock.layers}
-                    groups = [_group(dict(config.hyper) | {"format": config.format}, *shape, device) for shape, config in alike.items()]
-                    vendor = {shape: _linears(*shape, device, dtype) for shape in alike}
+                    groups = [random_group(dict(made.hyper) | {"format": made.format}, *shape, device) for shape, made in alike.items()]
+                    vendor = {shape: vendor_group(*shape, device, dtype) for shape in alike}
                     records = layer_times(groups, vendor, device, dtype, bandwidth, arguments.bench_seconds)
                     rows += kernel_rows(records, bandwidth, here, name, f"{text} {budget.text}", "")
     if not rows:
@@ -84,23 +82,3 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
     print_table(*kernel_table(rows))
     console.print(f"{folder}/kernels.csv", style="dim")
     return 0
-
-
-def _copies(bytes_each: float, device: str) -> int:
-    """So many that the first has left the last cache when its turn comes again."""
-    return max(1, -(-BEYOND * machine.last_cache_bytes(device) // int(bytes_each)))
-
-
-def _group(spec: dict, rows: int, columns: int, device: str) -> Group:
-    first = random_layer(spec, rows, columns)
-    count = _copies(first.stored_bits().total / 8, device)
-    layers = [first, *(random_layer(spec, rows, columns, seed=seed) for seed in range(1, count))]
-    for layer in layers[1:]:
-        if layer.table_key:
-            layer.attach(first.shared)  # one for all, as in a model
-    return Group(rows, columns, describe(first), [layer.to(device) for layer in layers])
-
-
-def _linears(rows: int, columns: int, device: str, dtype: torch.dtype) -> list[nn.Linear]:
-    count = _copies(rows * columns * dtype.itemsize, device)
-    return [nn.Linear(columns, rows, bias=False, device=device, dtype=dtype).requires_grad_(False) for _ in range(count)]

@@ -23,6 +23,7 @@ from kernels.synthetic import random_layer
 BATCHES = (1, 4, 16)
 FEWEST, MOST = 7, 60  # rounds
 BEYOND = 2  # last caches that lie between two reads of a weight
+MOST_COPIES = 32  # of a layer of random bits; where they are too small to fill the caches, the sweep does
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,26 @@ def describe(layer: PackedLinear) -> str:
     plain = ("format", "in_features", "out_features", "bias")
     told = [f"{name}={value}" for name, value in spec.items() if name not in plain and usual.get(name) != value]
     return " ".join([layer.format, *told])
+
+
+def random_group(spec: dict[str, Any], rows: int, columns: int, device: str) -> Group:
+    """Layers of random stored bits: where possible so many that the first has left the last cache when its turn comes again."""
+    first = random_layer(spec, rows, columns)
+    layers = [first, *(random_layer(spec, rows, columns, seed=seed) for seed in range(1, _copies(first.stored_bits().total / 8, device)))]
+    for layer in layers[1:]:
+        if layer.table_key:
+            layer.attach(first.shared)  # one for all, as in a model
+    return Group(rows, columns, describe(first), [layer.to(device) for layer in layers])
+
+
+def vendor_group(rows: int, columns: int, device: str, dtype: torch.dtype) -> list[nn.Linear]:
+    """As many uncompressed ones of random weights."""
+    count = _copies(rows * columns * dtype.itemsize, device)
+    return [nn.Linear(columns, rows, bias=False, device=device, dtype=dtype).requires_grad_(False) for _ in range(count)]
+
+
+def _copies(bytes_each: float, device: str) -> int:
+    return min(MOST_COPIES, max(1, -(-BEYOND * last_cache_bytes(device) // int(bytes_each))))
 
 
 def layer_times(

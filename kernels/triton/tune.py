@@ -16,24 +16,13 @@ import torch
 import triton
 
 from kernels.packed import PackedLinear
-from kernels.synthetic import random_layer
+from kernels.synthetic import TYPICAL, random_layer
 from kernels.triton import fused, launch
 from kernels.triton.decode import Form
 from kernels.triton.layer import view
 from kernels.triton.timing import Replay, in_turn, layers
 
 SHAPES = ((28672, 8192), (11008, 4096), (4096, 4096))
-FORMATS = {
-    "4-bit": dict(format="uniform", bits=4, group=128, offset="symmetric"),
-    "3-bit": dict(format="uniform", bits=3, group=128, offset="symmetric"),
-    "2-bit": dict(format="uniform", bits=2, group=64, offset="symmetric"),
-    "nf4": dict(format="codebook", dim=1, index_bits=4, block=64, scales="dynamic", table="nf"),
-    "nf3": dict(format="codebook", dim=1, index_bits=3, block=64, scales="dynamic", table="nf"),
-    "nf2": dict(format="codebook", dim=1, index_bits=2, block=64, scales="dynamic", table="nf"),
-    "2x64 (3 bits)": dict(format="codebook", dim=2, index_bits=6, block=64),
-    "4x256 (2 bits)": dict(format="codebook", dim=4, index_bits=8, block=64),
-    "4x256 + rank 64": dict(format="codebook", dim=4, index_bits=8, block=64, rank=64),
-}
 NOISE = 0.98
 
 
@@ -80,7 +69,7 @@ def best(layer: PackedLinear, batch: int, until: float) -> tuple[launch.Launch, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
-    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--formats", default=",".join(TYPICAL))
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--seconds", type=float, default=480)
     asked = parser.parse_args()
@@ -92,7 +81,7 @@ def main() -> None:
         if left <= 0:
             print(f"out of time: {len(cases) - number} of {len(cases)} cases keep what they have")
             break
-        layer = random_layer(FORMATS[kind], rows, columns, bias=False).to("cuda")
+        layer = random_layer(TYPICAL[kind], rows, columns, bias=False).to("cuda")
         found, took_us, default_us = best(layer, batch, time.monotonic() + left / (len(cases) - number))
         print(f"{rows}x{columns} {kind} batch {batch}: {took_us:.2f} us (default {default_us:.2f}) {found}", flush=True)
         launch.save(name, {launch.key(view(layer).form, batch): found})

@@ -1,0 +1,56 @@
+"""The kernel table of a CPU: fused products of one shape in every typical format, beside torch's fp32 product, in turns.
+
+    python benchmarks/cpu_kernels.py [--shape 4096x4096] [--threads 2] [--seconds 20]
+
+Weights have left the last cache before they are read again, and nothing else of ours runs meanwhile; `speed-up` is the median of ratios
+inside rounds, with tenth and ninetieth percentile. Lines are those of kernels/cpu/README.md."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from harness.measure import machine
+from harness.measure.layers import BATCHES, layer_times, random_group, vendor_group
+from harness.report.table import markdown
+from kernels.synthetic import TYPICAL
+
+FORMATS = TYPICAL | {
+    "8-bit": dict(format="uniform", bits=8, group=128, offset="symmetric"),
+    "3-bit, columns permuted": dict(format="uniform", bits=3, group=128, offset="symmetric", permuted=True),
+    "3-bit, groups of 40": dict(format="uniform", bits=3, group=40, offset="zero"),
+    "2x16 (2 bits)": dict(format="codebook", dim=2, index_bits=4, block=64),
+    "8x256 (1 bit)": dict(format="codebook", dim=8, index_bits=8, block=64),
+    "4x4096 (3 bits)": dict(format="codebook", dim=4, index_bits=12, block=64),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="4096x4096", help="rows x columns")
+    parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--seconds", type=float, default=20, help="of rounds, for every batch size")
+    arguments = parser.parse_args()
+    rows, columns = map(int, arguments.shape.split("x"))
+    torch.set_num_threads(arguments.threads)
+    groups = [random_group(spec, rows, columns, "cpu") for spec in FORMATS.values()]
+    vendor = {(rows, columns): vendor_group(rows, columns, "cpu", torch.float32)}
+    with machine.quiet(lambda: print("waiting until nothing else of ours runs on this machine")):
+        bandwidth = machine.bandwidth("cpu")
+        records = layer_times(groups, vendor, "cpu", torch.float32, bandwidth, arguments.seconds)
+    print(f"{rows}x{columns}, {machine.identity('cpu')['processor']}, {arguments.threads} threads, {bandwidth / 1e9:.0f} GB/s; fp32 takes")
+    for batch, record in zip(BATCHES, records[:: len(groups)], strict=True):
+        print(f"* {record['vendor_microseconds']['median']:.0f} us for {batch} inputs at once")
+    header = ["format", "stored bits", "us", "GB/s", "% of bandwidth", *(f"speed-up, {batch} at once" for batch in BATCHES)]
+    cells = []
+    for index, name in enumerate(FORMATS):
+        first, *_ = every = records[index :: len(groups)]
+        time = [f"{first['microseconds']['median']:.0f}", f"{first['gb_per_s']['median']:.1f}", f"{first['bandwidth_pct']:.0f}"]
+        ratios = [f"{s['median']:.1f} [{s['p10']:.1f}, {s['p90']:.1f}]" for s in (record["speed_up"] for record in every)]
+        cells.append([name, f"{first['stored_bpw']:.3f}", *time, *ratios])
+    print("\n" + markdown(header, cells))
+
+
+if __name__ == "__main__":
+    main()
