@@ -53,14 +53,14 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
     """Every distinct matrix of the models, packed by every method with the one configuration for all matrices that fits the budget."""
     device, threads = arguments.device, arguments.bench_threads
     torch.set_num_threads(threads)
-    rows: list[dict] = []
+    timed: list[tuple[list[dict], str, str]] = []
+    bandwidth = 0.0
     with machine.quiet(lambda: console.print("waiting until nothing else of ours runs on this machine", style="dim")):
         here = machine.identity(device) | machine.clocks(device) | {"threads": threads}
         for name in [part.strip() for part in arguments.shapes.split(",") if part.strip()]:
             config = read_config(name, arguments.revision)
             stock = inventory(skeleton(config))
             dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else half_dtype(config)))
-            bandwidth = machine.bandwidth(device)
             for text, method in request.methods:
                 for budget in request.budgets if method.budgeted else []:
                     try:
@@ -72,10 +72,11 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
                     alike = {(layer.out_features, layer.in_features): plan[layer.name] for layer in stock.layers}
                     groups = [random_group(dict(made.hyper) | {"format": made.format}, *shape, device) for shape, made in alike.items()]
                     vendor = {shape: vendor_group(*shape, device, dtype) for shape in alike}
-                    records = layer_times(groups, vendor, device, dtype, bandwidth, arguments.bench_seconds)
-                    rows += kernel_rows(records, bandwidth, here, name, f"{text} {budget.text}", "")
-    if not rows:
+                    bandwidth = max(bandwidth, machine.bandwidth(device))
+                    timed.append((layer_times(groups, vendor, device, dtype, arguments.bench_seconds), name, f"{text} {budget.text}"))
+    if not timed:
         raise ValueError("nothing to time: no method given fits a budget")
+    rows = [row for records, name, row in timed for row in kernel_rows(records, bandwidth, here, name, row, "")]
     folder = arguments.out or Path("results") / "kernels"
     write_csv(folder / "kernels.csv", list(KERNEL_COLUMNS), rows)
     write_json(folder / "machine.json", here)

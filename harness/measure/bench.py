@@ -70,10 +70,10 @@ def measure(folder: Path, reference_folder: Path, device: str, dtype: torch.dtyp
     alone = folder == reference_folder
     beside = None if alone else timed_model(CompressedModel.load(reference_folder, device, dtype))
     found["decode"] = _decode(runners, None if beside is None else _runners(beside), device, seconds, speak)
-    found["roofline_pct"] = 100 * found["bytes_per_token"] / found["bandwidth"] / found["decode"]["1"]["seconds"]["median"]
     found["prefill"] = _prefill(model, beside, device, seconds, speak)
     if beside is not None:
-        found["kernels"] = _kernels(loaded, beside, device, dtype, found["bandwidth"], seconds, speak)
+        found["kernels"] = _kernels(loaded, beside, device, dtype, seconds, speak)
+    found["bandwidth"] = max(found["bandwidth"], machine.bandwidth(device))  # others may have used it a moment ago
     return found
 
 
@@ -150,7 +150,7 @@ def _record(taken: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _kernels(
-    loaded: CompressedModel, beside: PreTrainedModel, device: str, dtype: torch.dtype, bandwidth: float, seconds: float, speak: Progress
+    loaded: CompressedModel, beside: PreTrainedModel, device: str, dtype: torch.dtype, seconds: float, speak: Progress
 ) -> list[dict[str, Any]]:
     """Nothing for layers that have become linear ones."""
     names = list(loaded.packed)
@@ -159,7 +159,7 @@ def _kernels(
         other = beside.get_submodule(name)
         vendor.setdefault((other.out_features, other.in_features), []).append(other)
     told = lambda done, total: speak("single products", done, total)  # noqa: E731
-    return layer_times(groups_of(list(loaded.packed.values())), vendor, device, dtype, bandwidth, seconds, told) if names else []
+    return layer_times(groups_of(list(loaded.packed.values())), vendor, device, dtype, seconds, told) if names else []
 
 
 def _load() -> float:

@@ -82,7 +82,6 @@ def layer_times(
     vendor: Mapping[tuple[int, int], Sequence[nn.Linear]],
     device: str,
     dtype: torch.dtype,
-    bandwidth: float,
     seconds: float,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
@@ -110,7 +109,6 @@ def layer_times(
                 "layers": len(group.layers), "stored_bpw": 8 * group.stored_bytes / (group.rows * group.columns), "batch": batch,
                 "microseconds": spread([1e6 * value for value in own]),
                 "gb_per_s": spread([group.stored_bytes / value / 1e9 for value in own]),
-                "bandwidth_pct": 100 * group.stored_bytes / spread(own)["median"] / bandwidth,
             }  # fmt: skip
             beside = each.get(f"vendor {group.rows}x{group.columns}")
             if beside:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from harness.report.table import Shown
@@ -18,7 +18,13 @@ KERNEL_COLUMNS = (
 )  # fmt: skip
 
 
-def bench_values(bench: Mapping[str, Any]) -> dict[str, Any]:
+def best_bandwidth(benches: Iterable[Mapping[str, Any] | None]) -> float:
+    """Bytes per second that the machine of these measurements can read. On a shared one the memory's speed halves and doubles from one
+    minute to the next; the limit is the best it was ever seen at, the same for every row. 0 where nothing was measured."""
+    return max((bench["bandwidth"] for bench in benches if bench), default=0.0)
+
+
+def bench_values(bench: Mapping[str, Any], bandwidth: float) -> dict[str, Any]:
     """Row values by column. Times are medians over rounds, speed-ups medians of ratios inside rounds to the uncompressed model in the same
     runner (1 for that model itself)."""
     row: dict[str, Any] = {"kind": bench["kind"]}  # of what was timed; a score may be older than a kernel
@@ -29,12 +35,12 @@ def bench_values(bench: Mapping[str, Any]) -> dict[str, Any]:
     row["decode_tok_s_b1"] = 1 / first["seconds"]["median"]
     for end in ("p10", "p90"):
         row[f"decode_speedup_b1_{end}"] = first["speed_up"][end] if "speed_up" in first else 1.0
-    row["roofline_pct_b1"] = bench["roofline_pct"]
+    row["roofline_pct_b1"] = 100 * bench["bytes_per_token"] / bandwidth / first["seconds"]["median"]
     row["prefill_tok_s"] = prefill["tokens"] / prefill["seconds"]["median"]
     row["prefill_speedup"] = prefill["speed_up"]["median"] if "speed_up" in prefill else 1.0
     row["resident_gib"] = memory["resident_bytes"] / 2**30
     row["peak_gib"] = memory.get("allocator_peak_bytes", memory["process_peak_bytes"]) / 2**30
-    row["bandwidth_gb_s"], row["bench_threads"] = bench["bandwidth"] / 1e9, bench["machine"]["threads"]
+    row["bandwidth_gb_s"], row["bench_threads"] = bandwidth / 1e9, bench["machine"]["threads"]
     return row
 
 
@@ -54,6 +60,7 @@ def kernel_rows(
                 "us_p10": time["p10"],
                 "us_p90": time["p90"],
                 "gb_s": record["gb_per_s"]["median"],
+                "bandwidth_pct": 1e11 * record["gb_per_s"]["median"] / bandwidth,
                 "vendor_us": record.get("vendor_microseconds", {}).get("median", ""),
                 "speedup": speed.get("median", ""),
                 "speedup_p10": speed.get("p10", ""),

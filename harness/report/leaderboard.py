@@ -64,11 +64,13 @@ def write_leaderboard(
     streams: dict[str, str] = {}
     weights: dict[str, list[float] | None] = {}
     kernels: list[dict[str, Any]] = []
+    benches = {cell.key: CellStore(cell.key).bench(identity) for cell in plan.cells}
+    bandwidth = latency.best_bandwidth(benches.values())
     for cell in plan.cells:
-        row, record = row_of(cell, plan, outcomes.get(cell.key), identity, measured.get(cell.key))
+        row, record = row_of(cell, plan, outcomes.get(cell.key), benches[cell.key], bandwidth, measured.get(cell.key))
         if bench := record["bench"]:
             kernels += latency.kernel_rows(
-                bench.get("kernels", []), bench["bandwidth"], bench["machine"], row["model"], label(row), cell.key
+                bench.get("kernels", []), bandwidth, bench["machine"], row["model"], label(row), cell.key
             )  # fmt: skip
         for name, score in record["scores"].items():
             if score and streams.setdefault(name, score["tokens_sha256"]) != score["tokens_sha256"]:
@@ -107,16 +109,17 @@ def write_leaderboard(
 
 
 def row_of(
-    cell: Cell, plan: Plan, outcome: Outcome | None, identity: str, measured: Outcome | None
+    cell: Cell, plan: Plan, outcome: Outcome | None, bench: Mapping[str, Any] | None, bandwidth: float, measured: Outcome | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """(leaderboard row, full record) of a cell, from what is stored; latencies are this machine's (`identity`) or none."""
+    """(leaderboard row, full record) of a cell, from what is stored; `bench` is this machine's measurement of it, if there is one, and
+    `bandwidth` what this machine reads in a second."""
     store = CellStore(cell.key)
     artifact = store.artifact() if not cell.refusal else None
     scores = {p.name: store.score(protocol_key(p)) for p in plan.protocols} if artifact else {}
     answered: Results = {task.name: store.task(task.key) for task in plan.tasks} if artifact else {}
     done = [score for score in scores.values() if score]
     error = cell.refusal or (outcome.error if outcome else "")
-    bench = store.bench(identity) if artifact else None
+    bench = bench if artifact else None  # of an artifact that is there
     middle = (*protocol_columns([p.name for p in plan.protocols]), *task_columns(plan.tasks))
     row: dict[str, Any] = dict.fromkeys((*COLUMNS_BEFORE, *middle, *COLUMNS_AFTER), "")
     status = "skipped" if outcome and outcome.skipped else _status(cell, artifact, scores, answered, error)
@@ -145,7 +148,7 @@ def row_of(
         if any(seconds := [score.get("decode_s") or 0.0 for score in done]):
             row["decode_s_on_load"] = max(seconds)
     if bench:
-        row |= latency.bench_values(bench)
+        row |= latency.bench_values(bench, bandwidth)
     for name, score in scores.items():
         if score:
             row |= _protocol_values(name, score)

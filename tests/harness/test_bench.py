@@ -55,6 +55,9 @@ def test_every_row_of_a_run_has_memory_and_latency_of_its_own_bytes(truncated, c
     assert all(row["kind"] == "fused" and float(row["resident_gib"]) < float(reference["resident_gib"]) for row in others)
     kernels_csv = rows_of(tmp_path / "out" / "kernels.csv")
     assert {row["row"] for row in kernels_csv} == {"rtn 4.25", "nf 4.25"}
+    assert len({row["bandwidth_gb_s"] for row in (*rows, *kernels_csv)}) == 1  # one machine, one limit
+    for row in kernels_csv:
+        assert float(row["bandwidth_pct"]) == pytest.approx(100 * float(row["gb_s"]) / float(row["bandwidth_gb_s"]))
     assert {row["batch"] for row in kernels_csv} == {"1", "4", "16"} and {row["kind"] for row in kernels_csv} == {"fused"}
     assert sum(int(row["layers"]) for row in kernels_csv if row["row"] == "rtn 4.25" and row["batch"] == "1") == 28
 
