@@ -13,13 +13,19 @@
 #include "decoders.h"
 
 #define AHEAD 4096        // bytes of codes asked for in advance
-#define PANEL 2048        // columns of a decoded panel
+#define PANEL 1024        // columns of a decoded panel
 #define ALONE (1 << 17)   // weights that one thread multiplies sooner than two agree on sharing them
 
 static inline int64_t columns_under(const Layer &l, int64_t g) {  // scale g of a row
     return l.columns - g * l.group < l.group ? l.columns - g * l.group : l.group;
 }
 static inline int64_t padded(int64_t columns) { return (columns + BLOCK - 1) / BLOCK * BLOCK; }
+
+// Zeros, whose first lies at the start of a line of the cache: vectors across two lines cost a fifth of a panel's time.
+static float *floats(int64_t count) {
+    const size_t bytes = (sizeof(float) * (size_t)count + 63) / 64 * 64;
+    return (float *)memset(aligned_alloc(64, bytes), 0, bytes);
+}
 
 // ---- scales ----------------------------------------------------------------------------------------------------------------------------
 
@@ -77,49 +83,48 @@ static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
     }
 }
 
-// What a vector of rows is multiplied with: its scales and shifts [dim, groups], and where a block of columns lies under more than one of
-// them, every column's [dim, padded columns].
-struct Scales { float *scale, *shift, *column_scale, *column_shift; };
+// What a vector of rows is multiplied with: its scales and shifts [dim, groups].
+struct Scales { float *scale, *shift; };
 
 struct Scratch {  // of a thread: the scales of `vectors` vectors at once
-    size_t groups, columns;
-    float *memory;
-    Scratch(const Layer &l, bool even, int vectors) : groups((size_t)(l.dim * l.groups)), columns(even ? 0 : (size_t)(l.dim * padded(l.columns))) {
-        memory = (float *)calloc((size_t)vectors * 2 * (groups + columns), sizeof(float));
-    }
+    int64_t groups;
+    float *memory;  // sixteen scales are read from wherever a group begins
+    Scratch(const Layer &l, int vectors) : groups(l.dim * l.groups), memory(floats(vectors * 2 * groups + LANES)) {}
     ~Scratch() { free(memory); }
     Scales of(int64_t k) const {
-        float *scale = memory + (size_t)k * 2 * (groups + columns);
-        return {scale, scale + groups, scale + 2 * groups, scale + 2 * groups + columns};
+        float *scale = memory + k * 2 * groups;
+        return {scale, scale + groups};
     }
 };
 
 static bool is_even(const Layer &l) { return l.groups == 1 || l.group % BLOCK == 0; }
 static bool has_shift(const Layer &l) { return l.minima || l.zeros || l.centre != 0; }
 
-// `count` times the same, and perhaps more of it up to a whole vector: what follows is written later.
-static void repeat(float value, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i += LANES) store(to + i, all(value));
-}
+// Where blocks lie under more than one scale: of every sixteen columns the first one's group, and how many groups behind it each is. The
+// same for all rows.
+struct Under {
+    int64_t *first;
+    uint8_t *behind;
+    explicit Under(const Layer &l, bool even) : first(0), behind(0) {
+        if (even) return;
+        const int64_t columns = padded(l.columns);
+        first = (int64_t *)malloc((size_t)(columns / LANES) * sizeof(int64_t) + (size_t)columns);
+        behind = (uint8_t *)(first + columns / LANES);
+        for (int64_t c = 0, g = 0, next = l.group; c < columns; ++c) {
+            if (c == next && g + 1 < l.groups) ++g, next += l.group;  // padding is under the last one
+            if (c % LANES == 0) first[c / LANES] = g;
+            behind[c] = (uint8_t)(g - first[c / LANES]);
+        }
+    }
+    ~Under() { free(first); }
+    // Of columns c to c + 15: `values` is [groups] of one row.
+    Vec operator()(const float *values, int64_t c) const { return Register(values + first[c / LANES]).at(octets(behind + c)); }
+};
 
-static void load_scales(const Layer &l, int64_t v, bool even, const Scales &s) {
+static void load_scales(const Layer &l, int64_t v, const Scales &s) {
     const int64_t present = l.rows - v * l.dim < l.dim ? l.rows - v * l.dim : l.dim;
     if (present < l.dim) memset(s.scale, 0, sizeof(float) * (size_t)(2 * l.dim * l.groups));
     for (int64_t d = 0; d < present; ++d) scales_of(l, v * l.dim + d, s.scale + d * l.groups, s.shift + d * l.groups);
-    if (even) return;
-    const bool shifted = has_shift(l);
-    const int64_t stride = padded(l.columns), whole = (l.columns - LANES) / l.group;  // groups behind which a whole vector has room
-    for (int64_t d = 0; d < l.dim; ++d)
-        for (int64_t g = 0; g < l.groups; ++g) {
-            const int64_t at = d * stride + g * l.group, count = columns_under(l, g);
-            const float scale = s.scale[d * l.groups + g], shift = s.shift[d * l.groups + g];
-            if (g + 1 < whole) {
-                repeat(scale, count, s.column_scale + at);
-                if (shifted) repeat(shift, count, s.column_shift + at);
-            } else {
-                for (int64_t i = 0; i < count; ++i) s.column_scale[at + i] = scale, s.column_shift[at + i] = shift;
-            }
-        }
 }
 
 // ---- products --------------------------------------------------------------------------------------------------------------------------
@@ -137,9 +142,9 @@ struct Input {  // fp32, columns padded with zeros to whole blocks
 
 // The D rows of vector v times BATCH inputs, multiplied as they are decoded. EVEN: a block lies under one scale.
 template <class Dec, int D, int BATCH, bool EVEN>
-static void multiply_rows(const Layer &l, int64_t v, const Dec &decoder, const Input &in, const Scales &s, float *y) {
+static void multiply_rows(const Layer &l, int64_t v, const Dec &decoder, const Input &in, const Scales &s, const Under &under, float *y) {
     const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
-    const int64_t bytes = 4 * l.words, step = 8 * l.bits, stride = padded(l.columns);
+    const int64_t bytes = 4 * l.words, step = 8 * l.bits;
     Vec total[D][BATCH];
     for (int d = 0; d < D; ++d) for (int b = 0; b < BATCH; ++b) total[d][b] = zero();
     int64_t g = 0, next = l.group;
@@ -153,7 +158,7 @@ static void multiply_rows(const Layer &l, int64_t v, const Dec &decoder, const I
         for (int d = 0; d < D; ++d) {
             Vec value[4];
             decoder.place(block, d, value);
-            if (!EVEN) for (int k = 0; k < 4; ++k) value[k] = times(value[k], load(s.column_scale + d * stride + c + LANES * k));
+            if (!EVEN) for (int k = 0; k < 4; ++k) value[k] = times(value[k], under(s.scale + d * l.groups, c + LANES * k));
             for (int b = 0; b < BATCH; ++b) {
                 Vec part = times(value[0], x[b][0]);
                 for (int k = 1; k < 4; ++k) part = fma(value[k], x[b][k], part);
@@ -166,9 +171,9 @@ static void multiply_rows(const Layer &l, int64_t v, const Dec &decoder, const I
 
 // Columns [from, to) of the D rows of vector v, fp32 [D, stride], whole blocks.
 template <class Dec, int D, bool EVEN>
-static void decode_rows(const Layer &l, int64_t v, const Dec &decoder, const Scales &s, int64_t from, int64_t to, float *out, int64_t stride) {
+static void decode_rows(const Layer &l, int64_t v, const Dec &decoder, const Scales &s, const Under &under, int64_t from, int64_t to, float *out, int64_t stride) {
     const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
-    const int64_t bytes = 4 * l.words, columns = padded(l.columns);
+    const int64_t bytes = 4 * l.words;
     for (int64_t c = from, at = from / BLOCK * 8 * l.bits; c < to; c += BLOCK, at += 8 * l.bits) {
         const int64_t g = EVEN ? c / l.group : 0;
         prefetch(codes + at + AHEAD, 8 * l.bits);
@@ -178,9 +183,8 @@ static void decode_rows(const Layer &l, int64_t v, const Dec &decoder, const Sca
             Vec value[4];
             decoder.place(block, d, value);
             for (int k = 0; k < 4; ++k) {
-                const int64_t i = d * columns + c + LANES * k;
-                const Vec scale = EVEN ? all(s.scale[d * l.groups + g]) : load(s.column_scale + i);
-                const Vec shift = EVEN ? all(s.shift[d * l.groups + g]) : load(s.column_shift + i);
+                const Vec scale = EVEN ? all(s.scale[d * l.groups + g]) : under(s.scale + d * l.groups, c + LANES * k);
+                const Vec shift = EVEN ? all(s.shift[d * l.groups + g]) : under(s.shift + d * l.groups, c + LANES * k);
                 store(out + d * stride + (c - from) + LANES * k, fma(value[k], scale, shift));
             }
         }
@@ -269,14 +273,14 @@ template <class Dec, int D, bool EVEN> struct Product {
     const Dec &decoder;
 
     // One pass over the codes for BATCH inputs, decoded in registers.
-    template <int BATCH> void few(const Input &in, const float *lowrank, float *y) const {
-        Scratch scratch(l, EVEN, 1);
+    template <int BATCH> void few(const Input &in, const Under &under, const float *lowrank, float *y) const {
+        Scratch scratch(l, 1);
         const Scales s = scratch.of(0);
         float out[D * BATCH];
 #pragma omp for schedule(static)
         for (int64_t v = 0; v < (l.rows + D - 1) / D; ++v) {
-            load_scales(l, v, EVEN, s);
-            multiply_rows<Dec, D, BATCH, EVEN>(l, v, decoder, in, s, out);
+            load_scales(l, v, s);
+            multiply_rows<Dec, D, BATCH, EVEN>(l, v, decoder, in, s, under, out);
             for (int64_t d = 0; d < D && v * D + d < l.rows; ++d) {
                 for (int b = 0; in.sums && b < BATCH; ++b) out[d * BATCH + b] += dot(s.shift + d * l.groups, in.sums + b * l.groups, l.groups);
                 finish(l, v * D + d, BATCH, out + d * BATCH, lowrank, y);
@@ -285,21 +289,21 @@ template <class Dec, int D, bool EVEN> struct Product {
     }
 
     // A panel of rows decoded into the cache, for any number of inputs.
-    void many(const Input &in, int64_t batch, const float *lowrank, float *y) const {
+    void many(const Input &in, const Under &under, int64_t batch, const float *lowrank, float *y) const {
         const int VECTORS = D >= CORNER ? 1 : CORNER / D, ROWS = VECTORS * D;
         const int64_t vectors = (l.rows + D - 1) / D, width = D == 8 ? PANEL / 2 : PANEL;
-        Scratch scratch(l, EVEN, VECTORS);
-        float *panel = (float *)calloc((size_t)(ROWS * (width + batch)), sizeof(float)), *out = panel + ROWS * width;
+        Scratch scratch(l, VECTORS);
+        float *panel = floats(ROWS * (width + batch)), *out = panel + ROWS * width;
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < (vectors + VECTORS - 1) / VECTORS; ++tile) {
             const int64_t first = tile * VECTORS, end = first + VECTORS < vectors ? first + VECTORS : vectors;
             memset(out, 0, sizeof(float) * (size_t)(ROWS * batch));
-            for (int64_t v = first; v < end; ++v) load_scales(l, v, EVEN, scratch.of(v - first));
+            for (int64_t v = first; v < end; ++v) load_scales(l, v, scratch.of(v - first));
             for (int64_t from = 0; from < l.columns; from += width) {
                 const int64_t to = from + width < padded(l.columns) ? from + width : padded(l.columns);
                 // Behind the last vector the panel keeps older rows: their products go nowhere.
                 for (int64_t v = first; v < end; ++v)
-                    decode_rows<Dec, D, EVEN>(l, v, decoder, scratch.of(v - first), from, to, panel + (v - first) * D * width, width);
+                    decode_rows<Dec, D, EVEN>(l, v, decoder, scratch.of(v - first), under, from, to, panel + (v - first) * D * width, width);
                 for (int r = 0; r < ROWS; r += CORNER) multiply_panel<CORNER>(panel + r * width, width, in, from, to - from, batch, out + r * batch);
             }
             for (int64_t r = 0; r < ROWS && tile * ROWS + r < l.rows; ++r) finish(l, tile * ROWS + r, batch, out + r * batch, lowrank, y);
@@ -310,22 +314,23 @@ template <class Dec, int D, bool EVEN> struct Product {
     void operator()(const float *x, int64_t stride, int64_t batch, float *y, int64_t threads) const {
         const bool sums_wanted = batch <= 2 && has_shift(l), copied = stride < padded(l.columns);
         const int64_t width = copied ? padded(l.columns) : stride;
-        float *sums = (float *)calloc((size_t)(batch * (l.groups + l.rank + (copied ? width : 0)) + 1), sizeof(float));
+        float *sums = floats(batch * (l.groups + l.rank + (copied ? width : 0)) + 1);
         float *lowrank = sums + batch * l.groups, *copy = lowrank + batch * l.rank;
         if (copied) for (int64_t b = 0; b < batch; ++b) memcpy(copy + b * width, x + b * stride, sizeof(float) * (size_t)l.columns);
         const Input in = {copied ? copy : x, sums_wanted ? sums : 0, width};
         if (sums_wanted)
             for (int64_t b = 0; b < batch; ++b)
                 for (int64_t g = 0; g < l.groups; ++g) sums[b * l.groups + g] = sum_of(in.x + b * width + g * l.group, columns_under(l, g));
+        const Under under(l, EVEN);
 #pragma omp parallel num_threads((int)(l.rows * l.columns * batch <= ALONE ? 1 : threads))
         {
             if (l.rank) {
 #pragma omp for schedule(static)
                 for (int64_t i = 0; i < batch * l.rank; ++i) lowrank[i] = low_rank_input(l, i % l.rank, in.x + i / l.rank * width);
             }
-            if (batch == 1) few<1>(in, lowrank, y);
-            else if (batch == 2) few<2>(in, lowrank, y);
-            else many(in, batch, lowrank, y);
+            if (batch == 1) few<1>(in, under, lowrank, y);
+            else if (batch == 2) few<2>(in, under, lowrank, y);
+            else many(in, under, batch, lowrank, y);
         }
         free(sums);
     }
@@ -336,15 +341,16 @@ template <class Dec, int D, bool EVEN> struct Decode {
     const Dec &decoder;
 
     void operator()(int64_t first, int64_t count, float *out, int64_t threads) const {
+        const Under under(l, EVEN);
 #pragma omp parallel num_threads((int)threads)
         {
-            Scratch scratch(l, EVEN, 1);
+            Scratch scratch(l, 1);
             const Scales s = scratch.of(0);
-            float *row = (float *)malloc(sizeof(float) * (size_t)(D * padded(l.columns)));
+            float *row = floats(D * padded(l.columns));
 #pragma omp for schedule(static)
             for (int64_t v = first / D; v < (first + count + D - 1) / D; ++v) {
-                load_scales(l, v, EVEN, s);
-                decode_rows<Dec, D, EVEN>(l, v, decoder, s, 0, padded(l.columns), row, padded(l.columns));
+                load_scales(l, v, s);
+                decode_rows<Dec, D, EVEN>(l, v, decoder, s, under, 0, padded(l.columns), row, padded(l.columns));
                 for (int64_t d = 0; d < D && v * D + d < first + count; ++d)
                     memcpy(out + (v * D + d - first) * l.columns, row + d * padded(l.columns), sizeof(float) * (size_t)l.columns);
             }

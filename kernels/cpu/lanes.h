@@ -23,6 +23,7 @@ static inline void store(float *p, Vec v) { _mm512_storeu_ps(p, v); }
 static inline void store(int32_t *p, Int v) { _mm512_storeu_si512(p, v); }
 static inline Vec gather(const float *table, Int i) { return _mm512_i32gather_ps(i, table, 4); }
 static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+static inline Int octets(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 
 struct Unpack {  // of sixty-four codes, sixteen to a vector
     Int bytes, shifts, mask, later[4];
@@ -63,6 +64,7 @@ struct Unpack {  // of sixty-four codes, sixteen to a vector
 struct Register {
     Vec v;
     Register() : v(zero()) {}
+    explicit Register(const float *sixteen) : v(load(sixteen)) {}
     Register(const float *values, int64_t n, int64_t stride) {
         float repeated[16];
         for (int64_t k = 0; k < 16; ++k) repeated[k] = values[k % n * stride];
@@ -153,6 +155,9 @@ static inline Vec number(Int i) { return {_mm256_cvtepi32_ps(i.a), _mm256_cvtepi
 static inline void store(float *p, Vec v) { _mm256_storeu_ps(p, v.a); _mm256_storeu_ps(p + 8, v.b); }
 static inline void store(int32_t *p, Int v) { _mm256_storeu_si256((__m256i *)p, v.a); _mm256_storeu_si256((__m256i *)(p + 8), v.b); }
 static inline Vec gather(const float *table, Int i) { return {_mm256_i32gather_ps(table, i.a, 4), _mm256_i32gather_ps(table, i.b, 4)}; }
+static inline Int octets(const uint8_t *p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
+}
 static inline float sum(Vec v) {
     const __m256 s = _mm256_add_ps(v.a, v.b);
     const __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -190,6 +195,7 @@ struct Unpack {
 struct Register {
     __m256 low, high;
     Register() : low(_mm256_setzero_ps()), high(_mm256_setzero_ps()) {}
+    explicit Register(const float *sixteen) : low(_mm256_loadu_ps(sixteen)), high(_mm256_loadu_ps(sixteen + 8)) {}
     Register(const float *values, int64_t n, int64_t stride) {
         float repeated[16];
         for (int64_t k = 0; k < 16; ++k) repeated[k] = values[k % n * stride];
