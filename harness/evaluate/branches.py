@@ -146,11 +146,12 @@ def follows_branches(model: PreTrainedModel) -> bool:
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (32,), generator=torch.Generator().manual_seed(0)).tolist()
     texts = [Text((*ids[:8], *ids[i : i + 8]), 8) for i in (8, 16, 24)]
+    alone = [_batch(model, [plant([text])])[0][0] for text in texts]  # without a mask: a model that fails here fails, and says why
+    forked = plant(texts)
     try:
-        together = _batch(model, [plant(texts)])[0]
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):  # a mask of this form is refused
+        together = _batch(model, [forked])[0]
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):  # the mask alone is new: one of this form is refused
         return False
-    alone = [_batch(model, [plant([text])])[0][0] for text in texts]
     tolerance = 0.01 if _float_dtype(model) == torch.float32 else 1.0  # nats over 8 tokens; a wrong mask is off by many
     return all(abs(a - b) < tolerance for (a, _), (b, _) in zip(together, alone, strict=True))
 

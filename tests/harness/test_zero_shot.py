@@ -84,6 +84,24 @@ def test_texts_with_one_trunk_get_the_numbers_they_have_alone(reference, monkeyp
     assert log_likelihoods(reference, trees[:1])[0][2][1]
 
 
+def test_a_refused_mask_is_no_branch_and_a_broken_model_is_an_error(reference, monkeypatch):
+    forward = reference.base_model.forward
+
+    def refuses(*args, attention_mask=None, **kwargs):
+        if attention_mask is not None:
+            raise ValueError("no mask of four dimensions")
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such weight")
+
+    monkeypatch.setattr(reference.base_model, "forward", refuses)
+    assert not follows_branches(reference)
+    monkeypatch.setattr(reference.base_model, "forward", broken)
+    with pytest.raises(RuntimeError, match="no such weight"):
+        follows_branches(reference)
+
+
 def test_a_model_that_ignores_the_mask_is_scored_text_by_text(reference, tokenizer, monkeypatch):
     assert follows_branches(reference)
     monkeypatch.setattr(branches, "_mask", lambda branch_BL, dtype: None)
