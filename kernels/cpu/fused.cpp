@@ -21,7 +21,7 @@ static inline int64_t columns_under(const Layer &l, int64_t g) {  // scale g of 
 }
 static inline int64_t padded(int64_t columns) { return (columns + BLOCK - 1) / BLOCK * BLOCK; }
 
-// Zeros, whose first lies at the start of a line of the cache: vectors across two lines cost a fifth of a panel's time.
+// Zeros, whose first lies at the start of a line of the cache: panels whose vectors lie across two lines cost an eighth of a product's time.
 static float *floats(int64_t count) {
     const size_t bytes = (sizeof(float) * (size_t)count + 63) / 64 * 64;
     return (float *)memset(aligned_alloc(64, bytes), 0, bytes);
