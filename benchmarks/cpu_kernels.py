@@ -1,9 +1,10 @@
-"""The kernel table of a CPU: fused products of one shape in every typical format, beside torch's fp32 product, in turns.
+"""The kernel table of a CPU: fused products of one shape in every typical format, beside torch's fp32 product, in
+turns.
 
     python benchmarks/cpu_kernels.py [--shape 4096x4096] [--threads 2] [--seconds 20]
 
-Weights have left the last cache before they are read again, and nothing else of ours runs meanwhile; `speed-up` is the median of ratios
-inside rounds, with tenth and ninetieth percentile. Lines are those of kernels/cpu/README.md."""
+Weights have left the last cache before they are read again, and nothing else of ours runs meanwhile; `speed-up` is the
+median of ratios inside rounds, with tenth and ninetieth percentile. Lines are those of kernels/cpu/README.md."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 
 from harness.measure import machine
 from harness.measure.layers import BATCHES, layer_times, random_group, vendor_group
-from harness.report.table import markdown
+from harness.report.sheet import markdown
 from kernels.synthetic import TYPICAL
 
 FORMATS = TYPICAL | {
@@ -40,16 +41,27 @@ def main() -> None:
         before = machine.bandwidth("cpu")
         records = layer_times(groups, vendor, "cpu", torch.float32, arguments.seconds)
         bandwidth = max(before, machine.bandwidth("cpu"))
-    print(f"{rows}x{columns}, {machine.identity('cpu')['processor']}, {arguments.threads} threads, {bandwidth / 1e9:.0f} GB/s; fp32 takes")
+    print(
+        f"{rows}x{columns}, {machine.identity('cpu')['processor']}, {arguments.threads} threads, {bandwidth / 1e9:.0f} GB/s; fp32 takes"
+    )
     for batch, record in zip(BATCHES, records[:: len(groups)], strict=True):
         print(f"* {record['vendor_microseconds']['median']:.0f} us for {batch} inputs at once")
-    header = ["format", "stored bits", "us", "GB/s", "% of bandwidth", *(f"speed-up, {batch} at once" for batch in BATCHES)]
+    header = [
+        "format",
+        "stored bits",
+        "us",
+        "GB/s",
+        "% of bandwidth",
+        *(f"speed-up, {batch} at once" for batch in BATCHES),
+    ]
     cells = []
     for index, name in enumerate(FORMATS):
         first, *_ = every = records[index :: len(groups)]
         rate = first["gb_per_s"]["median"]
         time = [f"{first['microseconds']['median']:.0f}", f"{rate:.1f}", f"{1e11 * rate / bandwidth:.0f}"]
-        ratios = [f"{s['median']:.1f} [{s['p10']:.1f}, {s['p90']:.1f}]" for s in (record["speed_up"] for record in every)]
+        ratios = [
+            f"{s['median']:.1f} [{s['p10']:.1f}, {s['p90']:.1f}]" for s in (record["speed_up"] for record in every)
+        ]
         cells.append([name, f"{first['stored_bpw']:.3f}", *time, *ratios])
     print("\n" + markdown(header, cells))
 

@@ -2,10 +2,9 @@
 
     python benchmarks/lq_grid.py [--block 15] [--bits 2.5,2.75,3.25]
 
-Every configuration of `grid=levels`, `paper` (243) and `released` (432) is fitted to the block's seven matrices, errors weighted with the
-Fisher information of the calibration text, and the integer programme mixes each grid under the same budget. Printed: configurations,
-seconds, predicted cost relative to the default's. Minutes on one core.
-"""
+Every configuration of `grid=levels`, `paper` (243) and `released` (432) is fitted to the block's seven matrices, errors
+weighted with the Fisher information of the calibration text, and the integer programme mixes each grid under the same
+budget. Printed: configurations, seconds, predicted cost relative to the default's. Minutes on one core."""
 
 from __future__ import annotations
 
@@ -14,13 +13,14 @@ import time
 
 import torch
 
-from harness.allocate import expected_costs, mixed
-from harness.assets import DEFAULT_MODEL, resolve_model
-from harness.ledger import parse_budget
+from harness.data.assets import DEFAULT_MODEL, resolve_model
+from harness.data.protocols import PROFILES
+from harness.data.windows import calibration_windows
 from harness.model import Inventory, inventory, load_reference, load_tokenizer
-from harness.protocol import PROFILES
-from harness.sensitivity import measure_fisher
-from harness.windows import calibration_windows
+from harness.plan.allocation import mixed
+from harness.plan.budgets import parse_budget
+from harness.plan.costs import expected_costs
+from harness.plan.sensitivity import measure_fisher
 from methods import parse_method
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     path = resolve_model(DEFAULT_MODEL).path
     model = load_reference(path, "cpu", torch.float32)
-    tokens_NT = calibration_windows(PROFILES["quick"].calibration, load_tokenizer(path), seed=0).tokens_NL
+    tokens_NT = calibration_windows(PROFILES["quick"].calibration, load_tokenizer(path), seed=0).tokens_NT
     fisher = measure_fisher(model, tokens_NT[: arguments.windows])
     block = Inventory((inventory(model).blocks[arguments.block],))
     print(f"{'grid':10} {'configurations':>14} {'bits':>6} {'seconds':>8} {'cost':>8}")
@@ -46,7 +46,10 @@ def main() -> None:
             plan = mixed(block, parse_budget(bits), costs)
             least = least or plan.predicted
             count = len(next(iter(costs.values())))
-            print(f"{grid:10} {count:14} {bits:>6} {time.perf_counter() - start:8.0f} {plan.predicted / least:8.4f}", flush=True)
+            print(
+                f"{grid:10} {count:14} {bits:>6} {time.perf_counter() - start:8.0f} {plan.predicted / least:8.4f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Tokens scored per second: this harness against lm-eval's own HFLM wrapper, on the same model, windows and threads, interleaved.
+"""Tokens scored per second: this harness against lm-eval's own HFLM wrapper, on the same model, windows and threads,
+interleaved.
 
     python benchmarks/scoring.py [--model NAME] [--context 512] [--windows 8] [--rounds 5] [--device cpu]
 
@@ -14,11 +15,11 @@ from collections.abc import Callable
 
 import torch
 
-from harness.assets import DEFAULT_MODEL, resolve_model
+from harness.data.assets import DEFAULT_MODEL, resolve_model
+from harness.data.protocols import parse_protocol
+from harness.data.streams import evaluation_stream
 from harness.evaluate.score import score
 from harness.model import load_reference, load_tokenizer
-from harness.protocol import parse_protocol
-from harness.streams import evaluation_stream
 
 
 def main() -> None:
@@ -34,17 +35,22 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
     resolved = resolve_model(arguments.model)
-    tokens_NL = evaluation_stream(parse_protocol(f"wiki-mini@{arguments.context}/{arguments.windows}"), resolved.to_json(), None).tokens_NL
+    tokens_NT = evaluation_stream(
+        parse_protocol(f"wiki-mini@{arguments.context}/{arguments.windows}"), resolved.to_json(), None
+    ).tokens_NT
     dtype = torch.float32 if arguments.device == "cpu" else torch.float16
     model = load_reference(resolved.path, arguments.device, dtype)
     wrapper = HFLM(
-        pretrained=model, tokenizer=load_tokenizer(resolved.path), max_length=arguments.context, batch_size=arguments.batch,
+        pretrained=model,
+        tokenizer=load_tokenizer(resolved.path),
+        max_length=arguments.context,
+        batch_size=arguments.batch,
         device=arguments.device,
-    )  # fmt: skip
-    requests = [(("", ""), window[:1], window[1:]) for window in tokens_NL.tolist()]
+    )
+    requests = [(("", ""), window[:1], window[1:]) for window in tokens_NT.tolist()]
 
     def ours() -> list[float]:
-        return score(model, tokens_NL).window_nll
+        return score(model, tokens_NT).window_nll
 
     def theirs() -> list[float]:
         found = wrapper._loglikelihood_tokens(requests, disable_tqdm=True)
@@ -52,7 +58,7 @@ def main() -> None:
 
     worst = max(abs(a - b) for a, b in zip(ours(), theirs(), strict=True))  # also the warm-up
     assert worst < (1e-4 if dtype == torch.float32 else 1e-2), f"losses differ by {worst}"
-    count = tokens_NL.shape[0] * (tokens_NL.shape[1] - 1)
+    count = tokens_NT.shape[0] * (tokens_NT.shape[1] - 1)
     rates = {"harness": [], "lm-eval HFLM": []}
     for turn in range(arguments.rounds):
         order: list[tuple[str, Callable[[], list[float]]]] = [("harness", ours), ("lm-eval HFLM", theirs)]
@@ -67,7 +73,9 @@ def main() -> None:
     for name, values in rates.items():
         print(f"{name:14} {statistics.median(values):8.0f} tokens/s  ({min(values):.0f} to {max(values):.0f})")
     ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
-    print(f"ratio          {statistics.median(ratios):8.2f}           ({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds)")
+    print(
+        f"ratio          {statistics.median(ratios):8.2f}           ({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Zero-shot items scored per second: this harness against lm-eval's own HFLM wrapper, on the same model, items and threads, interleaved.
+"""Zero-shot items scored per second: this harness against lm-eval's own HFLM wrapper, on the same model, items and
+threads, interleaved.
 
-    python benchmarks/zero_shot.py [--model NAME] [--tasks piqa,arc_easy,hellaswag,winogrande] [--items 50] [--rounds 3] [--device cpu]
+    python benchmarks/zero_shot.py [--model NAME] [--tasks piqa,arc_easy,hellaswag,winogrande] [--items 50] [--rounds 3]
+    [--device cpu]
 
-Both answer through lm_eval.evaluate. Prints for every task both accuracies, the largest difference of a log-likelihood, and the medians of
-the seconds and of the rounds' ratios; stops when a log-likelihood differs by more than rounding explains.
-"""
+Both answer through lm_eval.evaluate. Prints for every task both accuracies, the largest difference of a log-likelihood,
+and the medians of the seconds and of the rounds' ratios; stops when a log-likelihood differs by more than rounding
+explains."""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ from typing import Any
 
 import torch
 
-from harness.assets import DEFAULT_MODEL, resolve_model
-from harness.evaluate.task_data import load_task
+from harness.data.assets import DEFAULT_MODEL, resolve_model
+from harness.data.task_documents import load_task
+from harness.data.tasks import parse_tasks
 from harness.evaluate.zero_shot import open_lm
 from harness.model import load_reference, load_tokenizer
-from harness.tasks import parse_tasks
 
 ROUNDING = 0.01  # nats
 
@@ -42,12 +44,19 @@ def main() -> None:
 
     tasks = parse_tasks(arguments.tasks, limit=arguments.items)
     resolved = resolve_model(arguments.model)
-    model = load_reference(resolved.path, arguments.device, torch.float32 if arguments.device == "cpu" else torch.float16)
+    model = load_reference(
+        resolved.path, arguments.device, torch.float32 if arguments.device == "cpu" else torch.float16
+    )
     tokenizer = load_tokenizer(resolved.path)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    models = {"harness": open_lm(model, tokenizer), "HFLM": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch)}
+    models = {
+        "harness": open_lm(model, tokenizer),
+        "HFLM": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch),
+    }
     threads = torch.get_num_threads()
-    print(f"{resolved.name}, {arguments.items} items a task, {arguments.device}, {threads} threads, {arguments.rounds} rounds")
+    print(
+        f"{resolved.name}, {arguments.items} items a task, {arguments.device}, {threads} threads, {arguments.rounds} rounds"
+    )
     print(f"{'task':16}{'harness':>18}{'HFLM':>18}{'nats apart':>12}{'harness s':>11}{'HFLM s':>9}{'ratio':>16}")
     totals: dict[str, list[float]] = {name: [0.0] * arguments.rounds for name in models}
     for task in tasks:
@@ -63,7 +72,10 @@ def main() -> None:
                 totals[name][turn] += seconds[name][-1]
         ours, theirs = (found[name]["samples"][task.name] for name in models)
         worst = _compare(ours, theirs, task.metrics)
-        marks = ["/".join(f"{found[name]['results'][task.name][f'{metric},none']:.3f}" for metric in task.metrics) for name in models]
+        marks = [
+            "/".join(f"{found[name]['results'][task.name][f'{metric},none']:.3f}" for metric in task.metrics)
+            for name in models
+        ]
         print(f"{task.name:16}{marks[0]:>18}{marks[1]:>18}{worst:12.1e}{_line(seconds)}", flush=True)
     print(f"{'all':64}{_line(totals)}")
 
@@ -76,7 +88,9 @@ def _compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], metrics: 
         apart = max(abs(x - y) for (x, _), (y, _) in zip(a["filtered_resps"], b["filtered_resps"], strict=True))
         worst = max(worst, apart)
         if any(a[metric] != b[metric] for metric in metrics):
-            print(f"item {a['doc_id']} is marked differently; its answers: {a['filtered_resps']} and {b['filtered_resps']}")
+            print(
+                f"item {a['doc_id']} is marked differently; its answers: {a['filtered_resps']} and {b['filtered_resps']}"
+            )
     assert worst < ROUNDING, f"log-likelihoods differ by {worst}"
     return worst
 

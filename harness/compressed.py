@@ -1,4 +1,5 @@
-"""`CompressedModel`: a causal language model whose block linears are packed, as one folder on disk and one module in memory.
+"""`CompressedModel`: a causal language model whose block linears are packed, as one folder on disk and one module in
+memory.
 
 packed.safetensors   the stored tensors of the block weights; its payload is exactly the ledger's stored bits
 rest.safetensors     embeddings, head, norms and biases at 16 bits
@@ -17,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from harness.files import atomic_path, read_json, write_json
 from harness.ledger import Ledger, payload_bytes
 from harness.model import Inventory, inventory
-from kernels.dense import HALF_DTYPES
+from harness.store.files import atomic_path, read_json, write_json
 from kernels.dispatch import kind
-from kernels.packed import PackedLinear
-from kernels.stored import StoredBits
-from kernels.tables import Table
+from kernels.formats.dense import HALF_DTYPES
+from kernels.formats.packed import PackedLinear
+from kernels.formats.stored import StoredBits
+from kernels.formats.tables import Table
 
 TABLES = "shared_tables"  # the attribute of the model that holds them
 KINDS = ("dense", "fused", "decode-per-call", "decode-on-load")  # a model is of the last kind any of its layers is
@@ -51,7 +52,10 @@ class CompressedModel:
 
     @property
     def resident_bpw(self) -> float:
-        bits = sum(module.resident_bits for module in (*self.packed.values(), *self.tables.values())) + self.inventory.uncovered_bits
+        bits = (
+            sum(module.resident_bits for module in (*self.packed.values(), *self.tables.values()))
+            + self.inventory.uncovered_bits
+        )
         return bits / self.inventory.weights
 
     @property
@@ -62,7 +66,9 @@ class CompressedModel:
     def save(self, folder: Path) -> None:
         """Write the four files, each whole or absent; `packed.json` comes last and marks the folder as complete."""
         stored_names = {f"{name}.{leaf}" for name, layer in self.packed.items() for leaf in layer.stored_parts()}
-        stored_names |= {f"{TABLES}.{_slug(key)}.{leaf}" for key, table in self.tables.items() for leaf in table.stored_parts()}
+        stored_names |= {
+            f"{TABLES}.{_slug(key)}.{leaf}" for key, table in self.tables.items() for leaf in table.stored_parts()
+        }
         stored_names |= set(self.inventory.uncovered)
         half = HALF_DTYPES[self.half]
         packed: dict[str, Tensor] = {}
@@ -76,13 +82,20 @@ class CompressedModel:
                 rest[name] = tensor.to(half) if tensor.is_floating_point() else tensor
         for name, tensors in (("packed", packed), ("rest", rest)):
             contiguous = {key: value.contiguous().cpu() for key, value in tensors.items()}
-            broken = [key for key, value in contiguous.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+            broken = [
+                key
+                for key, value in contiguous.items()
+                if value.is_floating_point() and not torch.isfinite(value).all()
+            ]
             if broken:
                 raise ValueError(f"{broken[0]} is not finite at 16 bits ({len(broken)} tensors): nothing saved")
             with atomic_path(folder / f"{name}.safetensors") as path:
                 save_file(contiguous, path)
         self.model.config.save_pretrained(folder)
-        specs = {kind: {n: m.spec() for n, m in modules.items()} for kind, modules in (("layers", self.packed), ("tables", self.tables))}
+        specs = {
+            kind: {n: m.spec() for n, m in modules.items()}
+            for kind, modules in (("layers", self.packed), ("tables", self.tables))
+        }
         write_json(folder / "packed.json", {"version": 1, "half": self.half, **specs})
 
     @classmethod
@@ -107,10 +120,16 @@ class CompressedModel:
         model.tie_weights()
         still_empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         if unexpected or still_empty:
-            raise ValueError(f"{folder} does not match its own packed.json ({(unexpected + still_empty)[0]}): delete it and run again")
-        model.requires_grad_(False)  # stored tensors are what they are; and a product that gradients pass through is not a fused one
+            raise ValueError(
+                f"{folder} does not match its own packed.json ({(unexpected + still_empty)[0]}): delete it and run again"
+            )
+        model.requires_grad_(
+            False
+        )  # stored tensors are what they are; and a product that gradients pass through is not a fused one
         loaded = cls(model.to(device).eval(), stock, description["half"])
-        assert 8 * payload_bytes(folder / "packed.safetensors") == loaded.ledger().stored_bits, "payload and ledger disagree"
+        assert 8 * payload_bytes(folder / "packed.safetensors") == loaded.ledger().stored_bits, (
+            "payload and ledger disagree"
+        )
         return loaded
 
 
@@ -140,7 +159,8 @@ def install(model: nn.Module, name: str, packed: PackedLinear) -> None:
 
 
 def round_rest(model: PreTrainedModel, stock: Inventory, half: torch.dtype) -> None:
-    """Round everything that is not a block linear to its stored 16 bits, so that calibration sees what scoring will see."""
+    """Round everything that is not a block linear to its stored 16 bits, so that calibration sees what scoring will
+    see."""
     linear_weights = {f"{layer.name}.weight" for layer in stock.layers}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

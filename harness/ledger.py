@@ -1,8 +1,8 @@
 """The bit ledger: bits counted from tensors, as exact integers.
 
-`stored` is everything needed to rebuild the block weights; it is what a budget limits. `code` is the indices alone. `resident`
-is what decoding holds in memory. The denominator is the number of original block weights (harness.model.Inventory.weights).
-"""
+`stored` is everything needed to rebuild the block weights; it is what a budget limits. `code` is the indices alone.
+`resident` is what decoding holds in memory. The denominator is the number of original block weights
+(harness.model.Inventory.weights)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from kernels.stored import StoredBits
-from methods.base import LayerConfig, LayerSpec, shared_bits
+from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
+from kernels.formats.stored import StoredBits
 
 FILL_TOLERANCE = Fraction(2, 100)  # bits per weight a plan may leave unused before its row says `underspent`
 
@@ -46,7 +46,12 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         parts = {part: self.bpw(getattr(self.bits, part)) for part in ("codes", "scales", "tables", "adapters")}
-        return {"stored_bits": self.stored_bits, "weights": self.weights, "stored_bpw": self.stored_bpw, "bpw_by_part": parts}
+        return {
+            "stored_bits": self.stored_bits,
+            "weights": self.weights,
+            "stored_bpw": self.stored_bpw,
+            "bpw_by_part": parts,
+        }
 
 
 def planned(plan: Mapping[str, LayerConfig], layers: Iterable[LayerSpec], uncovered_bits: int, weights: int) -> Ledger:
@@ -60,17 +65,6 @@ def planned(plan: Mapping[str, LayerConfig], layers: Iterable[LayerSpec], uncove
 
 def underspent(stored_bits: int, weights: int, budget: Fraction) -> bool:
     return stored_bits < (budget - FILL_TOLERANCE) * weights
-
-
-def parse_budget(text: str) -> Fraction:
-    """Stored bits per weight, exactly as written. Raises ValueError."""
-    try:
-        budget = Fraction(text.strip())
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"'{text}' is not a number of bits per weight; write for example --bits 3.25") from None
-    if not 0 < budget <= 16:
-        raise ValueError(f"a budget of {text} bits per weight is outside (0, 16]")
-    return budget
 
 
 def payload_bytes(path: Path) -> int:

@@ -1,9 +1,8 @@
 """Where the weights of a Hugging Face causal language model are: decoder blocks, their linear layers, and the rest.
 
-Works from a configuration alone (modules on the meta device) as well as on a loaded model. Bits per weight are counted over
-every parameter of two or more dimensions inside the decoder blocks; embeddings, head, norms and biases are "the rest" and
-stay at 16 bits for every method.
-"""
+Works from a configuration alone (modules on the meta device) as well as on a loaded model. Bits per weight are counted
+over every parameter of two or more dimensions inside the decoder blocks; embeddings, head, norms and biases are "the
+rest" and stay at 16 bits for every method."""
 
 from __future__ import annotations
 
@@ -14,10 +13,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from harness.presets import PRESETS
-from methods.base import LayerSpec
+from harness.data.presets import PRESETS
+from kernels.formats.layer import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,9 @@ class Inventory:
     """Every weight of a model, by shape alone."""
 
     blocks: tuple[BlockSpec, ...]
-    uncovered: dict[str, int] = field(default_factory=dict)  # block weights that are no linear layer -> count; 16 bits each
+    uncovered: dict[str, int] = field(
+        default_factory=dict
+    )  # block weights that are no linear layer -> count; 16 bits each
     rest_weights: int = 0
 
     @property
@@ -54,7 +62,9 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks; only decoder-only language models are supported")
+    raise ValueError(
+        f"{type(model).__name__} has no list of {count} decoder blocks; only decoder-only language models are supported"
+    )
 
 
 def inventory(model: PreTrainedModel) -> Inventory:
@@ -70,7 +80,9 @@ def inventory(model: PreTrainedModel) -> Inventory:
                 layers.append(LayerSpec(name, kind, layer.out_features, layer.in_features, layer.bias is not None))
         blocks.append(BlockSpec(f"{prefix}.{index}", tuple(layers)))
     if not covered:
-        raise ValueError(f"{type(model).__name__} keeps no nn.Linear in its decoder blocks; nothing here can compress it")
+        raise ValueError(
+            f"{type(model).__name__} keeps no nn.Linear in its decoder blocks; nothing here can compress it"
+        )
     uncovered, rest = {}, 0
     for name, parameter in model.named_parameters():  # tied parameters appear once
         if name in covered:
@@ -114,7 +126,9 @@ def load_reference(path: Path, device: str, dtype: torch.dtype) -> PreTrainedMod
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ValueError(f"{path} lacks {len(missing)} tensors of its own config.json ({missing[0]} first): its weights are incomplete")
+        raise ValueError(
+            f"{path} lacks {len(missing)} tensors of its own config.json ({missing[0]} first): its weights are incomplete"
+        )
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{path} is already quantised: give the unquantised model")
     return model.to(device).eval()

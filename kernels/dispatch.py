@@ -1,9 +1,9 @@
 """Which product runs on which format and device: one table, filled by the kernel packages.
 
-A pair without an entry, or a layer that its kernel does not serve, takes the reference path: decode the whole weight, multiply, forget
-it (or keep it, in a format whose decoder is too slow to run for every product). What runs decides the *kind* a leaderboard row carries,
-so a latency can never be attributed to a kernel that did not run. So does a product that gradients must pass through.
-"""
+A pair without an entry, or a layer that its kernel does not serve, takes the reference path: decode the whole weight,
+multiply, forget it (or keep it, in a format whose decoder is too slow to run for every product). What runs decides the
+*kind* a leaderboard row carries, so a latency can never be attributed to a kernel that did not run. So does a product
+that gradients must pass through."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.packed import PackedLinear
+from kernels.formats.packed import PackedLinear
 
 Product = Callable[[PackedLinear, Tensor], Tensor]
 
@@ -46,8 +46,8 @@ _reference_only = False
 
 @contextmanager
 def reference_only() -> Iterator[None]:
-    """Inside, in all threads, every product takes the reference path: what is compressed or trained must not depend on which kernels a
-    machine has, for a difference in the last bit of an activation can flip a code."""
+    """Inside, in all threads, every product takes the reference path: what is compressed or trained must not depend on
+    which kernels a machine has, for a difference in the last bit of an activation can flip a code."""
     global _reference_only
     before, _reference_only = _reference_only, True
     try:

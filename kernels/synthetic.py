@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.codebook import table_spec
-from kernels.packed import PackedLinear
-from kernels.stored import StoredModule
-from kernels.tables import Table
+from kernels.formats.codebook import table_spec
+from kernels.formats.packed import PackedLinear
+from kernels.formats.stored import StoredModule
+from kernels.formats.tables import Table
 
 TYPICAL = {  # what benchmarks and tuners measure: the formats as methods store them, by bits
     "4-bit": dict(format="uniform", bits=4, group=128, offset="symmetric"),
@@ -26,8 +26,9 @@ TYPICAL = {  # what benchmarks and tuners measure: the formats as methods store 
 
 
 def random_layer(spec: dict[str, Any], rows: int, columns: int, bias: bool = False, seed: int = 0) -> PackedLinear:
-    """A layer of this configuration on the CPU, with a table of its own where it decodes from a shared one. Scales and entries are small
-    positive numbers, an order of columns is a permutation, everything else (padding too) is uniformly random bits."""
+    """A layer of this configuration on the CPU, with a table of its own where it decodes from a shared one. Scales and
+    entries are small positive numbers, an order of columns is a permutation, everything else (padding too) is uniformly
+    random bits."""
     generator = torch.Generator().manual_seed(seed)
     layer = PackedLinear.from_spec({**spec, "in_features": columns, "out_features": rows, "bias": bias}, "cpu")
     if layer.table_key:

@@ -1,4 +1,5 @@
-"""What fused kernels know of a layer: prepared once, and again when the layer's tensors are others or were written to."""
+"""What fused kernels know of a layer: prepared once, and again when the layer's tensors are others or were written
+to."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from kernels.codebook import CodebookLinear
-from kernels.packed import PackedLinear
+from kernels.formats.codebook import CodebookLinear
+from kernels.formats.packed import PackedLinear
 
 
 class View(Protocol):
@@ -25,12 +26,18 @@ class Kept(Generic[Some]):
         self.made = made
         shared = getattr(layer, "shared", None)  # a table of the model's
         owners: list[nn.Module] = [*layer.modules(), *([shared] if shared is not None else [])]
-        self._sources = [(owner._buffers, name, buffer, _version(buffer)) for owner in owners for name, buffer in owner._buffers.items()]
+        self._sources = [
+            (owner._buffers, name, buffer, _version(buffer))
+            for owner in owners
+            for name, buffer in owner._buffers.items()
+        ]
 
     @property
     def current(self) -> bool:
         """Whether they still are. Asked for at every product: no call of torch's, and no allocation."""
-        return all(buffers[name] is known and _version(known) == version for buffers, name, known, version in self._sources)
+        return all(
+            buffers[name] is known and _version(known) == version for buffers, name, known, version in self._sources
+        )
 
 
 def view(layer: PackedLinear, name: str, make: Callable[[PackedLinear], Some]) -> Some:
@@ -47,5 +54,9 @@ def _version(buffer: Tensor | None) -> int:
 
 
 def supports(layer: PackedLinear) -> bool:
-    """Whether the fused kernels read this layout: codes along rows, one order of columns for all of them, tables that fit a cache."""
-    return not (isinstance(layer, CodebookLinear) and (layer.order is not None or layer.along == "columns" or layer.index_bits > 12))
+    """Whether the fused kernels read this layout: codes along rows, one order of columns for all of them, tables that
+    fit a cache."""
+    return not (
+        isinstance(layer, CodebookLinear)
+        and (layer.order is not None or layer.along == "columns" or layer.index_bits > 12)
+    )

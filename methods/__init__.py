@@ -90,6 +90,12 @@ def _parse_value(text: str, field: dataclasses.Field, value: str) -> Any:
 
 
 _ANNOTATIONS: dict[str, Any] = {
-    "bool": bool, "int": int, "float": float, "str": str,
-    "int | None": int | None, "str | None": str | None, "float | None": float | None, "bool | None": bool | None,
-}  # fmt: skip
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "int | None": int | None,
+    "str | None": str | None,
+    "float | None": float | None,
+    "bool | None": bool | None,
+}

@@ -1,15 +1,17 @@
-"""What the methods of the fine-tuned track add to what they start from: low-rank adapters in stored precision, trained afterwards.
+"""What the methods of the fine-tuned track add to what they start from: low-rank adapters in stored precision, trained
+afterwards.
 
-A class made of `Adapted` and a method stores that method's configurations with adapters added, which the budget pays for. They start
-without effect (as LoRA's do, Hu et al., arXiv 2106.09685) unless the method fits them itself, and `harness.finetune` trains them.
-"""
+A class made of `Adapted` and a method stores that method's configurations with adapters added, which the budget pays
+for. They start without effect (as LoRA's do, Hu et al., arXiv 2106.09685) unless the method fits them itself, and
+`harness.compress.training` trains them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from methods.base import Adaptation, LayerConfig, LayerSpec, Method, Track
+from kernels.formats.layer import LayerConfig, LayerSpec
+from methods.base import Adaptation, Method, Track
 
 RATE = 3e-3  # of AdamW, for adapters that start at zero; README, "Fine-tuned methods", has the grid it comes from
 SHARE = 64  # of a matrix's shorter side is one component: rank 64 on Llama-2-7B, as QLoRA and LQ-LoRA report
@@ -41,7 +43,10 @@ class Adapted(Method):
 
     def adapters(self, layer: LayerSpec) -> dict[str, int | bool]:
         """What is added to the configurations of this layer."""
-        added = {"rank": min(self.rank or usual_rank(layer), layer.in_features, layer.out_features), "adapter_bits": self.adapter_bits}
+        added = {
+            "rank": min(self.rank or usual_rank(layer), layer.in_features, layer.out_features),
+            "adapter_bits": self.adapter_bits,
+        }
         return added | ({"row_scales": True} if self.dora else {})
 
 

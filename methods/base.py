@@ -1,8 +1,8 @@
-"""What a method is: a frozen configuration, candidates with exact bits, and a rule that turns weights into packed layers.
+"""What a method is: a frozen configuration, candidates with exact bits, and a rule that turns weights into packed
+layers.
 
-Shape suffixes used throughout: `O` out_features, `I` in_features, `G` groups of input columns, `K` codebook entries, `D`
-vector length, `V` vectors down a column, `R` rank, `N` samples. Weights are [out_features, in_features].
-"""
+Shape suffixes used throughout: `O` out_features, `I` in_features, `G` groups of input columns, `K` codebook entries,
+`D` vector length, `V` vectors down a column, `R` rank, `N` samples. Weights are [out_features, in_features]."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kernels.codebook import table_key, table_spec
-from kernels.packed import PackedLinear
-from kernels.stored import StoredBits
-from kernels.tables import Table
+from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.packed import PackedLinear
+from kernels.formats.stored import StoredBits
+from kernels.formats.tables import Table
 
 SAMPLE_BANDS, BAND_ROWS = 4, 8  # of rows, for estimates; a band holds whole vectors of every codebook length
 
@@ -41,97 +40,24 @@ class Needs:
 
     hessian: bool = False  # sum over calibration tokens of x x^T, fp32 [I, I]
     original: bool = False  # the uncompressed model's activations beside those behind the packed prefix
-    fisher: bool = False  # mean squares of the gradient of the language-modelling loss, per row and per column of every weight
+    fisher: bool = (
+        False  # mean squares of the gradient of the language-modelling loss, per row and per column of every weight
+    )
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How a method's low-rank factors are trained, by the one loop there is (harness.finetune): what text, for how many steps and in
-    what order is the run's affair, and the same for all."""
+    """How a method's low-rank factors are trained, by the one loop there is (harness.compress.training): what text, for
+    how many steps and in what order is the run's affair, and the same for all."""
 
     rate: float  # of AdamW
     dora: bool = False  # magnitudes of the rows too (Liu et al., arXiv 2402.09353); they are stored as row scales
 
 
 @dataclass(frozen=True)
-class LayerSpec:
-    """One linear layer, known from shapes alone."""
-
-    name: str  # dotted name in the model
-    kind: str  # its name within the block, shared by the same layer of every block ("self_attn.q_proj")
-    out_features: int
-    in_features: int
-    bias: bool
-
-    @property
-    def weights(self) -> int:
-        return self.out_features * self.in_features
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """A packed format with its enums: everything but the shape. Decides the stored bits of a layer exactly."""
-
-    format: str
-    hyper: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def of(cls, format: str, **hyper: Any) -> Self:
-        return cls(format, tuple(sorted(hyper.items())))
-
-    def __getitem__(self, key: str) -> Any:
-        return dict(self.hyper)[key]
-
-    def layout(self, layer: LayerSpec, device: str | torch.device = "meta") -> PackedLinear:
-        """The empty module this configuration stores for `layer`."""
-        shape = dict(in_features=layer.in_features, out_features=layer.out_features, bias=layer.bias)
-        return PackedLinear.from_spec({"format": self.format, **shape, **dict(self.hyper)}, device)
-
-    def stored_bits(self, layer: LayerSpec) -> StoredBits:
-        """Of the layer alone: a table it shares with others is counted once for the model (`shared_bits`)."""
-        return _stored_bits(self, layer.out_features, layer.in_features)
-
-    @property
-    def table_key(self) -> str:
-        """Name of the shared table the layer decodes from; "" for none."""
-        return table_key(dict(self.hyper))
-
-    def table(self, device: str | torch.device = "meta") -> Table:
-        """That table, empty."""
-        return Table.from_spec(table_spec(dict(self.hyper)), device)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format": self.format, **dict(self.hyper)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls.of(**data)
-
-    def without(self, key: str) -> Self:
-        return self.of(self.format, **{k: v for k, v in self.hyper if k != key})
-
-    def plus(self, **hyper: Any) -> Self:
-        """The same with more to it."""
-        return self.of(self.format, **dict(self.hyper), **hyper)
-
-    def __str__(self) -> str:
-        return f"{self.format}({', '.join(f'{k}={v}' for k, v in self.hyper)})"
-
-
-@cache
-def _stored_bits(config: LayerConfig, out_features: int, in_features: int) -> StoredBits:
-    return config.layout(LayerSpec("", "", out_features, in_features, bias=False)).stored_bits()
-
-
-def shared_bits(configs: Iterable[LayerConfig]) -> StoredBits:
-    """Of the tables that layers of these configurations share, each counted once."""
-    used = {config.table_key: config for config in configs if config.table_key}
-    return sum((config.table().stored_bits() for config in used.values()), StoredBits())
-
-
-@dataclass(frozen=True)
 class Sensitivity:
-    """What an error E [O, I] of a layer's weights costs: 1/2 sum_o row_o sum_i column_i E_oi^2 (harness.sensitivity)."""
+    """What an error E [O, I] of a layer's weights costs: 1/2 sum_o row_o sum_i column_i E_oi^2
+    (harness.plan.sensitivity)."""
 
     row_O: Tensor
     column_I: Tensor
@@ -145,20 +71,20 @@ class Sensitivity:
         return 0.5 * float(self.row_O @ error_OI.square() @ self.column_I)
 
     def sample(self, weight_OI: Tensor) -> tuple[Tensor, Sensitivity]:
-        """SAMPLE_BANDS evenly spaced bands of rows [R, I], and a sensitivity that stands for the whole matrix: the share of the
-        weights' own cost that the sample carries is the share of an error's cost it is taken to carry."""
+        """SAMPLE_BANDS evenly spaced bands of rows [R, I], and a sensitivity that stands for the whole matrix: the
+        share of the weights' own cost that the sample carries is the share of an error's cost it is taken to carry."""
         rows = weight_OI.shape[0]
         if rows <= SAMPLE_BANDS * BAND_ROWS:
             return weight_OI, self
-        start_B = torch.linspace(0, rows - BAND_ROWS, SAMPLE_BANDS).long()
-        row_R = (start_B[:, None] + torch.arange(BAND_ROWS)).flatten().to(weight_OI.device)
-        sample_RI, seen = weight_OI[row_R], Sensitivity(self.row_O[row_R], self.column_I)
-        share = seen.cost(sample_RI) / (self.cost(weight_OI) or 1.0)
-        return (sample_RI, Sensitivity(seen.row_O / share, self.column_I)) if share > 0 else (weight_OI, self)
+        start_Z = torch.linspace(0, rows - BAND_ROWS, SAMPLE_BANDS).long()
+        row_N = (start_Z[:, None] + torch.arange(BAND_ROWS)).flatten().to(weight_OI.device)
+        sample_NI, seen = weight_OI[row_N], Sensitivity(self.row_O[row_N], self.column_I)
+        share = seen.cost(sample_NI) / (self.cost(weight_OI) or 1.0)
+        return (sample_NI, Sensitivity(seen.row_O / share, self.column_I)) if share > 0 else (weight_OI, self)
 
 
 class Block(Protocol):
-    """One decoder block as a method sees it (harness.calibration provides it)."""
+    """One decoder block as a method sees it (harness.compress.block provides it)."""
 
     layers: Mapping[str, LayerSpec]
     tables: Mapping[str, Table]  # those the method fitted, by key
@@ -176,7 +102,8 @@ class Block(Protocol):
         """fp32 [I, I]: sum of (x' - x) x^T, x' being the uncompressed model's input. Only with `Needs.original`."""
 
     def fisher(self, name: str) -> Sensitivity:
-        """Mean squared gradients as a product of rows and columns (harness.sensitivity). Only with `Needs.fisher`."""
+        """Mean squared gradients as a product of rows and columns (harness.plan.sensitivity). Only with
+        `Needs.fisher`."""
 
     def install(self, name: str, packed: Compressed) -> None:
         """Replace the layer; everything later in the block now runs on the packed one."""
@@ -191,19 +118,22 @@ class Block(Protocol):
         """The block as it is now on hidden states in front of it, with gradients if they are wanted."""
 
     def windows(self) -> tuple[Tensor, Tensor]:
-        """Hidden states [N, T, H] of the calibration tokens: in front of the block, as the packed prefix leaves them, and behind it in
-        the uncompressed model. Only with `Needs.original`."""
+        """Hidden states [N, T, H] of the calibration tokens: in front of the block, as the packed prefix leaves them,
+        and behind it in the uncompressed model. Only with `Needs.original`."""
 
 
 @dataclass(frozen=True)
 class Compressed:
     packed: PackedLinear
-    report: dict[str, float] = field(default_factory=dict)  # anything worth a number: dead columns, damping used, rounds
+    report: dict[str, float] = field(
+        default_factory=dict
+    )  # anything worth a number: dead columns, damping used, rounds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Subclasses are frozen dataclasses: their fields are the method's configuration, None meaning "the budget decides"."""
+    """Subclasses are frozen dataclasses: their fields are the method's configuration, None meaning "the budget
+    decides"."""
 
     name: ClassVar[str]
     version: ClassVar[int]  # part of every key: bump it when the same configuration would store other bytes
@@ -211,7 +141,9 @@ class Method(ABC):
 
     track: ClassVar[Track]  # a property where it depends on the configuration
     budgeted: ClassVar[bool] = True  # False for a reference, which runs once, outside any budget
-    seeded: ClassVar[bool] = True  # whether the seed can change a byte: through calibration text, or the method's own draws
+    seeded: ClassVar[bool] = (
+        True  # whether the seed can change a byte: through calibration text, or the method's own draws
+    )
 
     later: ClassVar[tuple[str, ...]] = ("lora_rate",)  # options that matter only once the blocks are packed
 
@@ -241,33 +173,41 @@ class Method(ABC):
         return config
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
-        """Those of `candidates` worth mixing over the layers of one model; fine steps in between are what mixing is for."""
+        """Those of `candidates` worth mixing over the layers of one model; fine steps in between are what mixing is
+        for."""
         return self.candidates(layer)
 
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
     ) -> list[float]:
-        """Predicted divergence (harness.sensitivity) of packing the layer with each configuration.
+        """Predicted divergence (harness.plan.sensitivity) of packing the layer with each configuration.
 
         Here by packing a sample of its rows for real, with a diagonal Hessian; methods estimate what takes them longer.
         """
-        sample_RI, seen = sensitivity.sample(weight_OI)
-        few = dataclasses.replace(layer, out_features=len(sample_RI))
+        sample_NI, seen = sensitivity.sample(weight_OI)
+        few = dataclasses.replace(layer, out_features=len(sample_NI))
         hessian_II = sensitivity.column_I.diag() if self.needs.hessian else None
-        return [seen.cost(sample_RI - self.compress(sample_RI, hessian_II, few, config, seed).packed.decode()) for config in configs]
+        return [
+            seen.cost(sample_NI - self.compress(sample_NI, hessian_II, few, config, seed).packed.decode())
+            for config in configs
+        ]
 
     def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
-        """Order among configurations that serve a whole model of `weights` weights with `bits`: index bits, then all bits."""
+        """Order among configurations that serve a whole model of `weights` weights with `bits`: index bits, then all
+        bits."""
         return (bits.codes / weights, bits.total / weights)
 
     def fit_tables(
         self, plan: Mapping[str, LayerConfig], layers: Sequence[LayerSpec], weight: Callable[[str], Tensor], seed: int
     ) -> dict[str, Table]:
-        """The tables that the plan's layers share, by key, from the original weights [O, I] that `weight(name)` gives."""
+        """The tables that the plan's layers share, by key, from the original weights [O, I] that `weight(name)`
+        gives."""
         return {}
 
     @abstractmethod
-    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+    def compress(
+        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
+    ) -> Compressed:
         """Pack one matrix. `hessian_II` is None unless `needs.hessian`; `seed` is already specific to the layer."""
 
     def compress_block(self, block: Block, plan: Mapping[str, LayerConfig], seed: int) -> None:

@@ -1,8 +1,7 @@
 """The uncompressed reference, at 16 bits a weight.
 
-What it rounds: every weight, embedding and norm to the 16-bit type of the published checkpoint (fp16 when that is fp32, as
-for the default model, whose values come from a 4-bit file). Arithmetic is done in the compute dtype of the run.
-"""
+What it rounds: every weight, embedding and norm to the 16-bit type of the published checkpoint (fp16 when that is fp32,
+as for the default model, whose values come from a 4-bit file). Arithmetic is done in the compute dtype of the run."""
 
 from __future__ import annotations
 
@@ -12,8 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.dense import HALF_DTYPES
-from methods.base import Compressed, LayerConfig, LayerSpec, Method, Track
+from kernels.formats.dense import HALF_DTYPES
+from kernels.formats.layer import LayerConfig, LayerSpec
+from methods.base import Compressed, Method, Track
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,9 @@ class Half(Method):
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         return [LayerConfig.of("dense", dtype=self.dtype)]
 
-    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+    def compress(
+        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
+    ) -> Compressed:
         packed = config.layout(layer, weight_OI.device)
         packed.fill(weight=weight_OI.to(HALF_DTYPES[config["dtype"]]))
         if not bool(torch.isfinite(packed.weight).all()):

@@ -4,14 +4,13 @@
     sec. 3.3 step 2   lazy blocks of 128 columns                         methods.codecs.error_feedback.run
     sec. 3.3 step 3   Cholesky factor of the damped H^-1                 methods.codecs.error_feedback.prepare
 
-Settings of the released code: `act_order`, `static_groups` (grids placed on the original columns before the loop; without it
-act-order must store its permutation, which is counted), `true_sequential` (later layers of a block see the packed earlier
-ones), `grid` (placement by min-max or by a search), `damp`. Defaults were chosen on text used for nothing else, at equal
-stored bits (README, "Baselines at their best").
+Settings of the released code: `act_order`, `static_groups` (grids placed on the original columns before the loop;
+without it act-order must store its permutation, which is counted), `true_sequential` (later layers of a block see the
+packed earlier ones), `grid` (placement by min-max or by a search), `damp`. Defaults were chosen on text used for
+nothing else, at equal stored bits (README, "Baselines at their best").
 
-Divergences: grid parameters are rounded to fp16 before codes are chosen; dead columns keep their weights; the damping ladder
-continues where the released code stops with an error; searched symmetric grids may have a negative scale.
-"""
+Divergences: grid parameters are rounded to fp16 before codes are chosen; dead columns keep their weights; the damping
+ladder continues where the released code stops with an error; searched symmetric grids may have a negative scale."""
 
 from __future__ import annotations
 
@@ -22,7 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from methods.base import Block, Compressed, LayerConfig, LayerSpec, Needs, Track
+from kernels.formats.layer import LayerConfig, LayerSpec
+from methods.base import Block, Compressed, Needs, Track
 from methods.codecs.error_feedback import Feedback, check_damp, prepare, run
 from methods.codecs.uniform_grid import Grid, fit_grid, uniform_tensors
 from methods.rtn import UniformGridMethod
@@ -52,7 +52,9 @@ class GPTQ(UniformGridMethod):
     def permuted(self) -> bool:
         return self.act_order and not self.static_groups
 
-    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+    def compress(
+        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
+    ) -> Compressed:
         assert hessian_II is not None
         feedback = prepare(hessian_II, act_order=self.act_order, damp=self.damp)
         packed = config.layout(layer, weight_OI.device)
@@ -67,7 +69,9 @@ class GPTQ(UniformGridMethod):
 
     def _static(self, weight_OI: Tensor, feedback: Feedback, bits: int, group: int, offset: str) -> tuple[Tensor, Grid]:
         """Grids from the original weights, then the loop: a column knows its grid whenever its turn comes."""
-        grid = fit_grid(weight_OI, bits=bits, group=group, offset=offset, search=self.grid, importance_I=feedback.diagonal_I)
+        grid = fit_grid(
+            weight_OI, bits=bits, group=group, offset=offset, search=self.grid, importance_I=feedback.diagonal_I
+        )
         scale_IO, base_IO = grid.columns(weight_OI.shape[1])
         codes_IO = torch.empty_like(scale_IO)
 
@@ -77,8 +81,11 @@ class GPTQ(UniformGridMethod):
         run(weight_OI, feedback, quantise)
         return codes_IO.t().to(torch.int32), grid
 
-    def _dynamic(self, weight_OI: Tensor, feedback: Feedback, bits: int, group: int, offset: str) -> tuple[Tensor, Grid]:
-        """Grids from the already updated weights, placed when the loop reaches a group (codes stay in processing order)."""
+    def _dynamic(
+        self, weight_OI: Tensor, feedback: Feedback, bits: int, group: int, offset: str
+    ) -> tuple[Tensor, Grid]:
+        """Grids from the already updated weights, placed when the loop reaches a group (codes stay in processing
+        order)."""
         rows, columns = weight_OI.shape
         codes_IO = torch.empty(columns, rows, device=weight_OI.device)
         grids: list[Grid] = []
@@ -87,10 +94,14 @@ class GPTQ(UniformGridMethod):
             columns_I = feedback.order_I[position : position + group]
             grids.append(
                 fit_grid(
-                    rest_IO[position : position + group].t(), bits=bits, group=len(columns_I), offset=offset,
-                    search=self.grid, importance_I=feedback.diagonal_I[columns_I],
+                    rest_IO[position : position + group].t(),
+                    bits=bits,
+                    group=len(columns_I),
+                    offset=offset,
+                    search=self.grid,
+                    importance_I=feedback.diagonal_I[columns_I],
                 )
-            )  # fmt: skip
+            )
 
         def quantise(position: int, column: int, values_O: Tensor) -> Tensor:
             grid = grids[-1]
@@ -99,10 +110,12 @@ class GPTQ(UniformGridMethod):
         run(weight_OI, feedback, quantise, block=group, enter=enter)
         joined: Mapping[str, list[Tensor]] = {name: [g.stored[name] for g in grids] for name in grids[0].stored}
         grid = Grid(
-            bits, group,
-            torch.cat([g.scale_OG for g in grids], dim=1), torch.cat([g.base_OG for g in grids], dim=1),
+            bits,
+            group,
+            torch.cat([g.scale_OG for g in grids], dim=1),
+            torch.cat([g.base_OG for g in grids], dim=1),
             {name: torch.cat(parts, dim=1) for name, parts in joined.items()},
-        )  # fmt: skip
+        )
         return codes_IO.t().to(torch.int32), grid
 
     def compress_block(self, block: Block, plan: Mapping[str, LayerConfig], seed: int) -> None:

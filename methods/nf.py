@@ -1,11 +1,12 @@
-"""NormalFloat with double-quantised scales: the frozen base of QLoRA (Dettmers et al., NeurIPS 2023, arXiv 2305.14314, sec. 3).
+"""NormalFloat with double-quantised scales: the frozen base of QLoRA (Dettmers et al., NeurIPS 2023, arXiv 2305.14314,
+sec. 3).
 
 Weights are divided by the absmax of 64 consecutive entries and rounded to the nearest of 2**b quantiles of a normal
-distribution; the absmax values are stored in 8 bits. NF4 with blocks of 64 takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits. QLoRA's
-adapters start at zero, so this *is* QLoRA before training; the row is called `nf` until there is some.
+distribution; the absmax values are stored in 8 bits. NF4 with blocks of 64 takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
+QLoRA's adapters start at zero, so this *is* QLoRA before training; the row is called `nf` until there is some.
 
-Codes, scales and decoding are those of bitsandbytes' NF4 where 64 divides the rows (its blocks run across rows; here each row
-starts one), but for the few scale codes in a thousand that its CPU kernel does not round to the nearest level.
+Codes, scales and decoding are those of bitsandbytes' NF4 where 64 divides the rows (its blocks run across rows; here
+each row starts one), but for the few scale codes in a thousand that its CPU kernel does not round to the nearest level.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kernels.bitpack import pack
-from kernels.normal_float import nearest, nf_levels
-from kernels.scales import per_column, quantise_scales
-from methods.base import Compressed, LayerConfig, LayerSpec, Method, Track
+from kernels.formats.bitpack import pack
+from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.normal_float import nearest, nf_levels
+from kernels.formats.scales import per_column, quantise_scales
+from methods.base import Compressed, Method, Track
 from methods.codecs.vector import block_absmax
 
 BITS = (2, 3, 4)
@@ -50,14 +52,20 @@ class NormalFloat(Method):
         ]
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
-        return [config for config in self.candidates(layer) if self.block is not None or config["block"] in MIXED_BLOCKS]
+        return [
+            config for config in self.candidates(layer) if self.block is not None or config["block"] in MIXED_BLOCKS
+        ]
 
-    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+    def compress(
+        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
+    ) -> Compressed:
         packed = config.layout(layer, weight_OI.device)
         absmax_OG = block_absmax(weight_OI, packed.block)
         # Codes are chosen with the exact absmax, as bitsandbytes does; only then are the scales rounded.
         unit_OI = weight_OI / per_column(absmax_OG, packed.block, packed.in_features)
         codes_OI = nearest(unit_OI, nf_levels(packed.index_bits))
         scales = quantise_scales(absmax_OG, packed.scales.form)
-        packed.fill(codes=pack(codes_OI, packed.index_bits), **{f"scales.{name}": tensor for name, tensor in scales.items()})
+        packed.fill(
+            codes=pack(codes_OI, packed.index_bits), **{f"scales.{name}": tensor for name, tensor in scales.items()}
+        )
         return Compressed(packed)

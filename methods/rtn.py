@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kernels.uniform import OFFSETS
-from methods.base import Compressed, LayerConfig, LayerSpec, Method, Sensitivity, Track
+from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.uniform import OFFSETS
+from methods.base import Compressed, Method, Sensitivity, Track
 from methods.codecs.uniform_grid import SEARCHES, fit_grid, uniform_tensors
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -20,7 +21,8 @@ GROUPS = (16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 512, 1024)
 
 @dataclass(frozen=True, kw_only=True)
 class UniformGridMethod(Method):
-    """Fields and candidates shared by the methods that store `UniformLinear`s. A group of 0 is one scale for a whole row."""
+    """Fields and candidates shared by the methods that store `UniformLinear`s. A group of 0 is one scale for a whole
+    row."""
 
     bits: int | None = None
     group: int | None = None
@@ -52,21 +54,29 @@ class UniformGridMethod(Method):
         ]
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
-        return [config for config in self.candidates(layer) if self.group is not None or config["group"] in MIXED_GROUPS]
+        return [
+            config for config in self.candidates(layer) if self.group is not None or config["group"] in MIXED_GROUPS
+        ]
 
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
     ) -> list[float]:
         """Plain rounding of a sample of rows: error feedback changes what is rounded, but hardly how far."""
-        sample_RI, seen = sensitivity.sample(weight_OI)
+        sample_NI, seen = sensitivity.sample(weight_OI)
         costs = []
         for config in configs:
             bits, group, offset = config["bits"], config["group"] or layer.in_features, config["offset"]
             grid = fit_grid(
-                sample_RI, bits=bits, group=group, offset=offset, search=self.grid, importance_I=seen.column_I,
-                shares=ESTIMATED_SHARES, steps=(),
-            )  # fmt: skip
-            costs.append(seen.cost(sample_RI - grid.decode(grid.round(sample_RI))))
+                sample_NI,
+                bits=bits,
+                group=group,
+                offset=offset,
+                search=self.grid,
+                importance_I=seen.column_I,
+                shares=ESTIMATED_SHARES,
+                steps=(),
+            )
+            costs.append(seen.cost(sample_NI - grid.decode(grid.round(sample_NI))))
         return costs
 
 
@@ -82,7 +92,9 @@ class RoundToNearest(UniformGridMethod):
         if self.grid == "hessian":
             raise ValueError("grid=hessian needs data; rtn has minmax and mse")
 
-    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+    def compress(
+        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
+    ) -> Compressed:
         packed = config.layout(layer, weight_OI.device)
         grid = fit_grid(weight_OI, bits=packed.bits, group=packed.group, offset=packed.offset, search=self.grid)
         packed.fill(**uniform_tensors(grid.round(weight_OI), grid))

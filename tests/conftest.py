@@ -9,13 +9,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from harness.assets import DEFAULT_MODEL, ResolvedModel, resolve_model
+from harness.data.assets import DEFAULT_MODEL, ResolvedModel, resolve_model
 from harness.model import load_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(1)  # pytest runs two workers on two cores; threads that wait for each other would cost far more than they save
+    torch.set_num_threads(
+        1
+    )  # pytest runs two workers on two cores; threads that wait for each other would cost far more than they save
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +37,9 @@ def tokenizer(model: ResolvedModel) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
-def truncated(model: ResolvedModel, weights: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
+def truncated(
+    model: ResolvedModel, weights: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> ResolvedModel:
     """The first four blocks of the default model, as a local folder: real weights at a seventh of the time."""
     config = AutoConfig.from_pretrained(model.path)
     config.num_hidden_layers = 4

@@ -12,7 +12,9 @@ from harness import __version__
 def main(argv: list[str] | None = None) -> int:
     from harness.cli import bench, check, compare, ls, plan, run
 
-    parser = argparse.ArgumentParser(prog="python -m harness", description="Compare quantisation methods at one stored-bit budget.")
+    parser = argparse.ArgumentParser(
+        prog="python -m harness", description="Compare quantisation methods at one stored-bit budget."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for module in (run, plan, bench, check, compare, ls):
@@ -25,7 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:  # bad input, or a folder that cannot be written: one line that says what to type next
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # bad input, or a folder that cannot be written: one line that says what to type next
         print(f"harness {arguments.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

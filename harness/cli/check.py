@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.report.check import TOLERANCE, compare, read_rows, write_baseline
+from harness.report.baseline import TOLERANCE, compare, read_rows, write_baseline
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -23,7 +23,9 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"{arguments.baseline}: {write_baseline(rows, arguments.baseline)} rows written")
         return 0
     if not arguments.tolerance > 0:
-        raise ValueError(f"--tolerance {arguments.tolerance} leaves no number unchanged; write for example --tolerance 0.05")
+        raise ValueError(
+            f"--tolerance {arguments.tolerance} leaves no number unchanged; write for example --tolerance 0.05"
+        )
     baseline = read_rows(arguments.baseline)
     problems = compare(rows, baseline, arguments.tolerance)
     for problem in problems:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.cli.tables import print_table
-from harness.report.compare import compare_methods
-from harness.report.table import markdown
+from harness.cli.sheets import print_table
+from harness.report.pairs import compare_methods
+from harness.report.sheet import markdown
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("compare", help="ratios of a run's rows to one of them", description=__doc__)
     parser.add_argument("folder", type=Path, help="the folder a run wrote")
-    parser.add_argument("--to", required=True, metavar="METHOD", help="the method all others are divided by, as the leaderboard names it")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="METHOD",
+        help="the method all others are divided by, as the leaderboard names it",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.set_defaults(main=main)
 

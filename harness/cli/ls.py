@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from harness.assets import DEFAULT_MODEL, MODELS
-from harness.files import cache_dir
+from harness.data.assets import DEFAULT_MODEL, MODELS
+from harness.data.presets import PRESETS
+from harness.data.protocols import PROFILES, SOURCES
+from harness.data.tasks import GROUPS, PINNED_SPLITS
 from harness.model import inventory, read_config, skeleton
-from harness.presets import PRESETS
-from harness.protocol import PROFILES, SOURCES
-from harness.store import CellStore
-from harness.tasks import GROUPS, PINNED_SPLITS
+from harness.store.cells import CellStore
+from harness.store.files import cache_dir
 from methods import REGISTRY, method_class
 
 
@@ -86,7 +86,9 @@ def _runs() -> Iterator[str]:
         assert spec is not None
         scores = {p["name"]: store.score(key) for key, p in spec["protocols"].items()}
         artifact = store.artifact()
-        state = ", ".join(f"{name} {score['ppl']:.2f}" if score else f"{name} not scored" for name, score in scores.items())
+        state = ", ".join(
+            f"{name} {score['ppl']:.2f}" if score else f"{name} not scored" for name, score in scores.items()
+        )
         if artifact is None:
             state = f"{len(list(store.blocks.glob('*.safetensors')))} blocks compressed"
         budget = f" {spec['budget']}" if spec["budget"] else ""

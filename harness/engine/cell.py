@@ -14,26 +14,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness import __version__
-from harness.allocate import CostTable, expected_costs, mixed
-from harness.compress import compress_model
+from harness.compress.loop import compress_model
+from harness.compress.training import finetune, save_adapter
 from harness.compressed import CompressedModel
+from harness.data.protocols import Calibration, Protocol, Training
+from harness.data.streams import calibration_stream, evaluation_stream
+from harness.data.tasks import Task
+from harness.data.windows import stream_sha256
 from harness.engine.process import Speaker
 from harness.evaluate.score import noise_floor, score
 from harness.evaluate.zero_shot import score_tasks
-from harness.files import cache_dir, digest, locked
-from harness.finetune import finetune, save_adapter
-from harness.ledger import parse_budget
 from harness.measure.machine import peak_process_bytes
 from harness.model import Inventory, inventory, load_reference
-from harness.plan import ARTIFACT_VERSION
-from harness.protocol import Calibration, Protocol, Training
-from harness.sensitivity import random_tokens, remembered_sensitivities
-from harness.store import CellStore
-from harness.streams import calibration_stream, evaluation_stream
-from harness.tasks import Task
-from harness.windows import stream_sha256
+from harness.plan.allocation import mixed
+from harness.plan.budgets import parse_budget
+from harness.plan.cells import ARTIFACT_VERSION
+from harness.plan.costs import CostCache, expected_costs
+from harness.plan.sensitivity import random_tokens, remembered_sensitivities
+from harness.store.cells import CellStore
+from harness.store.files import cache_dir, digest, locked
+from kernels.formats.layer import LayerConfig
 from methods import method_class
-from methods.base import LayerConfig, Method, Sensitivity
+from methods.base import Method, Sensitivity
 
 
 def work(spec: dict[str, Any], speak: Speaker) -> None:
@@ -61,18 +63,24 @@ def run_cell(spec: dict[str, Any], store: CellStore, speak: Speaker) -> None:
         states = store.states(key) if is_reference else _reference_states(spec, key, speak)
         start = time.perf_counter()
         result = score(
-            reloaded.model, tokens.tokens_NL, None if is_reference else states, states if is_reference else None,
-            lambda done, total, name=data["name"]: speak(name, done, total), tokens.articles,
-        ).to_json()  # fmt: skip
+            reloaded.model,
+            tokens.tokens_NT,
+            None if is_reference else states,
+            states if is_reference else None,
+            lambda done, total, name=data["name"]: speak(name, done, total),
+            tokens.articles,
+        ).to_json()
         seconds = time.perf_counter() - start
         if is_reference and states:
-            result["divergence"] = noise_floor(reloaded.model, tokens.tokens_NL, states, tokens.articles)
+            result["divergence"] = noise_floor(reloaded.model, tokens.tokens_NT, states, tokens.articles)
         run = {"seconds": seconds, "peak_ram_gib": peak_process_bytes() / 2**30}
         run |= {"kind": reloaded.kind, "resident_bpw": reloaded.resident_bpw}
         run["decode_s"] = sum(getattr(layer, "decode_seconds", None) or 0.0 for layer in reloaded.packed.values())
         store.put_score(key, {"protocol": data, "tokens_sha256": tokens.sha256, **result, **run})
-    # What a task's items are compared with is taken from the reference's result when the leaderboard is written: nobody waits here.
-    put = lambda key, result: store.put_task(key, {**result, "peak_ram_gib": peak_process_bytes() / 2**30})  # noqa: E731
+    # What a task's items are compared with is taken from the reference's result when the leaderboard is written: nobody
+    # waits here.
+    # Noqa: E731
+    put = lambda key, result: store.put_task(key, {**result, "peak_ram_gib": peak_process_bytes() / 2**30})
     score_tasks(reloaded.model, Path(spec["model"]["path"]), tasks, put, speak)
 
 
@@ -94,8 +102,10 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
     model = load_reference(Path(spec["model"]["path"]), spec["device"], dtype)
     calibration_sha256, tokens_NT = None, None
     if spec["calibration"]:
-        windows = calibration_stream(Calibration.from_json(spec["calibration"]), spec["model"], spec["seed"], spec["bos"], spec["data"])
-        calibration_sha256, tokens_NT = windows.sha256, windows.tokens_NL
+        windows = calibration_stream(
+            Calibration.from_json(spec["calibration"]), spec["model"], spec["seed"], spec["bos"], spec["data"]
+        )
+        calibration_sha256, tokens_NT = windows.sha256, windows.tokens_NT
     stock = inventory(model)
     mix = {"layers": spec["plan"]}
     if spec["allocate"] == "ilp":
@@ -105,32 +115,49 @@ def _compress(spec: dict[str, Any], store: CellStore, speak: Speaker, dtype: tor
             store.put_plan(mix)
     plan = {name: LayerConfig.from_json(config) for name, config in mix["layers"].items()}
     fisher = _measured(spec, method, model, tokens_NT, spec["seed"], speak) if method.needs.fisher else None
-    compressed, report = compress_model(model, method, plan, tokens_NT, spec["seed"], store.blocks, spec["half"], fisher, speak)
+    compressed, report = compress_model(
+        model, method, plan, tokens_NT, spec["seed"], store.blocks, spec["half"], fisher, speak
+    )
     training = _train(spec, store, method, compressed, speak)
     ledger = compressed.ledger()
     if spec["budget"] and not ledger.fits(parse_budget(spec["budget"])):
-        raise ValueError(f"stores {ledger.stored_bpw:.6f} bits per weight, over the budget of {spec['budget']}: refused")
+        raise ValueError(
+            f"stores {ledger.stored_bpw:.6f} bits per weight, over the budget of {spec['budget']}: refused"
+        )
     compressed.save(store.folder)
     store.put_artifact(
         {
-            "spec": spec, "ledger": ledger.to_json(), "code_bpw": ledger.code_bpw, "stored_bpw": ledger.stored_bpw,
+            "spec": spec,
+            "ledger": ledger.to_json(),
+            "code_bpw": ledger.code_bpw,
+            "stored_bpw": ledger.stored_bpw,
             "allocation": {k: v for k, v in mix.items() if k != "layers"},
             "checkpoint_bytes": sum((store.folder / f"{n}.safetensors").stat().st_size for n in ("packed", "rest")),
-            "calibration_sha256": calibration_sha256, "compress_s": report["seconds"], "training": training,
+            "calibration_sha256": calibration_sha256,
+            "compress_s": report["seconds"],
+            "training": training,
             "layers": {
                 layer.name: {
-                    "kind": layer.kind, "stored_bpw": plan[layer.name].stored_bits(layer).total / layer.weights,
-                    "config": plan[layer.name].to_json(), "report": report["layers"][layer.name],
+                    "kind": layer.kind,
+                    "stored_bpw": plan[layer.name].stored_bits(layer).total / layer.weights,
+                    "config": plan[layer.name].to_json(),
+                    "report": report["layers"][layer.name],
                 }
                 for layer in stock.layers
             },
-            "peak_ram_gib": peak_process_bytes() / 2**30, "environment": environment(spec["threads"]),
+            "peak_ram_gib": peak_process_bytes() / 2**30,
+            "environment": environment(spec["threads"]),
         }
-    )  # fmt: skip
+    )
 
 
 def _mix(
-    spec: dict[str, Any], method: Method, model: PreTrainedModel, stock: Inventory, tokens_NT: Tensor | None, speak: Speaker
+    spec: dict[str, Any],
+    method: Method,
+    model: PreTrainedModel,
+    stock: Inventory,
+    tokens_NT: Tensor | None,
+    speak: Speaker,
 ) -> dict[str, Any]:
     """The plan of least predicted divergence under the cell's budget."""
     start = time.perf_counter()
@@ -141,10 +168,12 @@ def _mix(
     measured = _measured(spec, method, model, tokens_NT, seed, speak)
     if data_free:
         measured = {name: sensitivity.flat for name, sensitivity in measured.items()}
-    path = cache_dir("costs", digest([*_origin(spec), method.estimates_key(), stream_sha256(tokens_NT), seed])[:24] + ".json")
+    path = cache_dir(
+        "costs", digest([*_origin(spec), method.estimates_key(), stream_sha256(tokens_NT), seed])[:24] + ".json"
+    )
     with locked(path):
         estimated = lambda done, total: speak("estimate errors", done, total)  # noqa: E731
-        costs = expected_costs(method, model, stock, budget, measured, seed, estimated, CostTable(path))
+        costs = expected_costs(method, model, stock, budget, measured, seed, estimated, CostCache(path))
     return mixed(stock, budget, costs).to_json() | {"seconds": time.perf_counter() - start}
 
 
@@ -163,13 +192,13 @@ def _origin(spec: dict[str, Any]) -> list[Any]:
 
 def _train(
     spec: dict[str, Any], store: CellStore, method: Method, compressed: CompressedModel, speak: Speaker
-) -> dict[str, Any] | None:  # fmt: skip
+) -> dict[str, Any] | None:
     if method.adaptation is None:
         return None
     text = Training.from_json(spec["training"])
     windows = calibration_stream(text.windows, spec["model"], spec["seed"], spec["bos"], spec["data"])
     told = lambda done, total: speak("train", done, total)  # noqa: E731
-    report = finetune(compressed, method.adaptation, windows.tokens_NL, text.batch, spec["seed"], store.blocks, told)
+    report = finetune(compressed, method.adaptation, windows.tokens_NT, text.batch, spec["seed"], store.blocks, told)
     save_adapter(compressed, method.adaptation, store.adapter)
     return {"text": spec["training"], "tokens_sha256": windows.sha256, **report}
 

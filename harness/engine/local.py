@@ -1,4 +1,5 @@
-"""Cells on this machine: a few processes at a time, each on its own share of the cores; measurements one by one, on all of them."""
+"""Cells on this machine: a few processes at a time, each on its own share of the cores; measurements one by one, on all
+of them."""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from harness.engine import cell, process
-from harness.measure import bench
+from harness.measure import measurement as bench
 from harness.measure.machine import quiet, working
-from harness.store import CellStore
+from harness.store.cells import CellStore
 
-# Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an accelerator may not
-# survive a fork, so there every cell starts from nothing.
+# Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an
+# accelerator may not survive a fork, so there every cell starts from nothing.
 START = {"cpu": "forkserver"}
-LONGEST = 70  # name of the folder for temporary files, in bytes: the server's socket lies there, and its whole name has 108
+LONGEST = (
+    70  # name of the folder for temporary files, in bytes: the server's socket lies there, and its whole name has 108
+)
 Watch = Callable[[str, dict[str, Any]], None]  # (cell key, message of the cell's process)
 
 
@@ -39,11 +42,16 @@ class Outcome:
 def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[str, Outcome]:
     """Run every cell in its own process, `jobs` at once; a failure is an outcome, never an exception.
 
-    Cells that need the reference's states wait until it has them, or until its process is over (a file of this run says so).
-    """
+    Cells that need the reference's states wait until it has them, or until its process is over (a file of this run says
+    so)."""
     running: list[BaseProcess] = []
     settings = _shared_cores(max((spec["threads"] for spec in specs), default=1))
-    with working(), tempfile.TemporaryDirectory() as folder, _variables(settings), ThreadPoolExecutor(max_workers=jobs) as pool:
+    with (
+        working(),
+        tempfile.TemporaryDirectory() as folder,
+        _variables(settings),
+        ThreadPoolExecutor(max_workers=jobs) as pool,
+    ):
         over = Path(folder) / "reference_over"
         if all(spec["key"] != spec["reference"] for spec in specs):
             over.touch()  # finished earlier
@@ -52,7 +60,9 @@ def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[
 
         def run(spec: dict[str, Any]) -> Outcome:
             try:
-                return _run_one(cell.work, spec | {"reference_over": str(over)}, _context(_device_type(spec)), watch, running)
+                return _run_one(
+                    cell.work, spec | {"reference_over": str(over)}, _context(_device_type(spec)), watch, running
+                )
             finally:
                 if spec["key"] == spec["reference"]:
                     over.touch()
@@ -67,7 +77,8 @@ def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[
 
 
 def measure_cells(specs: Sequence[dict[str, Any]], watch: Watch, waiting: Callable[[], None]) -> dict[str, Outcome]:
-    """Measure memory and latency of finished cells, each in a process that knows nothing of the others, while nothing else of ours runs."""
+    """Measure memory and latency of finished cells, each in a process that knows nothing of the others, while nothing
+    else of ours runs."""
     running: list[BaseProcess] = []
     outcomes: dict[str, Outcome] = {}
     with quiet(waiting), _variables(_QUIET):
@@ -85,7 +96,9 @@ def _kill(running: Sequence[BaseProcess]) -> None:
         child.kill()
 
 
-def _run_one(work: process.Work, spec: dict[str, Any], context: BaseContext, watch: Watch, running: list[BaseProcess]) -> Outcome:
+def _run_one(
+    work: process.Work, spec: dict[str, Any], context: BaseContext, watch: Watch, running: list[BaseProcess]
+) -> Outcome:
     """Do one cell's work to its end."""
     try:
         error = _run(work, spec, context, watch, running)
@@ -95,7 +108,9 @@ def _run_one(work: process.Work, spec: dict[str, Any], context: BaseContext, wat
     return Outcome(spec["key"], error)
 
 
-def _run(work: process.Work, spec: dict[str, Any], context: BaseContext, watch: Watch, running: list[BaseProcess]) -> str:
+def _run(
+    work: process.Work, spec: dict[str, Any], context: BaseContext, watch: Watch, running: list[BaseProcess]
+) -> str:
     """Returns the error in one line, empty when the work was finished."""
     store = CellStore(spec["key"])
     store.folder.mkdir(parents=True, exist_ok=True)
@@ -153,11 +168,14 @@ _QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"
 def _shared_cores(threads: int) -> dict[str, str]:
     return _QUIET | {
         # Passive waiting: threads of two cells share the cores, and a spinning one would steal from the other.
-        "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads),
-        # One glibc heap that keeps freed activations (up to 32 MiB each, its maximum) instead of faulting them in again: a tenth
-        # of the run's time went there.
-        "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    }  # fmt: skip
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(threads),
+        # One glibc heap that keeps freed activations (up to 32 MiB each, its maximum) instead of faulting them in
+        # again: a tenth of the run's time went there.
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    }
 
 
 @contextlib.contextmanager

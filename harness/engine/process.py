@@ -1,7 +1,7 @@
 """A process of ours at work: it says how far it is, and how it ended. Started by harness.engine.local.
 
-Messages are {"phase", "done", "total"}, at last {"error"} or {"finished"}; everything that is printed goes to the cell's log.
-"""
+Messages are {"phase", "done", "total"}, at last {"error"} or {"finished"}; everything that is printed goes to the
+cell's log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 
 
 class Speaker:
-    """Progress to the parent, at most a few lines a second. A parent that is gone ends the process: nobody will read the rest."""
+    """Progress to the parent, at most a few lines a second. A parent that is gone ends the process: nobody will read
+    the rest."""
 
     def __init__(self, messages: Connection) -> None:
         self.messages, self._last = messages, 0.0

@@ -1,4 +1,5 @@
-"""lm-eval's view of a model in memory: its own Hugging Face wrapper, tokenisation and all, with another way to get log-likelihoods.
+"""lm-eval's view of a model in memory: its own Hugging Face wrapper, tokenisation and all, with another way to get
+log-likelihoods.
 
 Imported only where tasks are scored: it needs lm-eval.
 """
@@ -18,11 +19,13 @@ Tokenized = tuple[tuple[str, str], list[int], list[int]]  # (context, continuati
 
 
 class BranchingLM(HFLM):
-    """Scores the answers to one question together (harness.evaluate.branches), where the model can; the numbers are HFLM's but for
-    rounding. `progress(done, total)` counts tokens."""
+    """Scores the answers to one question together (harness.evaluate.branches), where the model can; the numbers are
+    HFLM's but for rounding. `progress(done, total)` counts tokens."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of every model that is no name
+        logging.getLogger("lm_eval.models.huggingface").setLevel(
+            logging.ERROR
+        )  # it warns of every model that is no name
         super().__init__(pretrained=model, tokenizer=tokenizer)
         self.progress: Callable[[int, int], None] = lambda *_: None
         self.branching = follows_branches(model)
@@ -30,13 +33,17 @@ class BranchingLM(HFLM):
         self._owners: list[Hashable] = []
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Scored]:
-        self._owners = [(request.task_name, request.doc_id) for request in requests]  # the next method is told token ids alone
+        self._owners = [
+            (request.task_name, request.doc_id) for request in requests
+        ]  # the next method is told token ids alone
         try:
             return super().loglikelihood(requests, disable_tqdm=True)
         finally:
             self._owners = []
 
-    def _loglikelihood_tokens(self, requests: list[Tokenized], disable_tqdm: bool = True, override_bs: int | None = None) -> list[Scored]:
+    def _loglikelihood_tokens(
+        self, requests: list[Tokenized], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[Scored]:
         texts = [self._text(*request[1:]) for request in requests]
         # A text that cannot stand in a tree with others belongs to itself.
         owners = [owner if self._fits(text) else text for owner, text in zip(self._owners or texts, texts, strict=True)]
@@ -44,7 +51,10 @@ class BranchingLM(HFLM):
         for owner, text in zip(owners, texts, strict=True):
             groups.setdefault(owner, {})[text] = None  # once each: equal answers must tie exactly
         scored = log_likelihoods(self.model, [plant(list(group)) for group in groups.values()], self.progress)
-        found = {owner: dict(zip(group, many, strict=True)) for (owner, group), many in zip(groups.items(), scored, strict=True)}
+        found = {
+            owner: dict(zip(group, many, strict=True))
+            for (owner, group), many in zip(groups.items(), scored, strict=True)
+        }
         return [found[owner][text] for owner, text in zip(owners, texts, strict=True)]
 
     def _text(self, context: list[int], continuation: list[int]) -> Text:

@@ -1,11 +1,12 @@
 """One pass over a protocol's windows: loss of every window, and the divergence from the uncompressed reference.
 
-The reference's *hidden states* in front of the head are kept (tokens x width), never its logits (tokens x vocabulary): the head
-is the same 16-bit tensor for every method, so the scored model's own head turns both into logits, a few hundred tokens at a time.
+The reference's *hidden states* in front of the head are kept (tokens x width), never its logits (tokens x vocabulary):
+the head is the same 16-bit tensor for every method, so the scored model's own head turns both into logits, a few
+hundred tokens at a time.
 
-KL(reference || model) per token in nats. What it can resolve is bounded by arithmetic: the reference's row carries a *noise
-floor*, its divergence from itself when every block output is multiplied by 1 + u, |u| <= 2**-11, one rounding unit of fp16.
-"""
+KL(reference || model) per token in nats. What it can resolve is bounded by arithmetic: the reference's row carries a
+*noise floor*, its divergence from itself when every block output is multiplied by 1 + u, |u| <= 2**-11, one rounding
+unit of fp16."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from harness.files import atomic_path
+from harness.data.windows import Articles
 from harness.model import decoder_blocks, swapped_module
-from harness.windows import Articles
+from harness.store.files import atomic_path
 
 BODY_TOKENS = 8192  # tokens through the decoder at once
 HEAD_LOGITS = 1 << 25  # logits held at once (128 MiB in fp32), for the model and once more for the reference
@@ -43,33 +44,39 @@ class Divergence:
     same_top_N: list[Tensor] = field(default_factory=list)
 
     def add(self, reference_NV: Tensor, reference_top_N: Tensor, model_NV: Tensor, model_lse_N: Tensor) -> None:
-        """sum p (a - b) - lse(a) + lse(b) for logits a, b and p = softmax(a): two passes fewer than through log_softmax.
-        Overwrites `reference_NV`."""
+        """sum p (a - b) - lse(a) + lse(b) for logits a, b and p = softmax(a): two passes fewer than through
+        log_softmax. Overwrites `reference_NV`."""
         reference_lse_N = reference_NV.logsumexp(dim=-1)
         difference_NV = reference_NV - model_NV
         p_NV = reference_NV.sub_(reference_lse_N[:, None]).exp_()
         kld_N = torch.linalg.vecdot(p_NV, difference_NV) - reference_lse_N + model_lse_N
         self.kld_N.append(kld_N.double().cpu())
         first_N = model_NV.gather(1, reference_top_N[:, None]).squeeze(1)
-        self.same_top_N.append((first_N == model_NV.amax(dim=-1)).cpu())  # amax: argmax over a vocabulary is ten times slower
+        self.same_top_N.append(
+            (first_N == model_NV.amax(dim=-1)).cpu()
+        )  # amax: argmax over a vocabulary is ten times slower
 
-    def to_json(self, scored_WP: Tensor) -> dict[str, Any]:
-        """`scored_WP`: which predictions of each window count."""
-        kld_WP, same_top_WP = (torch.cat(parts).view(scored_WP.shape) for parts in (self.kld_N, self.same_top_N))
-        kld_N = kld_WP[scored_WP]
+    def to_json(self, scored_NP: Tensor) -> dict[str, Any]:
+        """`scored_NP`: which predictions of each window count."""
+        kld_NP, same_top_NP = (torch.cat(parts).view(scored_NP.shape) for parts in (self.kld_N, self.same_top_N))
+        kld_N = kld_NP[scored_NP]
         finite_N = kld_N[kld_N.isfinite()]
-        quantiles = {name: finite_N.quantile(q).item() if len(finite_N) else math.nan for name, q in PERCENTILES.items()}
+        quantiles = {
+            name: finite_N.quantile(q).item() if len(finite_N) else math.nan for name, q in PERCENTILES.items()
+        }
         return {
-            "kld": kld_N.mean().item(), **{f"kld_{name}": value for name, value in quantiles.items()},
-            "top1": same_top_WP[scored_WP].double().mean().item(), "nonfinite_tokens": len(kld_N) - len(finite_N),
-            "window_kld": (torch.where(scored_WP, kld_WP, 0.0).sum(dim=1) / scored_WP.sum(dim=1)).tolist(),
-        }  # fmt: skip
+            "kld": kld_N.mean().item(),
+            **{f"kld_{name}": value for name, value in quantiles.items()},
+            "top1": same_top_NP[scored_NP].double().mean().item(),
+            "nonfinite_tokens": len(kld_N) - len(finite_N),
+            "window_kld": (torch.where(scored_NP, kld_NP, 0.0).sum(dim=1) / scored_NP.sum(dim=1)).tolist(),
+        }
 
 
 @dataclass(frozen=True)
 class Score:
-    """`window_nll`: mean loss of every window, nats per token (of every article, nats per word, and `window_weight` its words). A
-    loss that is not a number is flagged, never averaged away."""
+    """`window_nll`: mean loss of every window, nats per token (of every article, nats per word, and `window_weight` its
+    words). A loss that is not a number is flagged, never averaged away."""
 
     window_nll: list[float]
     scored_tokens: int
@@ -83,7 +90,11 @@ class Score:
     @property
     def ppl(self) -> float:
         weight = self.window_weight or [1.0] * len(self.window_nll)
-        mean = math.fsum(map(operator.mul, self.window_nll, weight)) / math.fsum(weight) if not self.nonfinite else math.nan
+        mean = (
+            math.fsum(map(operator.mul, self.window_nll, weight)) / math.fsum(weight)
+            if not self.nonfinite
+            else math.nan
+        )
         return math.exp(mean) if not mean > 700 else math.inf
 
     def to_json(self) -> dict[str, Any]:
@@ -105,46 +116,48 @@ class _Given(nn.Module):
 
 @contextmanager
 def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
-    """hidden [N, H] -> logits [N, V] in fp32 through the model's own forward, so that whatever an architecture does to its
-    logits (soft caps, scales) is done."""
+    """hidden [N, H] -> logits [N, V] in fp32 through the model's own forward, so that whatever an architecture does to
+    its logits (soft caps, scales) is done."""
     given = _Given()
 
     def head(hidden_NH: Tensor) -> Tensor:
         given.hidden = hidden_NH[None]
-        return model(input_ids=torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)).logits[0].float()
+        return (
+            model(input_ids=torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)).logits[0].float()
+        )
 
     with swapped_module(model, model.base_model_prefix, given):
         yield head
 
 
-def hidden_states(model: PreTrainedModel, tokens_BL: Tensor, length: int) -> Tensor:
-    """States in front of the head that predict a token of windows of `length`: [B * (L - 1), H]. The last token predicts none; the
-    papers' code runs it all the same, lm-eval's does not."""
-    hidden_BLH = model.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state
-    return hidden_BLH[:, : length - 1].reshape(-1, hidden_BLH.shape[-1])
+def hidden_states(model: PreTrainedModel, tokens_BT: Tensor, length: int) -> Tensor:
+    """States in front of the head that predict a token of windows of `length`: [B * (L - 1), H]. The last token
+    predicts none; the papers' code runs it all the same, lm-eval's does not."""
+    hidden_BTH = model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    return hidden_BTH[:, : length - 1].reshape(-1, hidden_BTH.shape[-1])
 
 
 @torch.inference_mode()
 def score(
     model: PreTrainedModel,
-    tokens_NL: Tensor,
+    tokens_NT: Tensor,
     reference: Path | None = None,
     keep: Path | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
     articles: Articles | None = None,
 ) -> Score:
-    """Score windows [N, L]. `reference` is a file of the reference's states to diverge from, `keep` one to write them to. With
-    `articles` (one entry per window) losses are summed by article and divided by its words."""
+    """Score windows [N, L]. `reference` is a file of the reference's states to diverge from, `keep` one to write them
+    to. With `articles` (one entry per window) losses are summed by article and divided by its words."""
     device = next(model.parameters()).device
-    count, length = tokens_NL.shape
+    count, length = tokens_NT.shape
     losses_NP: list[Tensor] = []
     done = 0
     divergence = Divergence() if reference else None
     kept: dict[str, list[Tensor]] = {"states": [], "top": []}
     chunk = max(1, HEAD_LOGITS // model.config.get_text_config().vocab_size)
-    for batch_BL in tokens_NL.to(device).split(max(1, BODY_TOKENS // length)):
-        hidden_NH = hidden_states(model, batch_BL[:, :-1] if articles else batch_BL, length)
-        target_N = batch_BL[:, 1:].reshape(-1)
+    for batch_BT in tokens_NT.to(device).split(max(1, BODY_TOKENS // length)):
+        hidden_NH = hidden_states(model, batch_BT[:, :-1] if articles else batch_BT, length)
+        target_N = batch_BT[:, 1:].reshape(-1)
         known = _read_states(reference, done * (length - 1), len(target_N), hidden_NH) if reference else None
         nll_N = []
         with head_of(model) as head:
@@ -157,8 +170,8 @@ def score(
                     divergence.add(head(known[0][part]), known[1][part], logits_NV, lse_N)
                 if keep is not None:
                     kept["top"].append(logits_NV.argmax(dim=-1).cpu())
-        losses_NP.append(torch.cat(nll_N).view(len(batch_BL), length - 1))
-        done += len(batch_BL)
+        losses_NP.append(torch.cat(nll_N).view(len(batch_BT), length - 1))
+        done += len(batch_BT)
         if keep is not None:
             kept["states"].append(hidden_NH.cpu())
         progress(done, count)
@@ -177,7 +190,9 @@ def score(
 
 
 @torch.inference_mode()
-def noise_floor(model: PreTrainedModel, tokens_NL: Tensor, reference: Path, articles: Articles | None = None) -> dict[str, Any]:
+def noise_floor(
+    model: PreTrainedModel, tokens_NT: Tensor, reference: Path, articles: Articles | None = None
+) -> dict[str, Any]:
     """Divergence of the reference from itself under one rounding unit of noise, on the first NOISE_WINDOWS windows."""
     generator = torch.Generator().manual_seed(0)
 
@@ -187,8 +202,10 @@ def noise_floor(model: PreTrainedModel, tokens_NL: Tensor, reference: Path, arti
 
     hooks = [block.register_forward_hook(disturb) for block in decoder_blocks(model)[1]]
     try:
-        few = articles and replace(articles, scored_NP=articles.scored_NP[:NOISE_WINDOWS], article_N=articles.article_N[:NOISE_WINDOWS])
-        return score(model, tokens_NL[:NOISE_WINDOWS], reference, articles=few).divergence or {}
+        few = articles and replace(
+            articles, scored_NP=articles.scored_NP[:NOISE_WINDOWS], article_N=articles.article_N[:NOISE_WINDOWS]
+        )
+        return score(model, tokens_NT[:NOISE_WINDOWS], reference, articles=few).divergence or {}
     finally:
         for hook in hooks:
             hook.remove()

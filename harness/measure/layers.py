@@ -1,8 +1,8 @@
 """Single products: every shape and configuration of a model, beside the vendor's product of the same shape.
 
-The layers of one shape and configuration are a group, run one after the other and timed together. Groups take turns, so that by the time
-one comes round again its weights have left the last cache, as in a model; where all together would stay, the cache is swept in between.
-"""
+The layers of one shape and configuration are a group, run one after the other and timed together. Groups take turns, so
+that by the time one comes round again its weights have left the last cache, as in a model; where all together would
+stay, the cache is swept in between."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from harness.measure.machine import last_cache_bytes
 from harness.measure.timing import Call, graphed, interleaved, speed_up, spread
 from kernels.dispatch import kind
-from kernels.packed import PackedLinear
+from kernels.formats.packed import PackedLinear
 from kernels.synthetic import random_layer
 
 BATCHES = (1, 4, 16)
@@ -58,9 +58,16 @@ def describe(layer: PackedLinear) -> str:
 
 
 def random_group(spec: dict[str, Any], rows: int, columns: int, device: str) -> Group:
-    """Layers of random stored bits: where possible so many that the first has left the last cache when its turn comes again."""
+    """Layers of random stored bits: where possible so many that the first has left the last cache when its turn comes
+    again."""
     first = random_layer(spec, rows, columns)
-    layers = [first, *(random_layer(spec, rows, columns, seed=seed) for seed in range(1, _copies(first.stored_bits().total / 8, device)))]
+    layers = [
+        first,
+        *(
+            random_layer(spec, rows, columns, seed=seed)
+            for seed in range(1, _copies(first.stored_bits().total / 8, device))
+        ),
+    ]
     for layer in layers[1:]:
         if layer.table_key:
             layer.attach(first.shared)  # one for all, as in a model
@@ -70,7 +77,9 @@ def random_group(spec: dict[str, Any], rows: int, columns: int, device: str) -> 
 def vendor_group(rows: int, columns: int, device: str, dtype: torch.dtype) -> list[nn.Linear]:
     """As many uncompressed ones of random weights."""
     count = _copies(rows * columns * dtype.itemsize, device)
-    return [nn.Linear(columns, rows, bias=False, device=device, dtype=dtype).requires_grad_(False) for _ in range(count)]
+    return [
+        nn.Linear(columns, rows, bias=False, device=device, dtype=dtype).requires_grad_(False) for _ in range(count)
+    ]
 
 
 def _copies(bytes_each: float, device: str) -> int:
@@ -85,8 +94,8 @@ def layer_times(
     seconds: float,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
-    """One record per group and batch size: microseconds of one product, stored bytes per second, speed-up over the vendor's product of the
-    same shape, each as median with tenth and ninetieth percentile over rounds."""
+    """One record per group and batch size: microseconds of one product, stored bytes per second, speed-up over the
+    vendor's product of the same shape, each as median with tenth and ninetieth percentile over rounds."""
     packed = sum(group.stored_bytes * len(group.layers) for group in groups)
     before = _between(device, dtype, sweep=packed < BEYOND * last_cache_bytes(device))
     records = []
@@ -104,12 +113,16 @@ def layer_times(
         for index, group in enumerate(groups):
             own = each[f"group {index}"]
             record = {
-                "rows": group.rows, "columns": group.columns, "config": group.config,
+                "rows": group.rows,
+                "columns": group.columns,
+                "config": group.config,
                 "kind": kind(group.layers[0], device.partition(":")[0]),
-                "layers": len(group.layers), "stored_bpw": 8 * group.stored_bytes / (group.rows * group.columns), "batch": batch,
+                "layers": len(group.layers),
+                "stored_bpw": 8 * group.stored_bytes / (group.rows * group.columns),
+                "batch": batch,
                 "microseconds": spread([1e6 * value for value in own]),
                 "gb_per_s": spread([group.stored_bytes / value / 1e9 for value in own]),
-            }  # fmt: skip
+            }
             beside = each.get(f"vendor {group.rows}x{group.columns}")
             if beside:
                 record["vendor_microseconds"] = spread([1e6 * value for value in beside])
@@ -134,8 +147,8 @@ def _inputs(batch: int, columns: int, device: str, dtype: torch.dtype) -> Tensor
 
 
 def _between(device: str, dtype: torch.dtype, sweep: bool) -> Call:
-    """What runs in front of every group: a small product of no one's, so that threads and instructions are awake, and a walk through other
-    memory where the groups alone would not push each other out of the last cache."""
+    """What runs in front of every group: a small product of no one's, so that threads and instructions are awake, and a
+    walk through other memory where the groups alone would not push each other out of the last cache."""
     small = random_layer(dict(format="uniform", bits=4, group=64, offset="zero"), 512, 512).to(device)
     x = torch.ones(1, 512, device=device, dtype=dtype)
     buffer = torch.ones(BEYOND * last_cache_bytes(device) // 4 if sweep else 1, device=device)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from harness.files import digest
+from harness.store.files import digest
 
 STREAM_BYTES = 1 << 28  # read to measure the bandwidth: many times any last-level cache of a CPU
 GPU_STREAM_BYTES = 1 << 31
@@ -35,7 +35,8 @@ def working() -> Iterator[None]:
 
 @contextmanager
 def quiet(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Inside, this process alone measures; waits (and says so once) until no work of ours, of any run of this user, is left."""
+    """Inside, this process alone measures; waits (and says so once) until no work of ours, of any run of this user, is
+    left."""
     with _lock(fcntl.LOCK_EX, waiting):
         yield
 
@@ -64,7 +65,11 @@ def identity(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"processor": _processor(), "cores": cores(), "torch": torch.__version__}
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
+        found |= {
+            "gpu": properties.name,
+            "gpu_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
     return found
 
 
@@ -113,8 +118,9 @@ def last_cache_bytes(device: str) -> int:
 
 
 def bandwidth(device: str, seconds: float = 0.5) -> float:
-    """Bytes per second that can be read from memory: the best of repeated reads of a buffer far beyond the last cache, on a GPU (where a
-    reduction is not always the faster) of copies within it, each byte of which is read and written."""
+    """Bytes per second that can be read from memory: the best of repeated reads of a buffer far beyond the last cache,
+    on a GPU (where a reduction is not always the faster) of copies within it, each byte of which is read and
+    written."""
     if torch.device(device).type == "cuda":
         source = torch.empty(GPU_STREAM_BYTES // 4, device=device)
         target = torch.empty_like(source)
@@ -123,7 +129,9 @@ def bandwidth(device: str, seconds: float = 0.5) -> float:
             source.nbytes / _best(lambda: source.sum(), seconds, device),
         )
     stream = torch.ones(STREAM_BYTES // 4)
-    return stream.nbytes / min(_best(lambda: stream.sum(), seconds, device), _best(lambda: stream.amax(), seconds, device))
+    return stream.nbytes / min(
+        _best(lambda: stream.sum(), seconds, device), _best(lambda: stream.amax(), seconds, device)
+    )
 
 
 def _best(call: Callable[[], object], seconds: float, device: str) -> float:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, StaticCache
 
 from harness.compressed import CompressedModel
 from harness.measure.timing import Call, graphed
-from kernels.packed import PackedLinear
-from kernels.stored import StoredModule
+from kernels.formats.packed import PackedLinear
+from kernels.formats.stored import StoredModule
 from kernels.views import Kept
 
 CONTEXT = 128  # tokens in front of the first that is timed
@@ -22,8 +22,9 @@ WARM = 2  # steps before anything is timed
 
 
 def timed_model(loaded: CompressedModel) -> PreTrainedModel:
-    """The model that is run: packed layers as they are, uncompressed ones as the linear layers they stand for. Their 16-bit weights (with
-    trained adapters added) are converted to the compute dtype once, not for every product: the fastest an uncompressed model can be."""
+    """The model that is run: packed layers as they are, uncompressed ones as the linear layers they stand for. Their
+    16-bit weights (with trained adapters added) are converted to the compute dtype once, not for every product: the
+    fastest an uncompressed model can be."""
     model = loaded.model
     for name, layer in loaded.packed.items():
         if layer.format == "dense":
@@ -40,7 +41,8 @@ def _linear(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
 
 
 class Runner:
-    """A batch of sequences behind their prompts [B, T]; every `step` appends a token to each, at most `left` of them."""
+    """A batch of sequences behind their prompts [B, T]; every `step` appends a token to each, at most `left` of
+    them."""
 
     def __init__(self, model: PreTrainedModel, prompt_BT: Tensor) -> None:
         self.model, self.device = model, str(prompt_BT.device)
@@ -77,7 +79,9 @@ class Runner:
 @torch.inference_mode()
 def read_prompt(model: PreTrainedModel, prompt_BT: Tensor) -> Tensor:
     """Logits [B, V] behind a prompt that is read into a new cache."""
-    return model(prompt_BT, past_key_values=_cache(model, prompt_BT.shape[1]), use_cache=True, **_keep(model)).logits[:, -1]
+    return model(prompt_BT, past_key_values=_cache(model, prompt_BT.shape[1]), use_cache=True, **_keep(model)).logits[
+        :, -1
+    ]
 
 
 @torch.inference_mode()
@@ -90,7 +94,9 @@ def prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     """Random tokens [batch, length], the same every time; shorter where the model knows fewer positions."""
     length = min(length, _positions(model) - _room(model))
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.get_text_config().vocab_size, (batch, length), generator=generator).to(model.device)
+    return torch.randint(model.config.get_text_config().vocab_size, (batch, length), generator=generator).to(
+        model.device
+    )
 
 
 def _positions(model: PreTrainedModel) -> int:
@@ -111,16 +117,23 @@ def _keep(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def bytes_per_token(loaded: CompressedModel) -> int:
-    """Read from memory for one token of one sequence, at least: the stored bytes of packed layers and tables (of layers that were decoded
-    when loaded, the weights), and everything else once, but of an embedding that is not also the head one row. The cache is left out: it is
-    the same for all, and short."""
+    """Read from memory for one token of one sequence, at least: the stored bytes of packed layers and tables (of layers
+    that were decoded when loaded, the weights), and everything else once, but of an embedding that is not also the head
+    one row. The cache is left out: it is the same for all, and short."""
     model = loaded.model
     weights = sum(
-        layer.in_features * layer.out_features * model.dtype.itemsize if layer.decode_on_load else layer.stored_bits().total // 8
+        layer.in_features * layer.out_features * model.dtype.itemsize
+        if layer.decode_on_load
+        else layer.stored_bits().total // 8
         for layer in loaded.packed.values()
     ) + sum(table.stored_bits().total // 8 for table in loaded.tables.values())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    packed = {tensor.data_ptr() for module in model.modules() if isinstance(module, StoredModule) for tensor in module.buffers()}
+    packed = {
+        tensor.data_ptr()
+        for module in model.modules()
+        if isinstance(module, StoredModule)
+        for tensor in module.buffers()
+    }
     rest = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.data_ptr() not in packed}
     if head is None or head.weight.data_ptr() != embedding.data_ptr():
         rest.pop(embedding.data_ptr(), None)
@@ -133,7 +146,12 @@ def resident_bytes(model: nn.Module) -> int:
     for module in model.modules():
         kept = [value for value in vars(module).values() if isinstance(value, Tensor)]
         views = [value.made.tensors.values() for value in vars(module).values() if isinstance(value, Kept)]
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *kept, *(t for view in views for t in view)):
+        for tensor in (
+            *module.parameters(recurse=False),
+            *module.buffers(recurse=False),
+            *kept,
+            *(t for view in views for t in view),
+        ):
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())

@@ -14,9 +14,9 @@ Call = Callable[[], object]
 
 def interleaved(
     calls: Mapping[str, Call], device: str, seconds: float, fewest: int, most: int, before: Call | None = None
-) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of every call in every round, the order turned round from one to the next; `before` runs, untimed, in front of each. As many
-    rounds as `seconds` allow."""
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round, the order turned round from one to the next; `before` runs, untimed, in
+    front of each. As many rounds as `seconds` allow."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     names, end = list(calls), time.perf_counter() + seconds
     for done in range(most):
@@ -48,7 +48,12 @@ def spread(values: list[float]) -> dict[str, Any]:
     """Median, tenth and ninetieth percentile."""
     ordered = sorted(values)
     last = len(ordered) - 1
-    return {"median": median(ordered), "p10": ordered[round(0.1 * last)], "p90": ordered[round(0.9 * last)], "rounds": len(ordered)}
+    return {
+        "median": median(ordered),
+        "p10": ordered[round(0.1 * last)],
+        "p90": ordered[round(0.9 * last)],
+        "rounds": len(ordered),
+    }
 
 
 def speed_up(seconds: list[float], of_other: list[float]) -> dict[str, Any]:
@@ -57,8 +62,8 @@ def speed_up(seconds: list[float], of_other: list[float]) -> dict[str, Any]:
 
 
 def graphed(call: Call, device: str) -> Call:
-    """On a GPU the call as a CUDA graph, replayed without the cost of its launches; elsewhere the call. It must read and write the same
-    tensors every time. Call it a few times before: what is made at first use must be there."""
+    """On a GPU the call as a CUDA graph, replayed without the cost of its launches; elsewhere the call. It must read
+    and write the same tensors every time. Call it a few times before: what is made at first use must be there."""
     if torch.device(device).type != "cuda":
         return call
     graph = torch.cuda.CUDAGraph()

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from harness.report.table import GOOD
-from harness.stats import shared_ranks
+from harness.report.sheet import GOOD
+from harness.report.stats import shared_ranks
 
 Losses = Mapping[str, Mapping[str, list[float]]]  # cell -> protocol -> loss of every window
 
@@ -16,12 +16,16 @@ Weights = Mapping[str, list[float] | None]  # protocol -> weight of every window
 
 
 def add_ranks(
-    rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], weights: Weights, unseeded: Container[str] = ()
+    rows: Sequence[dict[str, Any]],
+    losses: Losses,
+    names: Sequence[str],
+    weights: Weights,
+    unseeded: Container[str] = (),
 ) -> None:
     """Set `rank_<protocol>`, and `tie_<protocol>` where it is shared, within every budget, track and seed.
 
-    A row no seed can change (its cell is in `unseeded`) stands in every seed's ranking, and shows its rank in the first.
-    """
+    A row no seed can change (its cell is in `unseeded`) stands in every seed's ranking, and shows its rank in the
+    first."""
     for group in ranked_together(rows, unseeded):
         for name in names:
             ranks = shared_ranks([losses[row["cell"]][name] for row in group], weights.get(name))
@@ -31,20 +35,28 @@ def add_ranks(
 
 
 def ranked_together(rows: Sequence[dict[str, Any]], unseeded: Container[str] = ()) -> Iterator[list[dict[str, Any]]]:
-    """Groups of rows with numbers that share budget, track and seed; the first seed last, so that it has the last word on rows that stand
-    in every seed's group."""
+    """Groups of rows with numbers that share budget, track and seed; the first seed last, so that it has the last word
+    on rows that stand in every seed's group."""
     ranked = [row for row in rows if row["budget_bpw"] and row["status"] in GOOD]
     for seed in sorted({row["seed"] for row in ranked if row["cell"] not in unseeded}, reverse=True) or [0]:
         present = [row for row in ranked if row["seed"] == seed or row["cell"] in unseeded]
         yield from _groups(present, lambda row: (row["budget_bpw"], row["track"]))
 
 
-def summarise(rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], weights: Weights) -> list[dict[str, Any]]:
-    """One row per method and budget: mean perplexity over its seeds, `_sd` between them, ranks from losses averaged over seeds."""
+def summarise(
+    rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], weights: Weights
+) -> list[dict[str, Any]]:
+    """One row per method and budget: mean perplexity over its seeds, `_sd` between them, ranks from losses averaged
+    over seeds."""
     summary, averaged = [], {}
-    for group in _groups([row for row in rows if row["status"] in GOOD], lambda row: (row["method"], row["variant"], row["budget_bpw"])):
+    for group in _groups(
+        [row for row in rows if row["status"] in GOOD], lambda row: (row["method"], row["variant"], row["budget_bpw"])
+    ):
         first = group[0]
-        row = {key: first[key] for key in ("model", "method", "variant", "track", "status", "budget_bpw", "stored_bpw", "code_bpw")}
+        row = {
+            key: first[key]
+            for key in ("model", "method", "variant", "track", "status", "budget_bpw", "stored_bpw", "code_bpw")
+        }
         for name in ("stored_bpw", "code_bpw"):  # mixed plans differ between seeds
             row[name] = statistics.fmean(member[name] for member in group)
         row["status"] = max(member["status"] for member in group)  # "underspent" if any is

@@ -1,8 +1,7 @@
 """Fused products on a CPU: weights are decoded in registers and multiplied, and never stand in memory.
 
-Up to `SMALL` inputs the compiled kernel multiplies as it decodes. More (a prompt, a window that is scored) are worth a matrix product:
-a tile of rows is decoded at a time, multiplied, and forgotten.
-"""
+Up to `SMALL` inputs the compiled kernel multiplies as it decodes. More (a prompt, a window that is scored) are worth a
+matrix product: a tile of rows is decoded at a time, multiplied, and forgotten."""
 
 from __future__ import annotations
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.build import library
-from kernels.cpu.layer import View, view
-from kernels.packed import PackedLinear
+from kernels.cpu.view import View, view
+from kernels.formats.packed import PackedLinear
 from kernels.views import supports
 
 SMALL = 32
@@ -35,8 +34,13 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
         flat_NI = flat_NI.contiguous()
         out_NO = flat_NI.new_empty(len(flat_NI), layer.out_features)
         library().product(
-            seen.address, flat_NI.data_ptr(), layer.in_features, len(flat_NI), out_NO.data_ptr(), torch.get_num_threads()
-        )  # fmt: skip
+            seen.address,
+            flat_NI.data_ptr(),
+            layer.in_features,
+            len(flat_NI),
+            out_NO.data_ptr(),
+            torch.get_num_threads(),
+        )
     return out_NO.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 
 
@@ -45,11 +49,11 @@ def _tiled(layer: PackedLinear, seen: View, x_NI: Tensor) -> Tensor:
     compiled = library()
     rows = max(1, TILE_WEIGHTS // layer.in_features // LONGEST) * LONGEST  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
-    tile_RI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
+    tile_OI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
     for first in range(0, layer.out_features, rows):
         count = min(rows, layer.out_features - first)
-        compiled.decode(seen.address, first, count, tile_RI.data_ptr(), torch.get_num_threads())
-        torch.mm(x_NI, tile_RI[:count].t(), out=out_NO[:, first : first + count])
+        compiled.decode(seen.address, first, count, tile_OI.data_ptr(), torch.get_num_threads())
+        torch.mm(x_NI, tile_OI[:count].t(), out=out_NO[:, first : first + count])
     if layer.lowrank is not None:
         left_OR, right_RI = layer.lowrank.factors()
         right_RI = right_RI if seen.order_I is None else right_RI[:, seen.order_I]

@@ -1,8 +1,8 @@
-"""Compiles fused.cpp (with its headers) once with the system's compiler and loads it: no torch headers, no build step at installation.
+"""Compiles fused.cpp (with its headers) once with the system's compiler and loads it: no torch headers, no build step
+at installation.
 
-The library is cached under a name made of the source, the compiler and the instruction set. Without a compiler, or on a CPU with
-neither AVX-512 nor AVX2, `library()` is None after one warning, and products take the reference path.
-"""
+The library is cached under a name made of the source, the compiler and the instruction set. Without a compiler, or on a
+CPU with neither AVX-512 nor AVX2, `library()` is None after one warning, and products take the reference path."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def _instructions() -> tuple[str, ...]:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"they are written for x86-64, this is {platform.machine()}")
     try:
-        flags = set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split())
+        flags = set(
+            next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+        )
     except (OSError, StopIteration):
         raise RuntimeError("the instructions of this CPU are not known") from None
     for wanted_set in (WIDE, NARROW):

@@ -1,9 +1,9 @@
-"""Fused products on an NVIDIA GPU, in Triton. Importing this package imports triton; `kernels.dispatch` does so on a machine with a GPU.
+"""Fused products on an NVIDIA GPU, in Triton. Importing this package imports triton; `kernels.dispatch` does so on a
+machine with a GPU.
 
-Up to `SMALL` inputs a product decodes weights in registers as it multiplies. More (a prompt) are worth a matrix product: the base of some
-rows is decoded in the dtype of the inputs, multiplied by cuBLAS, and forgotten. Nothing waits for the GPU, and what is launched and
-allocated depends on shapes alone: products can be captured in a CUDA graph.
-"""
+Up to `SMALL` inputs a product decodes weights in registers as it multiplies. More (a prompt) are worth a matrix
+product: the base of some rows is decoded in the dtype of the inputs, multiplied by cuBLAS, and forgotten. Nothing waits
+for the GPU, and what is launched and allocated depends on shapes alone: products can be captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.packed import PackedLinear
+from kernels.formats.packed import PackedLinear
 from kernels.triton import launch, programs
-from kernels.triton.layer import View, view
+from kernels.triton.view import View, view
 from kernels.views import supports
 
 SMALL = 32
@@ -37,7 +37,8 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 def fused(seen: View, x_NI: Tensor, ordered_NI: Tensor, how: launch.Launch | None = None) -> Tensor:
-    """The product of up to `SMALL` inputs, with another launch configuration than the one on file (the tuner's entrance)."""
+    """The product of up to `SMALL` inputs, with another launch configuration than the one on file (the tuner's
+    entrance)."""
     form, batch = seen.form, len(x_NI)
     how = how or launch.choose(form, batch, x_NI.dtype, x_NI.device)
     out_NO = x_NI.new_empty(batch, form.rows)
@@ -49,14 +50,22 @@ def fused(seen: View, x_NI: Tensor, ordered_NI: Tensor, how: launch.Launch | Non
     tiles = -(-form.rows // (form.dim * how.vectors))
     rank_tiles = -(-form.rank // launch.RANKS)
     constants = dict(
-        F=form, V=how.vectors, U=how.units, PER_SPLIT=per_split, FINISH=not staged, RANKS=launch.RANKS, num_warps=how.warps,
+        F=form,
+        V=how.vectors,
+        U=how.units,
+        PER_SPLIT=per_split,
+        FINISH=not staged,
+        RANKS=launch.RANKS,
+        num_warps=how.warps,
         num_stages=how.stages,
-    )  # fmt: skip
+    )
     if how.program == "gemv":
         programs.gemv[tiles + rank_tiles, splits, batch](seen.stored, x_NI, ordered_NI, into, **constants)
     else:
         padded = max(16, triton.next_power_of_2(batch))
-        programs.gemm[tiles + rank_tiles * batch, splits](seen.stored, x_NI, ordered_NI, into, batch, B=padded, **constants)
+        programs.gemm[tiles + rank_tiles * batch, splits](
+            seen.stored, x_NI, ordered_NI, into, batch, B=padded, **constants
+        )
     if staged:
         grid = (-(-form.rows // FINISH_ROWS), batch)
         programs.finish[grid](seen.stored, into, out_NO, F=form, SPLITS=splits, ROWS=FINISH_ROWS, RANKS=FINISH_RANKS)
@@ -68,14 +77,14 @@ def _decoded(layer: PackedLinear, seen: View, x_NI: Tensor, ordered_NI: Tensor) 
     form = seen.form
     rows = max(1, DECODED // form.columns // 64) * 64  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), form.rows)
-    base_RI = x_NI.new_empty(min(rows, form.rows), form.columns)
+    base_OI = x_NI.new_empty(min(rows, form.rows), form.columns)
     how = launch.DECODE
     units = min(how.units, triton.next_power_of_2(-(-form.columns // form.lanes)))
     for first in range(0, form.rows, rows):
         last = min(first + rows, form.rows)
         grid = (-(-(last - first) // (form.dim * how.vectors)), -(-form.columns // (form.lanes * units)))
-        programs.decode[grid](seen.stored, base_RI, first, last, F=form, V=how.vectors, U=units, num_warps=how.warps)
-        torch.mm(ordered_NI, base_RI[: last - first].t(), out=out_NO[:, first:last])
+        programs.decode[grid](seen.stored, base_OI, first, last, F=form, V=how.vectors, U=units, num_warps=how.warps)
+        torch.mm(ordered_NI, base_OI[: last - first].t(), out=out_NO[:, first:last])
     if layer.lowrank is not None:
         stored = layer.lowrank
         inner_NR = (x_NI @ stored.right.to(x_NI.dtype).t()).float()

@@ -1,11 +1,12 @@
 """Load, unpack, decode: how a program turns stored bytes into a tile of weights. The only place that knows the layouts.
 
-A tile has four axes [U, V, L, D]: U units of columns, V vectors of rows, the L columns of a unit, the D rows of a vector (1 unless codes
-index vectors). A unit is as many columns as have their codes within 32 bits, so that a thread gets all of its codes from one window of
-the stream: one load where windows divide a word, else two (3 bits: eight columns, 24 bits of two words). L and D stay inside a thread:
-shifts by a lane are then constants, an entry of d numbers is one load, and a scale is read and applied once a unit. Neighbouring threads
-hold neighbouring units, so that a warp reads consecutive words: U comes first because the compiler, which cannot see that addresses of
-windows are consecutive, deals the first axis to threads first.
+A tile has four axes [U, V, L, D]: U units of columns, V vectors of rows, the L columns of a unit, the D rows of a
+vector (1 unless codes index vectors). A unit is as many columns as have their codes within 32 bits, so that a thread
+gets all of its codes from one window of the stream: one load where windows divide a word, else two (3 bits: eight
+columns, 24 bits of two words). L and D stay inside a thread: shifts by a lane are then constants, an entry of d numbers
+is one load, and a scale is read and applied once a unit. Neighbouring threads hold neighbouring units, so that a warp
+reads consecutive words: U comes first because the compiler, which cannot see that addresses of windows are consecutive,
+deals the first axis to threads first.
 
 Shape suffixes are the axes above; bits are numbered as in kernels/bitpack.py.
 """
@@ -57,7 +58,8 @@ class Stored(NamedTuple):
     left_scale: Any
     row_scale: Any  # fp16 [rows]
     bias: Any  # fp16 [rows]
-    exponent: int = 0x4B000000  # bits of 2**23. An argument and no constant: it then has a register, and mask and exponent are one LOP3
+    # Bits of 2**23. An argument and no constant: it then has a register, and mask and exponent are one LOP3
+    exponent: int = 0x4B000000
 
 
 def lanes(bits: int) -> int:
@@ -69,7 +71,8 @@ def lanes(bits: int) -> int:
 def window(words, first, bit, last, present, WIDTH: tl.constexpr):
     """`WIDTH` bits (and more above them) from bit number `bit` of the stream of words `first` to `last` - 1.
 
-    uint32 in the shape of `first + bit`; zero beyond the end of the stream. Windows begin on multiples of their own width."""
+    uint32 in the shape of `first + bit`; zero beyond the end of the stream. Windows begin on multiples of their own
+    width."""
     word = first + (bit >> 5)
     shift = (bit & 31).to(tl.uint32)
     found = tl.load(words + word, mask=present, other=0).to(tl.uint32, bitcast=True) >> shift
@@ -89,7 +92,8 @@ def code_at(words, index, present, COUNT: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def windows(stored, unit_U, vector_V, F: tl.constexpr):
-    """The codes of every unit side by side, uint32 [U, V]. Those of vectors or columns that do not exist are codes without a meaning."""
+    """The codes of every unit side by side, uint32 [U, V]. Those of vectors or columns that do not exist are codes
+    without a meaning."""
     WORDS: tl.constexpr = (F.columns * F.bits + 31) // 32
     VECTORS: tl.constexpr = (F.rows + F.dim - 1) // F.dim
     WIDTH: tl.constexpr = F.lanes * F.bits
@@ -108,18 +112,21 @@ def places(F: tl.constexpr, IN_PLACE: tl.constexpr):
 
 @triton.jit
 def values(stored, unit_U, vector_V, F: tl.constexpr, IN_PLACE: tl.constexpr):
-    """What codes stand for under a scale of one, fp32 [U, V, L, D]: entries of the table; or themselves, less the zero point if that is
-    the symmetric one.
+    """What codes stand for under a scale of one, fp32 [U, V, L, D]: entries of the table; or themselves, less the zero
+    point if that is the symmetric one.
 
-    A code becomes a number without a conversion: as the low bits of the fp32 number 2**23, which is then subtracted, exactly. With
-    IN_PLACE a code is masked out of its window but not shifted, so that value l is 2**places[l] times as large; the inputs are divided
-    by that instead, once for all rows. 23 bits of mantissa hold 23 // bits codes, then the window is shifted."""
+    A code becomes a number without a conversion: as the low bits of the fp32 number 2**23, which is then subtracted,
+    exactly. With IN_PLACE a code is masked out of its window but not shifted, so that value l is 2**places[l] times as
+    large; the inputs are divided by that instead, once for all rows. 23 bits of mantissa hold 23 // bits codes, then
+    the window is shifted."""
     window_UVL = windows(stored, unit_U, vector_V, F)[:, :, None]
     MASK: tl.constexpr = (1 << F.bits) - 1
     if F.table:
         shift_L = (tl.arange(0, F.lanes) * F.bits).to(tl.uint32)
         entry_UVL = ((window_UVL >> shift_L[None, None, :]) & MASK).to(tl.int32) * F.dim
-        return tl.load(stored.table + entry_UVL[:, :, :, None] + tl.arange(0, F.dim)[None, None, None, :]).to(tl.float32)
+        return tl.load(stored.table + entry_UVL[:, :, :, None] + tl.arange(0, F.dim)[None, None, None, :]).to(
+            tl.float32
+        )
     else:
         place_L = places(F, IN_PLACE)
         shift_L = (tl.arange(0, F.lanes) * F.bits - place_L).to(tl.uint32)
@@ -148,8 +155,8 @@ def scale_at(stored, index, present, F: tl.constexpr):
 
 @triton.jit
 def shift_at(stored, scale, index, present, F: tl.constexpr):
-    """What is added to scale * value, where there is something: a stored minimum, or minus the scaled zero point. fp32 in the shape of
-    `scale`."""
+    """What is added to scale * value, where there is something: a stored minimum, or minus the scaled zero point. fp32
+    in the shape of `scale`."""
     if F.offset == "minimum":
         return tl.load(stored.minima + index, mask=present, other=0.0).to(tl.float32)
     else:
@@ -158,7 +165,8 @@ def shift_at(stored, scale, index, present, F: tl.constexpr):
 
 @triton.jit
 def scale_index(unit_U, vector_V, F: tl.constexpr):
-    """Numbers of the scales of a tile, and which of them exist. [U, V, 1, D] where a unit lies under one scale, else [U, V, L, D]."""
+    """Numbers of the scales of a tile, and which of them exist. [U, V, 1, D] where a unit lies under one scale, else
+    [U, V, L, D]."""
     row_VD = vector_V[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
     lane_L = tl.zeros((1,), dtype=tl.int32) if F.one_scale else tl.arange(0, F.lanes)
     column_UL = unit_U[:, None] * F.lanes + lane_L[None, :]

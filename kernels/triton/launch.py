@@ -1,8 +1,7 @@
 """Launch configurations: tile sizes, warps, pipeline stages and splits of a product.
 
-`launch.json` beside this file holds, for each GPU by name, what the tuner (`python -m kernels.triton.tune`) measured to be fastest there;
-shapes and GPUs that it does not know get defaults reasoned from how bytes travel (README.md).
-"""
+`launch.json` beside this file holds, for each GPU by name, what the tuner (`python -m kernels.triton.tune`) measured to
+be fastest there; shapes and GPUs that it does not know get defaults reasoned from how bytes travel (README.md)."""
 
 from __future__ import annotations
 
@@ -23,7 +22,8 @@ DEFAULT_CORES = 132  # streaming multiprocessors assumed where no GPU can be ask
 
 @dataclass(frozen=True)
 class Launch:
-    """One product's. `vectors` and `units` are the tile (powers of two), `splits` the shares of the columns wished for."""
+    """One product's. `vectors` and `units` are the tile (powers of two), `splits` the shares of the columns wished
+    for."""
 
     program: str  # gemv | gemm
     vectors: int
@@ -37,9 +37,12 @@ DECODE = Launch("decode", 8, 16)
 
 
 def key(form: Form, batch: int) -> str:
-    """What a configuration is filed under: the shape, how codes are stored, the rank, and the batch up to a power of two."""
+    """What a configuration is filed under: the shape, how codes are stored, the rank, and the batch up to a power of
+    two."""
     kind = f"table{form.dim}" if form.table else form.offset
-    return f"{form.rows}x{form.columns} {form.bits}-bit {kind} g{form.group} r{form.rank} b{triton.next_power_of_2(batch)}"
+    return (
+        f"{form.rows}x{form.columns} {form.bits}-bit {kind} g{form.group} r{form.rank} b{triton.next_power_of_2(batch)}"
+    )
 
 
 def choose(form: Form, batch: int, dtype: torch.dtype, device: torch.device) -> Launch:
@@ -52,9 +55,9 @@ def choose(form: Form, batch: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def default(form: Form, batch: int, cores: int = DEFAULT_CORES) -> Launch:
-    """One input: a warp reads 32 neighbouring units of a row, and a thread holds 64 weights, which is enough bytes in flight with the
-    warps that fit beside each other. More: a tile of 64 rows and 64 columns for the tensor cores, its columns split until there are two
-    programs to a core."""
+    """One input: a warp reads 32 neighbouring units of a row, and a thread holds 64 weights, which is enough bytes in
+    flight with the warps that fit beside each other. More: a tile of 64 rows and 64 columns for the tensor cores, its
+    columns split until there are two programs to a core."""
     units = triton.next_power_of_2(-(-form.columns // form.lanes))
     if batch == 1:
         units = min(units, 128)

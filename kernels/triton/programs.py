@@ -1,9 +1,9 @@
-"""The programs: one input at a time (`gemv`), up to 32 (`gemm`), the second stage of both (`finish`), and the whole weight (`decode`).
+"""The programs: one input at a time (`gemv`), up to 32 (`gemm`), the second stage of both (`finish`), and the whole
+weight (`decode`).
 
-`gemv` and `gemm` sum over a share of the columns. Where there is one share and no low-rank part they finish the rows themselves; else the
-shares go to a workspace of fp32 [splits, batch, rows + rank], `right @ x` standing in its last columns as rows like any other, and
-`finish` adds them in a fixed order. No atomics: results repeat bitwise.
-"""
+`gemv` and `gemm` sum over a share of the columns. Where there is one share and no low-rank part they finish the rows
+themselves; else the shares go to a workspace of fp32 [splits, batch, rows + rank], `right @ x` standing in its last
+columns as rows like any other, and `finish` adds them in a fixed order. No atomics: results repeat bitwise."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ def finished(stored, y, row, present, F: tl.constexpr):
 
 
 @triton.jit
-def right_rows(stored, x, to, first, split, F: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
-    """Components `first` ... of `right @ x` over the columns of a split of SPAN, before scales; stored at `to`, fp32."""
+def right_rows(
+    stored, x, to, first, split, F: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr
+):
+    """Components `first` ... of `right @ x` over the columns of a split of SPAN, before scales; stored at `to`,
+    fp32."""
     r_R = first + tl.arange(0, RANKS)
     sum_RI = tl.zeros((RANKS, COLUMNS), dtype=tl.float32)
     for at in tl.range(0, SPAN, COLUMNS):
@@ -33,7 +36,9 @@ def right_rows(stored, x, to, first, split, F: tl.constexpr, RANKS: tl.constexpr
         present_I = i_I < F.columns
         x_I = tl.load(x + i_I, mask=present_I, other=0.0).to(tl.float32)
         right_RI = tl.load(
-            stored.right + r_R[:, None] * F.columns + i_I[None, :], mask=(r_R < F.rank)[:, None] & present_I[None, :], other=0
+            stored.right + r_R[:, None] * F.columns + i_I[None, :],
+            mask=(r_R < F.rank)[:, None] & present_I[None, :],
+            other=0,
         )
         sum_RI += right_RI.to(tl.float32) * x_I[None, :]
     tl.store(to + r_R, tl.sum(sum_RI, axis=1), mask=r_R < F.rank)
@@ -41,12 +46,21 @@ def right_rows(stored, x, to, first, split, F: tl.constexpr, RANKS: tl.constexpr
 
 @triton.jit
 def gemv(
-    stored, x, ordered_x, out, F: tl.constexpr, V: tl.constexpr, U: tl.constexpr, PER_SPLIT: tl.constexpr, FINISH: tl.constexpr,
+    stored,
+    x,
+    ordered_x,
+    out,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    U: tl.constexpr,
+    PER_SPLIT: tl.constexpr,
+    FINISH: tl.constexpr,
     RANKS: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (tiles of V vectors, then of RANKS components; splits; batch). A split is PER_SPLIT units, a multiple of U.
 
-    x, ordered_x [batch, columns]; `ordered_x` has its columns in the order of the codes. out: y [batch, rows], or the workspace."""
+    x, ordered_x [batch, columns]; `ordered_x` has its columns in the order of the codes. out: y [batch, rows], or the
+    workspace."""
     TILES: tl.constexpr = ((F.rows + F.dim - 1) // F.dim + V - 1) // V
     DIM: tl.constexpr = F.dim
     tile = tl.program_id(0)
@@ -60,9 +74,13 @@ def gemv(
         for at in tl.range(0, PER_SPLIT, U):
             unit_U = split * PER_SPLIT + at + tl.arange(0, U)
             column_UL = unit_U[:, None] * F.lanes + lane_L[None, :]
-            x_UL = tl.load(ordered_x + batch * F.columns + column_UL, mask=column_UL < F.columns, other=0.0).to(tl.float32)
+            x_UL = tl.load(ordered_x + batch * F.columns + column_UL, mask=column_UL < F.columns, other=0.0).to(
+                tl.float32
+            )
             # Tables ask for plain inputs; numbers stand some bits up (decode.values).
-            placed_UL = x_UL if F.table else x_UL * ((127 - places(F, True)) << 23).to(tl.float32, bitcast=True)[None, :]
+            placed_UL = (
+                x_UL if F.table else x_UL * ((127 - places(F, True)) << 23).to(tl.float32, bitcast=True)[None, :]
+            )
             value_UVLD = values(stored, unit_U, vector_V, F, True)
             index, present = scale_index(unit_U, vector_V, F)
             scale = scale_at(stored, index, present, F)
@@ -87,16 +105,37 @@ def gemv(
             tl.store(out + line + row_VD, y_VD, mask=present_VD)
     elif F.rank > 0:
         SPAN: tl.constexpr = PER_SPLIT * F.lanes
-        right_rows(stored, x + batch * F.columns, out + line + F.rows, (tile - TILES) * RANKS, split, F, RANKS, U * F.lanes, SPAN)
+        right_rows(
+            stored,
+            x + batch * F.columns,
+            out + line + F.rows,
+            (tile - TILES) * RANKS,
+            split,
+            F,
+            RANKS,
+            U * F.lanes,
+            SPAN,
+        )
 
 
 @triton.jit
 def gemm(
-    stored, x, ordered_x, out, batch, F: tl.constexpr, B: tl.constexpr, V: tl.constexpr, U: tl.constexpr, PER_SPLIT: tl.constexpr,
-    FINISH: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of V vectors, then of RANKS components of one input after the other; splits). B: `batch` up to a power of two of at
-    least 16, the least that tensor cores take. Weights are rounded to the dtype of x, as the reference's are."""
+    stored,
+    x,
+    ordered_x,
+    out,
+    batch,
+    F: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+    U: tl.constexpr,
+    PER_SPLIT: tl.constexpr,
+    FINISH: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """Grid (tiles of V vectors, then of RANKS components of one input after the other; splits). B: `batch` up to a
+    power of two of at least 16, the least that tensor cores take. Weights are rounded to the dtype of x, as the
+    reference's are."""
     TILES: tl.constexpr = ((F.rows + F.dim - 1) // F.dim + V - 1) // V
     COLUMNS: tl.constexpr = U * F.lanes
     ROWS: tl.constexpr = V * F.dim
@@ -112,7 +151,9 @@ def gemm(
             present_BI = (b_B < batch)[:, None] & (column_I < F.columns)[None, :]
             x_BI = tl.load(ordered_x + b_B[:, None] * F.columns + column_I[None, :], mask=present_BI, other=0.0)
             weight_UVLD = weights(stored, first + tl.arange(0, U), vector_V, F).to(x_BI.dtype)
-            weight_NI = tl.reshape(tl.permute(weight_UVLD, (1, 3, 0, 2)), (ROWS, COLUMNS))  # rows first: a thread's columns stay together
+            weight_NI = tl.reshape(
+                tl.permute(weight_UVLD, (1, 3, 0, 2)), (ROWS, COLUMNS)
+            )  # rows first: a thread's columns stay together
             acc_NB = tl.dot(weight_NI, tl.trans(x_BI), acc_NB, input_precision="ieee")
         row_N1 = (tile * ROWS + tl.arange(0, ROWS))[:, None]
         present_NB = (row_N1 < F.rows) & (b_B < batch)[None, :]
@@ -131,7 +172,8 @@ def gemm(
 
 @triton.jit
 def finish(stored, workspace, out, F: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr):
-    """Second stage, grid (tiles of ROWS rows, batch): sums of the shares in their order, left @ (right @ x), row scale, bias."""
+    """Second stage, grid (tiles of ROWS rows, batch): sums of the shares in their order, left @ (right @ x), row scale,
+    bias."""
     batch = tl.program_id(1)
     lines = tl.num_programs(1)
     row_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -145,11 +187,17 @@ def finish(stored, workspace, out, F: tl.constexpr, SPLITS: tl.constexpr, ROWS: 
             present_R = r_R < F.rank
             t_R = tl.zeros((RANKS,), dtype=tl.float32)
             for split in tl.range(0, SPLITS):
-                t_R += tl.load(workspace + (split * lines + batch) * (F.rows + F.rank) + F.rows + r_R, mask=present_R, other=0.0)
+                t_R += tl.load(
+                    workspace + (split * lines + batch) * (F.rows + F.rank) + F.rows + r_R, mask=present_R, other=0.0
+                )
             if stored.right_scale is not None:
                 t_R *= tl.load(stored.right_scale + r_R, mask=present_R, other=0.0).to(tl.float32)
                 t_R *= tl.load(stored.left_scale + r_R, mask=present_R, other=0.0).to(tl.float32)
-            left_NR = tl.load(stored.left + row_N[:, None] * F.rank + r_R[None, :], mask=present_N[:, None] & present_R[None, :], other=0)
+            left_NR = tl.load(
+                stored.left + row_N[:, None] * F.rank + r_R[None, :],
+                mask=present_N[:, None] & present_R[None, :],
+                other=0,
+            )
             y_N += tl.sum(left_NR.to(tl.float32) * t_R[None, :], axis=1)
     y_N = finished(stored, y_N, row_N, present_N, F)
     tl.store(out + batch * F.rows + row_N, y_N.to(out.dtype.element_ty), mask=present_N)
@@ -157,8 +205,8 @@ def finish(stored, workspace, out, F: tl.constexpr, SPLITS: tl.constexpr, ROWS: 
 
 @triton.jit
 def decode(stored, out, first, last, F: tl.constexpr, V: tl.constexpr, U: tl.constexpr):
-    """The base of rows `first` (a multiple of the vector length) to `last` - 1 in the order of the codes, out [last - first, columns].
-    Grid (tiles of V vectors, tiles of U units)."""
+    """The base of rows `first` (a multiple of the vector length) to `last` - 1 in the order of the codes, out [last -
+    first, columns]. Grid (tiles of V vectors, tiles of U units)."""
     vector_V = first // F.dim + tl.program_id(0) * V + tl.arange(0, V)
     unit_U = tl.program_id(1) * U + tl.arange(0, U)
     row_UVLD = vector_V[None, :, None, None] * F.dim + tl.arange(0, F.dim)[None, None, None, :]

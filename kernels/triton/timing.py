@@ -1,4 +1,5 @@
-"""Time of a product on a GPU whose weights come from memory: graph replays over copies that no cache holds, contestants in turn."""
+"""Time of a product on a GPU whose weights come from memory: graph replays over copies that no cache holds, contestants
+in turn."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from kernels.packed import PackedLinear
+from kernels.formats.packed import PackedLinear
 
 COLD = 4  # times the second-level cache: what copies of a weight take together
 MOST = 64  # copies; a weight so small that these fit the cache would come from it in a model, too

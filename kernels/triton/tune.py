@@ -2,8 +2,9 @@
 
     python -m kernels.triton.tune [--shapes 4096x4096,...] [--formats 4-bit,...] [--batches 1,16] [--seconds 480]
 
-Every candidate is compiled, checked against the default's result and timed with weights that come from memory (kernels.triton.timing).
-What is faster than the default by more than noise is kept; a case that time ran out for keeps what it had."""
+Every candidate is compiled, checked against the default's result and timed with weights that come from memory
+(kernels.triton.timing). What is faster than the default by more than noise is kept; a case that time ran out for keeps
+what it had."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from kernels.packed import PackedLinear
+from kernels.formats.packed import PackedLinear
 from kernels.synthetic import TYPICAL, random_layer
 from kernels.triton import fused, launch
 from kernels.triton.decode import Form
-from kernels.triton.layer import view
 from kernels.triton.timing import Replay, in_turn, layers
+from kernels.triton.view import view
 
 SHAPES = ((28672, 8192), (11008, 4096), (4096, 4096))
 NOISE = 0.98
@@ -30,11 +31,19 @@ def candidates(form: Form, batch: int) -> Iterator[launch.Launch]:
     """Tiles that give a thread 16 to 128 weights."""
     whole = triton.next_power_of_2(-(-form.columns // form.lanes))
     if batch == 1:
-        for vectors, units, warps, splits in itertools.product((1, 2, 4, 8, 16), (64, 128, 256, 512), (2, 4, 8), (1, 2)):
-            if units <= whole and 16 <= vectors * units * form.lanes * form.dim / (32 * warps) <= 128 and units >= 32 * warps:
+        for vectors, units, warps, splits in itertools.product(
+            (1, 2, 4, 8, 16), (64, 128, 256, 512), (2, 4, 8), (1, 2)
+        ):
+            if (
+                units <= whole
+                and 16 <= vectors * units * form.lanes * form.dim / (32 * warps) <= 128
+                and units >= 32 * warps
+            ):
                 yield launch.Launch("gemv", vectors, units, warps, 2, splits)
         return
-    for rows, columns, warps, stages, splits in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 4), (1, 2, 4, 8)):
+    for rows, columns, warps, stages, splits in itertools.product(
+        (64, 128), (32, 64, 128), (4, 8), (2, 4), (1, 2, 4, 8)
+    ):
         if rows >= 16 * warps and columns >= 2 * form.lanes:
             yield launch.Launch("gemm", rows // form.dim, columns // form.lanes, warps, stages, splits)
 

@@ -1,9 +1,8 @@
 """Column-by-column quantisation with error feedback (GPTQ, arXiv 2210.17323, algorithm 1; OBQ, arXiv 2208.11580).
 
-The layer objective is tr((W - Q) H (W - Q)^T) with H = X X^T. Quantising column i leaves an error that the columns not yet
-quantised can partly cancel; with U the upper Cholesky factor of H^-1, the optimal update of column j > i is
--(w_i - q_i) / U_ii * U_ij. What "quantise" means is the caller's: a uniform grid (gptq) or a vector codebook (reallm).
-"""
+The layer objective is tr((W - Q) H (W - Q)^T) with H = X X^T. Quantising column i leaves an error that the columns not
+yet quantised can partly cancel; with U the upper Cholesky factor of H^-1, the optimal update of column j > i is -(w_i -
+q_i) / U_ii * U_ij. What "quantise" means is the caller's: a uniform grid (gptq) or a vector codebook (reallm)."""
 
 from __future__ import annotations
 
@@ -36,8 +35,8 @@ def check_damp(damp: float) -> None:
 def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
     """Damp, order and factor a Hessian (any scale, fp32 [I, I]).
 
-    A column without input gets the mean of diag(H) and otherwise zeros: it neither gives nor takes error. (GPTQ's code also sets its
-    weights to zero; ours keeps them, since a dead channel of a small calibration set may live elsewhere.)
+    A column without input gets the mean of diag(H) and otherwise zeros: it neither gives nor takes error. (GPTQ's code
+    also sets its weights to zero; ours keeps them, since a dead channel of a small calibration set may live elsewhere.)
 
     Raises ValueError when no step of the damping ladder makes H positive definite, i.e. when it is not finite.
     """
@@ -47,10 +46,14 @@ def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
     mean = diagonal_I[~dead_I].mean().item() if not bool(dead_I.all()) else 1.0
     diagonal_I[dead_I] = mean
     order_I = (
-        torch.argsort(diagonal_I, descending=True, stable=True) if act_order else torch.arange(len(diagonal_I), device=hessian_II.device)
+        torch.argsort(diagonal_I, descending=True, stable=True)
+        if act_order
+        else torch.arange(len(diagonal_I), device=hessian_II.device)
     )
     if not bool(torch.isfinite(hessian_II).all()):
-        raise ValueError("the Hessian of this layer is not finite: the model or an earlier packed layer overflows on the calibration text")
+        raise ValueError(
+            "the Hessian of this layer is not finite: the model or an earlier packed layer overflows on the calibration text"
+        )
     for attempt in range(DAMP_LADDER):
         used = damp * 10**attempt
         damped_II = hessian_II.clone()
@@ -61,7 +64,9 @@ def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
             upper_II, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
         if info == 0 and bool(torch.isfinite(upper_II).all()):
             return Feedback(order_I, upper_II, diagonal_I + used * mean, int(dead_I.sum()), used)
-    raise ValueError(f"the Hessian of this layer is not positive definite even with damping {used:g}; use more calibration tokens")
+    raise ValueError(
+        f"the Hessian of this layer is not positive definite even with damping {used:g}; use more calibration tokens"
+    )
 
 
 def run(
@@ -74,10 +79,9 @@ def run(
 ) -> Tensor:
     """Quantise every column in processing order; returns the decoded weight [O, I] in column order.
 
-    `quantise(position, column, values_O)` returns the decoded values (and keeps the codes). `enter(position, rest_IO)` is
-    called at the start of every lazy block with the updated, not yet quantised rows of the transposed weight: grids that are
-    placed during the loop (dynamic groups) are placed there, so `block` must be a multiple of their group.
-    """
+    `quantise(position, column, values_O)` returns the decoded values (and keeps the codes). `enter(position, rest_IO)`
+    is called at the start of every lazy block with the updated, not yet quantised rows of the transposed weight: grids
+    that are placed during the loop (dynamic groups) are placed there, so `block` must be a multiple of their group."""
     rest_IO = weight_OI[:, feedback.order_I].t().contiguous()  # transposed: a column of the weight is a contiguous row
     decoded_IO = torch.empty_like(rest_IO)
     columns = feedback.order_I.tolist()

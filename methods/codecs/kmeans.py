@@ -9,11 +9,12 @@ CHUNK = 1 << 20  # distances held at once: 4 MiB, near what a core's cache holds
 
 
 class NearestEntry:
-    """argmin_k sum_d (square c_k^2 - 2 cross c_k), int64 [N]: the nearest entry under weights w for square = w, cross = w v.
+    """argmin_k sum_d (square c_k^2 - 2 cross c_k), int64 [N]: the nearest entry under weights w for square = w, cross =
+    w v.
 
-    A weight that comes of a scale, w = s^2 and v = x / s, needs no division this way: cross = s x. One product per chunk, into a
-    buffer that is kept from call to call: on a CPU fresh pages for the distances cost more than the distances.
-    """
+    A weight that comes of a scale, w = s^2 and v = x / s, needs no division this way: cross = s x. One product per
+    chunk, into a buffer that is kept from call to call: on a CPU fresh pages for the distances cost more than the
+    distances."""
 
     def __init__(self, codebook_KD: Tensor) -> None:
         self.terms_EK = torch.cat([codebook_KD.square(), -2 * codebook_KD], dim=1).t().contiguous()
@@ -25,7 +26,9 @@ class NearestEntry:
         step = min(len(both_NE), max(1, CHUNK // count))
         if self._distance_NK is None or len(self._distance_NK) < step:
             self._distance_NK = both_NE.new_empty(step, count)
-        found = [_argmin(torch.mm(part, self.terms_EK, out=self._distance_NK[: len(part)])) for part in both_NE.split(step)]
+        found = [
+            _argmin(torch.mm(part, self.terms_EK, out=self._distance_NK[: len(part)])) for part in both_NE.split(step)
+        ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -39,7 +42,9 @@ def _argmin(distance_NK: Tensor) -> Tensor:
     return distance_NK.argmin(dim=1) if distance_NK.is_cuda else torch.from_numpy(distance_NK.numpy().argmin(axis=1))
 
 
-def kmeans(vector_ND: Tensor, weight_ND: Tensor, count: int, *, seed: int, iterations: int = 25, start_KD: Tensor | None = None) -> Tensor:
+def kmeans(
+    vector_ND: Tensor, weight_ND: Tensor, count: int, *, seed: int, iterations: int = 25, start_KD: Tensor | None = None
+) -> Tensor:
     """A codebook [count, D] that locally minimises sum weight (vector - codebook[nearest])^2.
 
     Starts from `start_KD`, or from k-means++ (Arthur & Vassilvitskii, SODA 2007). Clusters that lose all

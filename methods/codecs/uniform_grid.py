@@ -1,9 +1,8 @@
 """Uniform grids per group of columns: where the levels lie, and rounding onto them.
 
-Every offset is one affine map, w ~ scale * q + base with q in [0, 2**bits): `base` is -scale * 2**(bits-1) for "symmetric",
--scale * zero for "zero" and the stored minimum for "minimum". Parameters are rounded to their stored precision *before* any
-code is chosen, so codes are optimal for the grid that is decoded.
-"""
+Every offset is one affine map, w ~ scale * q + base with q in [0, 2**bits): `base` is -scale * 2**(bits-1) for
+"symmetric", -scale * zero for "zero" and the stored minimum for "minimum". Parameters are rounded to their stored
+precision *before* any code is chosen, so codes are optimal for the grid that is decoded."""
 
 from __future__ import annotations
 
@@ -13,18 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.bitpack import pack
-from kernels.scales import per_column
+from kernels.formats.bitpack import pack
+from kernels.formats.scales import per_column
 
 SEARCHES = ("minmax", "mse", "hessian")
 COARSE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the min-max range, tried for every group alike ...
 FINE = (0.05, -0.05, 0.025, -0.025)  # ... and then steps from each group's own best
-MSE_NORM = 2.4  # GPTQ's released code; squares when the error is Hessian-weighted, where the weight already says what matters
+MSE_NORM = (
+    2.4  # GPTQ's released code; squares when the error is Hessian-weighted, where the weight already says what matters
+)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """`scale_OG` and `base_OG` are fp32 values of stored numbers; `stored` holds the buffers of `UniformLinear` but the codes."""
+    """`scale_OG` and `base_OG` are fp32 values of stored numbers; `stored` holds the buffers of `UniformLinear` but the
+    codes."""
 
     bits: int
     group: int
@@ -34,7 +36,8 @@ class Grid:
 
     def columns(self, count: int) -> tuple[Tensor, Tensor]:
         """(scale, base) of every column, each [count, O]: a column is a contiguous row."""
-        return tuple(per_column(p, self.group, count).t().contiguous() for p in (self.scale_OG, self.base_OG))  # type: ignore[return-value]
+        # Type: ignore[return-value]
+        return tuple(per_column(p, self.group, count).t().contiguous() for p in (self.scale_OG, self.base_OG))
 
     def round(self, weight_OI: Tensor) -> Tensor:
         """Codes of the nearest levels, int32 [O, I]."""
@@ -61,10 +64,9 @@ def fit_grid(
 ) -> Grid:
     """Place a grid for every group of `group` columns (the last may be ragged).
 
-    `search`: "minmax" spans the group (GPTQ's default), "mse" also tries shrunken ranges and keeps the one with the least
-    |error|^2.4, "hessian" the one with the least squared error weighted by `importance_I` (diag H). The searches also try a
-    negated scale on symmetric grids, whose 2**bits levels reach one step further on the negative side.
-    """
+    `search`: "minmax" spans the group (GPTQ's default), "mse" also tries shrunken ranges and keeps the one with the
+    least |error|^2.4, "hessian" the one with the least squared error weighted by `importance_I` (diag H). The searches
+    also try a negated scale on symmetric grids, whose 2**bits levels reach one step further on the negative side."""
     assert search in SEARCHES
     rows, columns = weight_OI.shape
     pad = -columns % group
@@ -124,7 +126,8 @@ def _grid(low_OG: Tensor, high_OG: Tensor, bits: int, group: int, offset: str, s
     else:
         span_OG = high_OG - low_OG
     span_OG = torch.where(span_OG > 0, span_OG, 2.0)  # a constant group: any scale will do
-    # fp16 holds 6e-8 to 65504; a smaller range decodes to its offset, a larger one does not occur in finite fp16 weights.
+    # fp16 holds 6e-8 to 65504; a smaller range decodes to its offset, a larger one does not occur in finite fp16
+    # weights.
     half_OG = (span_OG * shrink_OG.abs() / top).clamp(2.0**-24, 65504.0).copysign(shrink_OG).half()
     scale_OG = half_OG.float()
     if offset == "symmetric":

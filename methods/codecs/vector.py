@@ -1,6 +1,6 @@
 """Vector codebooks under block scales: the numerics behind `CodebookLinear`.
 
-A matrix [O, I] divided by its block scales is a set of vectors of d consecutive rows of one column, `vector_VID` with
+A matrix [O, I] divided by its block scales is a set of vectors of d consecutive rows of one column, `vector_JID` with
 V = ceil(O / d). Rows are padded with zeros up to a multiple of d, and padded entries weigh nothing.
 """
 
@@ -13,13 +13,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.scales import BlockScales, ScaleForm, per_column, quantise_scales
+from kernels.formats.scales import BlockScales, ScaleForm, per_column, quantise_scales
 from methods.codecs.kmeans import kmeans, nearest
 
 SAMPLE = 16384  # vectors a codebook is fitted on, at least; and SAMPLE_PER_ENTRY for each of its entries
 SAMPLE_PER_ENTRY = 128
-COLD_ITERATIONS, WARM_ITERATIONS = 15, 4  # of Lloyd's algorithm, from k-means++ and from the codebook of a similar matrix
-TABLE_SAMPLE = 128  # of a table that many matrices share: vectors per entry, of all of them; with 64 it is 5 % worse on others
+COLD_ITERATIONS, WARM_ITERATIONS = (
+    15,
+    4,
+)  # of Lloyd's algorithm, from k-means++ and from the codebook of a similar matrix
+TABLE_SAMPLE = (
+    128  # of a table that many matrices share: vectors per entry, of all of them; with 64 it is 5 % worse on others
+)
 MEASURED = 512  # entries of the longest codebook that an estimate is measured for
 TINY = 2.0**-20  # an all-zero block still needs a scale to divide by
 
@@ -35,7 +40,13 @@ class Scales:
 def block_absmax(weight_OI: Tensor, block: int) -> Tensor:
     """Largest magnitude per block of consecutive columns of a row, [O, G]; the last block may be ragged."""
     rows, columns = weight_OI.shape
-    return torch.nn.functional.pad(weight_OI, (0, -columns % block)).view(rows, -1, block).abs().amax(dim=2).clamp_min(TINY)
+    return (
+        torch.nn.functional.pad(weight_OI, (0, -columns % block))
+        .view(rows, -1, block)
+        .abs()
+        .amax(dim=2)
+        .clamp_min(TINY)
+    )
 
 
 def absmax_scales(weight_OI: Tensor, block: int, form: ScaleForm) -> Scales:
@@ -55,13 +66,15 @@ def to_vectors(matrix_OI: Tensor, dim: int) -> Tensor:
     return padded.view(-1, dim, columns).transpose(1, 2)
 
 
-def from_vectors(vector_VID: Tensor, rows: int) -> Tensor:
+def from_vectors(vector_JID: Tensor, rows: int) -> Tensor:
     """[V, I, D] -> [O, I], padding cut off."""
-    vectors, columns, dim = vector_VID.shape
-    return vector_VID.transpose(1, 2).reshape(vectors * dim, columns)[:rows]
+    vectors, columns, dim = vector_JID.shape
+    return vector_JID.transpose(1, 2).reshape(vectors * dim, columns)[:rows]
 
 
-def fit_codebook(unit_OI: Tensor, importance_OI: Tensor, dim: int, count: int, seed: int, start_KD: Tensor | None = None) -> Tensor:
+def fit_codebook(
+    unit_OI: Tensor, importance_OI: Tensor, dim: int, count: int, seed: int, start_KD: Tensor | None = None
+) -> Tensor:
     """Weighted k-means over a sample of the vectors of a scaled matrix; fp32 values of fp16 numbers [K, D]."""
     vector_ND = to_vectors(unit_OI, dim).reshape(-1, dim)
     weight_ND = to_vectors(importance_OI, dim).reshape(-1, dim)
@@ -77,8 +90,8 @@ def fit_codebook(unit_OI: Tensor, importance_OI: Tensor, dim: int, count: int, s
 def table_sample(
     matrices: Iterable[tuple[Tensor, int]], count: int, dim: int, entries: int, seed: int, along: str = "rows"
 ) -> tuple[Tensor, Tensor]:
-    """Vectors under block scales and their weights, both [N, D], TABLE_SAMPLE for each of `entries`: an equal share of each of the
-    `count` matrices, given with their block sizes. `along`: see kernels.codebook."""
+    """Vectors under block scales and their weights, both [N, D], TABLE_SAMPLE for each of `entries`: an equal share of
+    each of the `count` matrices, given with their block sizes. `along`: see kernels.formats.codebook."""
     generator = torch.Generator().manual_seed(seed)
     each = -(-TABLE_SAMPLE * entries // count)
     vectors, weights = [], []
@@ -96,21 +109,23 @@ def table_sample(
 
 
 def fit_table(vector_ND: Tensor, weight_ND: Tensor, entries: int, seed: int, start_KD: Tensor | None = None) -> Tensor:
-    """A codebook [entries, D] of a `table_sample` by k-means; fp32 values of fp16 numbers. `start_KD` is that of other matrices: under
-    their scales all are much alike."""
+    """A codebook [entries, D] of a `table_sample` by k-means; fp32 values of fp16 numbers. `start_KD` is that of other
+    matrices: under their scales all are much alike."""
     if start_KD is None:  # most of the way on an eighth of the sample
         few = len(vector_ND) // 8
         start_KD = kmeans(vector_ND[:few], weight_ND[:few], entries, seed=seed, iterations=COLD_ITERATIONS)
-    return kmeans(vector_ND, weight_ND, entries, seed=seed, iterations=WARM_ITERATIONS, start_KD=start_KD).half().float()
+    return (
+        kmeans(vector_ND, weight_ND, entries, seed=seed, iterations=WARM_ITERATIONS, start_KD=start_KD).half().float()
+    )
 
 
 @cache
 def gaussian_error(dim: int, count: int, block: int) -> float:
     """Mean squared error per weight of a k-means codebook on normal weights divided by their blocks' absmax.
 
-    Blocks of real matrices are near enough to normal for an estimate: what differs between matrices is the scale. Long codebooks are
-    taken to follow Zador's law (IEEE Trans. Inf. Theory 28, 1982), error ~ K^(-2/d), instead of being fitted.
-    """
+    Blocks of real matrices are near enough to normal for an estimate: what differs between matrices is the scale. Long
+    codebooks are taken to follow Zador's law (IEEE Trans. Inf. Theory 28, 1982), error ~ K^(-2/d), instead of being
+    fitted."""
     if count > MEASURED:
         return gaussian_error(dim, MEASURED, block) * (MEASURED / count) ** (2 / dim)
     generator = torch.Generator().manual_seed(0)
@@ -124,20 +139,19 @@ def gaussian_error(dim: int, count: int, block: int) -> float:
 
 
 def refit_codebook(
-    target_OI: Tensor, scale_OI: Tensor, code_VI: Tensor, codebook_KD: Tensor, hessian_II: Tensor, iterations: int
+    target_OI: Tensor, scale_OI: Tensor, code_JI: Tensor, codebook_KD: Tensor, hessian_II: Tensor, iterations: int
 ) -> Tensor:
     """The codebook that minimises tr(E H E^T), E = target - scale * codebook[code], for fixed codes.
 
-    A linear least-squares problem in K * D unknowns. Its normal matrix couples all columns of a row, so it is never formed:
-    conjugate gradients, each step one product with H, preconditioned by the part of the diagonal that diag(H) gives
-    (sum of scale^2 H_ii over the uses of an entry). Unused entries stay as they are.
-    """
+    A linear least-squares problem in K * D unknowns. Its normal matrix couples all columns of a row, so it is never
+    formed: conjugate gradients, each step one product with H, preconditioned by the part of the diagonal that diag(H)
+    gives (sum of scale^2 H_ii over the uses of an entry). Unused entries stay as they are."""
     rows = target_OI.shape[0]
     count, dim = codebook_KD.shape
-    flat_N = code_VI.reshape(-1)
+    flat_N = code_JI.reshape(-1)
 
     def decode(entries_KD: Tensor) -> Tensor:
-        return from_vectors(torch.nn.functional.embedding(code_VI, entries_KD), rows) * scale_OI
+        return from_vectors(torch.nn.functional.embedding(code_JI, entries_KD), rows) * scale_OI
 
     def collect(gradient_OI: Tensor) -> Tensor:
         per_vector_ND = to_vectors(gradient_OI * scale_OI, dim).reshape(-1, dim)

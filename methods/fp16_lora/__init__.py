@@ -1,8 +1,7 @@
 """The control row of the fine-tuned track: the uncompressed model with adapters trained like everybody's.
 
-Tuning a model on web text moves it towards web text, compressed or not. What a fine-tuned row gains beyond its compression is to be read
-against this one.
-"""
+Tuning a model on web text moves it towards web text, compressed or not. What a fine-tuned row gains beyond its
+compression is to be read against this one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""GPTQ-LoRA: LoRA on a frozen GPTQ base, the baseline LQ-LoRA compares itself with (Guo et al., arXiv 2311.12023, sec. 4).
+"""GPTQ-LoRA: LoRA on a frozen GPTQ base, the baseline LQ-LoRA compares itself with (Guo et al., arXiv 2311.12023, sec.
+4).
 
-The base is `gptq` (methods.gptq) with its own defaults. Adapters start at zero and are trained; `README.md` beside this file lists the
-divergences.
-"""
+The base is `gptq` (methods.gptq) with its own defaults. Adapters start at zero and are trained; `README.md` beside this
+file lists the divergences."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ class GPTQLoRA(Adapted, GPTQ):
     # Group of 128 with an integer zero point: 3 + 19/128 = 3.148 bits, LQ-LoRA's table.
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {
-            "bits": 3, "group": 128, "offset": "zero", "damp": 0.1, "act_order": False, "grid": "minmax", "rank": 64, "adapter_bits": 16,
+            "bits": 3,
+            "group": 128,
+            "offset": "zero",
+            "damp": 0.1,
+            "act_order": False,
+            "grid": "minmax",
+            "rank": 64,
+            "adapter_bits": 16,
         },
-    }  # fmt: skip
+    }

@@ -1,13 +1,13 @@
-"""LQ-LoRA (Guo, Greengard, Xing, Kim; ICLR 2024, arXiv 2311.12023): W ~ Q + L1 L2, L fitted together with Q and then trained.
+"""LQ-LoRA (Guo, Greengard, Xing, Kim; ICLR 2024, arXiv 2311.12023): W ~ Q + L1 L2, L fitted together with Q and then
+trained.
 
     sec. 3.1   alternate L1, L2 = SVD_r(W - Q) and Q = NF(W - L1 L2)                      `decompose`
-    sec. 3.2   NormalFloat with scales of b0 bits in groups of B1, steps in b1            kernels.scales, kind "double"
-    sec. 3.2   which (b, b0, b1, B0, B1) for which matrix: an integer programme           harness.allocate
+    sec. 3.2   NormalFloat with scales of b0 bits in groups of B1, steps in b1            kernels.formats.scales, kind "double"
+    sec. 3.2   which (b, b0, b1, B0, B1) for which matrix: an integer programme           harness.plan.allocation
     sec. 3.3   errors weighted with the Fisher information, F ~ rows x columns            `Weighting`
 
-LoftQ (Li et al., arXiv 2310.08659) is the same alternation, begun with Q, unweighted, for a fixed number of rounds: variant `loftq`.
-`README.md` beside this file lists the divergences.
-"""
+LoftQ (Li et al., arXiv 2310.08659) is the same alternation, begun with Q, unweighted, for a fixed number of rounds:
+variant `loftq`. `README.md` beside this file lists the divergences."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels.bitpack import pack
-from kernels.codebook import CodebookLinear
-from kernels.normal_float import nearest, nf_levels
-from kernels.packed import PackedLinear
-from kernels.scales import STEP_DTYPES, ScaleForm
+from kernels.formats.bitpack import pack
+from kernels.formats.codebook import CodebookLinear
+from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.normal_float import nearest, nf_levels
+from kernels.formats.packed import PackedLinear
+from kernels.formats.scales import STEP_DTYPES, ScaleForm
 from methods.adapted import Adapted
-from methods.base import Block, Compressed, LayerConfig, LayerSpec, Needs, Sensitivity, layer_seed
-from methods.codecs.lowrank import stored_lowrank, svd_factors
+from methods.base import Block, Compressed, Needs, Sensitivity, layer_seed
+from methods.codecs.svd import stored_lowrank, svd_factors
 from methods.codecs.vector import absmax_scales
 
-# b, b0, b1, B0, B1: bits of a weight, of its block's scale, type of the step those share; weights to a block, blocks to a step.
+# b, b0, b1, B0, B1: bits of a weight, of its block's scale, type of the step those share; weights to a block, blocks to
+# a step.
 PAPER_GRID = ((2, 3, 4), (2, 3, 4), ("bfloat16", "float16", "float32"), (16, 32, 64), (16, 64, 256))
 RELEASED_GRID = ((2, 3, 4, 8), (2, 3, 4, 8), *PAPER_GRID[2:])
 FULL_GRID = ((2, 3, 4), (2, 3, 4, 8), *PAPER_GRID[2:])
@@ -39,7 +41,9 @@ LEVELS = 16  # storage levels of the default grid
 TABLE_ROUNDS = 3  # of the alternation, when only its error is wanted
 FIRST = ("lowrank", "quantised")
 FLOOR = 0.1  # least weight of a row or column, in units of their root mean square
-SPREAD = 0.5  # standard deviation of the logarithm of the rows' sizes, in the matrix that configurations are compared on
+SPREAD = (
+    0.5  # standard deviation of the logarithm of the rows' sizes, in the matrix that configurations are compared on
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,9 @@ class LQLoRA(Adapted):
     first: str = "lowrank"  # half of a round that is done first
     rounds: int = 10
     tolerance: float = 1e-3  # stop at a smaller relative gain
-    grid: str = "levels"  # "paper": all 243 configurations, "released": the code's 432; otherwise at most LEVELS of them
+    grid: str = (
+        "levels"  # "paper": all 243 configurations, "released": the code's 432; otherwise at most LEVELS of them
+    )
     bits: int | None = None
     block: int | None = None
     lora_rate: float = 5e-4  # factors that start fitted are many times larger than LoRA's own
@@ -86,43 +92,58 @@ class LQLoRA(Adapted):
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
     ) -> list[float]:
-        """The decomposition for real, cut short: what a configuration leaves depends on the factors it is fitted with."""
+        """The decomposition for real, cut short: what a configuration leaves depends on the factors it is fitted
+        with."""
         weighting = Weighting.of(sensitivity) if self.fisher else None
         return [
-            sensitivity.cost(weight_OI - self._pack(weight_OI, weighting, layer, config, seed, TABLE_ROUNDS).packed.decode())
+            sensitivity.cost(
+                weight_OI - self._pack(weight_OI, weighting, layer, config, seed, TABLE_ROUNDS).packed.decode()
+            )
             for config in configs
-        ]  # fmt: skip
+        ]
 
     def compress_block(self, block: Block, plan: Mapping[str, LayerConfig], seed: int) -> None:
         for name, layer in block.layers.items():
             weighting = Weighting.of(block.fisher(name)) if self.fisher else None
-            block.install(name, self._pack(block.weight(name), weighting, layer, plan[name], layer_seed(seed, name), self.rounds))
+            block.install(
+                name, self._pack(block.weight(name), weighting, layer, plan[name], layer_seed(seed, name), self.rounds)
+            )
 
-    def compress(self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int) -> Compressed:
+    def compress(
+        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
+    ) -> Compressed:
         """Without weights on the errors."""
         return self._pack(weight_OI, None, layer, config, seed, self.rounds)
 
     def _pack(
-        self, weight_OI: Tensor, weighting: Weighting | None, layer: LayerSpec, config: LayerConfig, seed: int, rounds: int
+        self,
+        weight_OI: Tensor,
+        weighting: Weighting | None,
+        layer: LayerSpec,
+        config: LayerConfig,
+        seed: int,
+        rounds: int,
     ) -> Compressed:
         packed = config.layout(layer, weight_OI.device)
         tensors, report = decompose(
             weight_OI, packed, weighting, first=self.first, rounds=rounds, tolerance=self.tolerance, seed=seed
-        )  # fmt: skip
+        )
         packed.fill(**tensors)
         return Compressed(packed, report)
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """Errors E are measured as |diag(row) E diag(column)|: the root of the Fisher information, as far as it is a product."""
+    """Errors E are measured as |diag(row) E diag(column)|: the root of the Fisher information, as far as it is a
+    product."""
 
     row_O: Tensor
     column_I: Tensor
 
     @classmethod
     def of(cls, fisher: Sensitivity) -> Weighting:
-        """Rows and columns that no gradient reached keep a little weight: their factors must stay finite, and in range of 8 bits."""
+        """Rows and columns that no gradient reached keep a little weight: their factors must stay finite, and in range
+        of 8 bits."""
         return cls(*(_floored(mean.sqrt()) for mean in (fisher.row_O, fisher.column_I)))
 
     def __call__(self, matrix_OI: Tensor) -> Tensor:
@@ -135,18 +156,27 @@ def _floored(root: Tensor) -> Tensor:
 
 
 def decompose(
-    weight_OI: Tensor, packed: PackedLinear, weighting: Weighting | None, *, first: str, rounds: int, tolerance: float, seed: int
+    weight_OI: Tensor,
+    packed: PackedLinear,
+    weighting: Weighting | None,
+    *,
+    first: str,
+    rounds: int,
+    tolerance: float,
+    seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Buffers of `packed` (a laid out CodebookLinear with a low-rank part), and {rounds, relative_error}.
 
-    Each half of a round fits one part to what the stored form of the other leaves. The low-rank half is the best there is for its
-    norm; rounding is not, so the error may rise: then the loop ends, and the best round is kept.
-    """
+    Each half of a round fits one part to what the stored form of the other leaves. The low-rank half is the best there
+    is for its norm; rounding is not, so the error may rise: then the loop ends, and the best round is kept."""
     assert isinstance(packed, CodebookLinear) and packed.lowrank is not None
     weigh: Callable[[Tensor], Tensor] = weighting or (lambda matrix_OI: matrix_OI)
     norm = float(weigh(weight_OI).norm()) or 1.0
     parts = {name: torch.zeros_like(weight_OI) for name in FIRST}
-    fit = {"lowrank": lambda rest_OI: _lowrank(rest_OI, packed, weighting, seed), "quantised": lambda rest_OI: _quantised(rest_OI, packed)}
+    fit = {
+        "lowrank": lambda rest_OI: _lowrank(rest_OI, packed, weighting, seed),
+        "quantised": lambda rest_OI: _quantised(rest_OI, packed),
+    }
     order = (first, next(name for name in FIRST if name != first))
     best: dict[str, Tensor] = {}
     best_error, done = float("inf"), 0
@@ -164,7 +194,9 @@ def decompose(
     return best, {"rounds": done, "relative_error": best_error}
 
 
-def _lowrank(rest_OI: Tensor, packed: CodebookLinear, weighting: Weighting | None, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+def _lowrank(
+    rest_OI: Tensor, packed: CodebookLinear, weighting: Weighting | None, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
     if weighting is None:
         return stored_lowrank(*svd_factors(rest_OI, packed.rank, None, seed), packed)
     left_OR, right_RI = svd_factors(weighting(rest_OI), packed.rank, None, seed)
@@ -176,21 +208,32 @@ def _quantised(rest_OI: Tensor, packed: CodebookLinear) -> tuple[dict[str, Tenso
     scales = absmax_scales(rest_OI, packed.block, packed.scales.form)
     levels = nf_levels(packed.index_bits).to(rest_OI.device)
     codes_OI = nearest(rest_OI / scales.scale_OI, levels)
-    stored = {"codes": pack(codes_OI, packed.index_bits), **{f"scales.{name}": tensor for name, tensor in scales.stored.items()}}
+    stored = {
+        "codes": pack(codes_OI, packed.index_bits),
+        **{f"scales.{name}": tensor for name, tensor in scales.stored.items()},
+    }
     return stored, levels[codes_OI] * scales.scale_OI
 
 
 def _config(bits: int, scale_bits: int, dtype: str, block: int, group: int) -> LayerConfig:
     return LayerConfig.of(
-        "codebook", dim=1, index_bits=bits, block=block, scales="double", scale_bits=scale_bits, scale_group=group, scale_dtype=dtype,
+        "codebook",
+        dim=1,
+        index_bits=bits,
+        block=block,
+        scales="double",
+        scale_bits=scale_bits,
+        scale_group=group,
+        scale_dtype=dtype,
         table="nf",
-    )  # fmt: skip
+    )
 
 
 @cache
 def _levels() -> tuple[LayerConfig, ...]:
-    """At most LEVELS of the configurations that are best for their bits on a normal matrix with rows of different sizes, evenly spread.
-    The paper's integer programme chooses among all; its choices are among these or next to one of them."""
+    """At most LEVELS of the configurations that are best for their bits on a normal matrix with rows of different
+    sizes, evenly spread. The paper's integer programme chooses among all; its choices are among these or next to one of
+    them."""
     generator = torch.Generator().manual_seed(0)
     matrix_OI = torch.randn(64, 1024, generator=generator) * (SPREAD * torch.randn(64, 1, generator=generator)).exp()
     found = []

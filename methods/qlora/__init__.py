@@ -1,8 +1,7 @@
 """QLoRA (Dettmers, Pagnoni, Holtzman, Zettlemoyer; NeurIPS 2023, arXiv 2305.14314): LoRA on a frozen NormalFloat base.
 
-The base is `nf` (methods.nf): NF-b with block scales in 8 bits. Adapters on every linear layer start at zero and are trained;
-`README.md` beside this file lists the divergences.
-"""
+The base is `nf` (methods.nf): NF-b with block scales in 8 bits. Adapters on every linear layer start at zero and are
+trained; `README.md` beside this file lists the divergences."""
 
 from __future__ import annotations
 
@@ -17,4 +16,6 @@ from methods.nf import NormalFloat
 class QLoRA(Adapted, NormalFloat):
     name: ClassVar[str] = "qlora"
     version: ClassVar[int] = 1
-    variants: ClassVar[dict[str, dict[str, Any]]] = {"published": {"bits": 4, "block": 64, "rank": 64, "adapter_bits": 16}}
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "published": {"bits": 4, "block": 64, "rank": 64, "adapter_bits": 16}
+    }

@@ -1,14 +1,15 @@
-"""ReALLM (Leconte, Bedin, Nguyen, Moulines; arXiv 2405.13155): W ~ Q + L1 L2, Q a vector-quantised latent of an autoencoder.
+"""ReALLM (Leconte, Bedin, Nguyen, Moulines; arXiv 2405.13155): W ~ Q + L1 L2, Q a vector-quantised latent of an
+autoencoder.
 
-By default the decoder is the identity, the form the released code uses for every language model it evaluates: Q is a k-means
-codebook over short vectors under block scales, plus a low-rank part. `decoder=mlp` and `decoder=conv` offer neural ones to the plan beside
-it. Variants:
+By default the decoder is the identity, the form the released code uses for every language model it evaluates: Q is a
+k-means codebook over short vectors under block scales, plus a low-rank part. `decoder=mlp` and `decoder=conv` offer
+neural ones to the plan beside it. Variants:
 
     data-free    the paper's alternation of SVD and vector quantisation                       methods.reallm.data_free
     released     the same with the settings of the authors' code: 2 bits nominal, 2.78 stored on Llama-2-7B
     calibrated   the same stored form, every choice made against the layer's Hessian          methods.reallm.calibrated
     blockwise    that, and the real numbers of each block trained                             methods.reallm.blockwise
-    finetuned    that, and then low-rank factors and row magnitudes (DoRA) end to end         harness.finetune
+    finetuned    that, and then low-rank factors and row magnitudes (DoRA) end to end         harness.compress.training
 
 README.md beside this file lists the paper's claims, ours, and each divergence.
 """
@@ -22,29 +23,41 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels.conv import ConvLinear
-from kernels.mlp_table import MlpTable
-from kernels.stored import StoredBits
-from kernels.tables import Table
+from kernels.formats.conv import ConvLinear
+from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.mlp_table import MlpTable
+from kernels.formats.stored import StoredBits
+from kernels.formats.tables import Table
 from methods.adapted import check_adapters, usual_rank
-from methods.base import Adaptation, Block, Compressed, LayerConfig, LayerSpec, Method, Needs, Sensitivity, Track, layer_seed
-from methods.codecs.conv import unlikeness
+from methods.base import Adaptation, Block, Compressed, Method, Needs, Sensitivity, Track, layer_seed
+from methods.codecs.conv_training import unlikeness
 from methods.codecs.error_feedback import check_damp
-from methods.codecs.lowrank import svd_factors
-from methods.codecs.mlp_table import fit_mlp_table
+from methods.codecs.mlp_training import fit_mlp_table
+from methods.codecs.svd import svd_factors
 from methods.codecs.vector import block_absmax, fit_table, gaussian_error, table_sample
 from methods.reallm.blockwise import Schedule, tune_block
 from methods.reallm.calibrated import compress_calibrated, followed
 from methods.reallm.data_free import compress_conv, compress_data_free
 
-# (vector length, index bits) of a codebook of a matrix's own: 1.5 to 6 bits a weight; longer ones cost small matrices more than they gain.
+# (vector length, index bits) of a codebook of a matrix's own: 1.5 to 6 bits a weight; longer ones cost small matrices
+# more than they gain.
 SHAPES = ((2, 3), (4, 6), (4, 7), (2, 4), (4, 8), (2, 5), (2, 6), (2, 7), (2, 8), (2, 9), (1, 5), (1, 6))
 SHARED_SHAPES = ((4, 9), (4, 10), (4, 11), (4, 12))  # of one that all matrices of a kind share
 DECODERS = ("identity", "mlp", "conv")
-CONV = dict(patch=64, latent_bits=2, stages=1, width=12, weight_bits=6, block=64, reorder=True)  # decoders that draw matrices
-CONV_CHANNELS = (2, 3, 4)  # of the latents: 1, 1.5 and 2 bits a weight; at more they lose to vectors wherever it was tried
-CONV_UNLIKE = 0.85  # `unlikeness` of rows beyond which no decoder has been seen to beat vectors: none is trained for an estimate
-MLP_LOSS = 1.03  # squared error of a table drawn by a decoder over that of the plain one: 1.01 to 1.05 for K = 256 to 4096
+CONV = dict(
+    patch=64, latent_bits=2, stages=1, width=12, weight_bits=6, block=64, reorder=True
+)  # decoders that draw matrices
+CONV_CHANNELS = (
+    2,
+    3,
+    4,
+)  # of the latents: 1, 1.5 and 2 bits a weight; at more they lose to vectors wherever it was tried
+CONV_UNLIKE = (
+    0.85  # `unlikeness` of rows beyond which no decoder has been seen to beat vectors: none is trained for an estimate
+)
+MLP_LOSS = (
+    1.03  # squared error of a table drawn by a decoder over that of the plain one: 1.01 to 1.05 for K = 256 to 4096
+)
 SHARES = ("none", "kind", "model")
 MAX_RANK = 32
 BLOCKS = (64, 128)  # columns under one scale
@@ -61,10 +74,20 @@ class ReALLM(Method):
         "blockwise": {"epochs": 2},
         "finetuned": {"epochs": 2, "finetune": True, "row_scales": True},
         "released": {
-            "calibrated": False, "share": "none", "dim": 2, "index_bits": 4, "block": 64, "rank": 64, "adapter_bits": 16,
-            "band": 64, "order_bits": 16, "row_scales": True, "rounds": 100, "tolerance": 0.0,
+            "calibrated": False,
+            "share": "none",
+            "dim": 2,
+            "index_bits": 4,
+            "block": 64,
+            "rank": 64,
+            "adapter_bits": 16,
+            "band": 64,
+            "order_bits": 16,
+            "row_scales": True,
+            "rounds": 100,
+            "tolerance": 0.0,
         },
-    }  # fmt: skip
+    }
 
     calibrated: bool = True
     dim: int | None = None
@@ -111,7 +134,9 @@ class ReALLM(Method):
             raise ValueError("finetune needs the calibrated variant, and a rank of at least 1")
         check_adapters(self.rank or None, self.adapter_bits, self.lora_rate)
         if self.along not in ("rows", "columns") or (self.calibrated and self.along != "rows"):
-            raise ValueError("along must be rows, or with reallm:data-free columns: error feedback goes from column to column")
+            raise ValueError(
+                "along must be rows, or with reallm:data-free columns: error feedback goes from column to column"
+            )
         if self.band < 0 or (self.along == "rows" and self.band % (self.dim or 4)):
             raise ValueError("band must be a multiple of the vector length")
         if self.order_bits is not None and not (self.band and 1 <= self.order_bits <= 16):
@@ -119,7 +144,9 @@ class ReALLM(Method):
         if self.decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}")
         if self.decoder == "conv" and self.calibrated:
-            raise ValueError("a convolutional decoder is trained on the weights alone: write reallm:data-free,decoder=conv")
+            raise ValueError(
+                "a convolutional decoder is trained on the weights alone: write reallm:data-free,decoder=conv"
+            )
         if self.share not in SHARES:
             raise ValueError(f"share must be one of {', '.join(SHARES)}")
         if not 0 <= self.follow <= 1:
@@ -163,27 +190,39 @@ class ReALLM(Method):
         if self.rank is not None:
             ranks: Sequence[int] = (self.rank,)
         else:
-            # With training to come the budget cannot tell what a rank is worth: every matrix gets what other methods give it.
+            # With training to come the budget cannot tell what a rank is worth: every matrix gets what other methods
+            # give it.
             ranks = (usual_rank(layer),) if self.finetune else range(MAX_RANK + 1)
         extras: dict[str, Any] = {"along": self.along} if self.along != "rows" else {}
         if self.band or self.row_scales:
             extras |= {"band": self.band, "order_bits": self.order_bits or 0, "row_scales": self.row_scales}
         return [
             LayerConfig.of(
-                "codebook", dim=dim, index_bits=bits, block=block, scales=self.scales, rank=rank, adapter_bits=self.adapter_bits,
-                **table, **extras,
+                "codebook",
+                dim=dim,
+                index_bits=bits,
+                block=block,
+                scales=self.scales,
+                rank=rank,
+                adapter_bits=self.adapter_bits,
+                **table,
+                **extras,
             )
             for dim, bits, table in shapes
             for block in (BLOCKS if self.block is None else (self.block,))
             for rank in ranks
             if rank < min(layer.in_features, layer.out_features) and layer.in_features <= 2 ** (self.order_bits or 16)
-        ]  # fmt: skip
+        ]
 
     def family(self, config: LayerConfig) -> LayerConfig:
         return config.without("rank") if self.finetune and self.rank is None else config
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
-        mixable = [config for config in self.candidates(layer) if self.rank is not None or self.finetune or config["rank"] in MIXED_RANKS]
+        mixable = [
+            config
+            for config in self.candidates(layer)
+            if self.rank is not None or self.finetune or config["rank"] in MIXED_RANKS
+        ]
         if self.decoder != "conv":
             return mixable
         # With a low-rank part of its own choice it has not been seen to win: what makes rows alike is of low rank.
@@ -193,8 +232,9 @@ class ReALLM(Method):
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
     ) -> list[float]:
-        """The low-rank part for real (diagonally whitened), the codebook by what it leaves of normal weights of that scale; a
-        convolutional decoder by training it, where rows are alike enough, and elsewhere as if it drew nothing."""
+        """The low-rank part for real (diagonally whitened), the codebook by what it leaves of normal weights of that
+        scale; a convolutional decoder by training it, where rows are alike enough, and elsewhere as if it drew
+        nothing."""
         root_I = sensitivity.column_I.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         ranks, blocks = ({config[key] for config in configs} for key in ("rank", "block"))
         left_OR, right_RI = svd_factors(weight_OI * root_I, max(ranks), None, seed)
@@ -202,16 +242,25 @@ class ReALLM(Method):
         for rank in ranks:
             rest_OI = weight_OI - left_OR[:, :rank] @ right_RI[:rank] / root_I
             for block in blocks:
-                column_BS = torch.nn.functional.pad(sensitivity.column_I, (0, -layer.in_features % block)).view(-1, block)
-                scale_cost[rank, block] = float(sensitivity.row_O @ block_absmax(rest_OI, block).square() @ column_BS.sum(dim=1))
+                column_GS = torch.nn.functional.pad(sensitivity.column_I, (0, -layer.in_features % block)).view(
+                    -1, block
+                )
+                scale_cost[rank, block] = float(
+                    sensitivity.row_O @ block_absmax(rest_OI, block).square() @ column_GS.sum(dim=1)
+                )
             drawn = [config for config in configs if config.format == "conv" and config["rank"] == rank]
             alike = bool(drawn) and unlikeness(rest_OI) < CONV_UNLIKE
             for config in drawn:
-                error_OI = weight_OI - self.compress(weight_OI, None, layer, config, seed).packed.decode() if alike else rest_OI
+                error_OI = (
+                    weight_OI - self.compress(weight_OI, None, layer, config, seed).packed.decode()
+                    if alike
+                    else rest_OI
+                )
                 drawn_cost[config] = sensitivity.cost(error_OI)
         return [
-            drawn_cost[c] if c.format == "conv" else 0.5 * _unit_error(c) * scale_cost[c["rank"], c["block"]] for c in configs
-        ]  # fmt: skip
+            drawn_cost[c] if c.format == "conv" else 0.5 * _unit_error(c) * scale_cost[c["rank"], c["block"]]
+            for c in configs
+        ]
 
     def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
         """At equal index bits longer vectors, then smaller blocks, then the largest rank that fits."""
@@ -248,7 +297,9 @@ class ReALLM(Method):
                 if drift_II is not None:
                     weight_OI = followed(weight_OI, hessian_II, drift_II, self.follow)
                 table = block.tables.get(plan[name].table_key)
-                done[name] = self.compress(weight_OI, hessian_II, block.layers[name], plan[name], layer_seed(seed, name), table)
+                done[name] = self.compress(
+                    weight_OI, hessian_II, block.layers[name], plan[name], layer_seed(seed, name), table
+                )
                 block.install(name, done[name])
         if self.epochs:
             packed = {name: compressed.packed for name, compressed in done.items()}
@@ -257,7 +308,13 @@ class ReALLM(Method):
                 block.install(name, Compressed(compressed.packed, compressed.report | report))
 
     def compress(
-        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int, table: Table | None = None
+        self,
+        weight_OI: Tensor,
+        hessian_II: Tensor | None,
+        layer: LayerSpec,
+        config: LayerConfig,
+        seed: int,
+        table: Table | None = None,
     ) -> Compressed:
         packed = config.layout(layer, weight_OI.device)
         if table is not None:
@@ -270,7 +327,9 @@ class ReALLM(Method):
                 weight_OI, hessian_II, packed, act_order=self.act_order, damp=self.damp, refit=self.refit, seed=seed
             )
         else:
-            tensors, report = compress_data_free(weight_OI, packed, rounds=self.rounds, tolerance=self.tolerance, seed=seed)
+            tensors, report = compress_data_free(
+                weight_OI, packed, rounds=self.rounds, tolerance=self.tolerance, seed=seed
+            )
         packed.fill(**tensors)
         return Compressed(packed, report)
 

@@ -1,15 +1,15 @@
 """Block-wise fine-tuning: what a packed block stores in real numbers, trained to give the uncompressed model's outputs.
 
-After all layers of a block are packed, codes stay as they are and block scales, codebooks and low-rank factors are trained by Adam on
-the squared error of the block's output behind the packed prefix (the paper's block-wise stage, after AQLM, arXiv 2401.06118), of every
-token relative to its own size: a few tokens have states hundreds of times as large as the others', and would be all that counts.
-Every forward pass sees stored numbers: each tensor is rounded to its stored form with a straight-through gradient, so that what training
-ends with is what is decoded.
+After all layers of a block are packed, codes stay as they are and block scales, codebooks and low-rank factors are
+trained by Adam on the squared error of the block's output behind the packed prefix (the paper's block-wise stage, after
+AQLM, arXiv 2401.06118), of every token relative to its own size: a few tokens have states hundreds of times as large as
+the others', and would be all that counts. Every forward pass sees stored numbers: each tensor is rounded to its stored
+form with a straight-through gradient, so that what training ends with is what is decoded.
 
-The target lies between two: what the original block makes of the inputs it now gets, and, `follow` of the way, what it made of the
-uncompressed model's. The first takes back none of the errors made before the block; the second asks a block for what it cannot know, and
-from few windows it learns their noise. As with the weights (`calibrated.followed`), half way is better than either.
-"""
+The target lies between two: what the original block makes of the inputs it now gets, and, `follow` of the way, what it
+made of the uncompressed model's. The first takes back none of the errors made before the block; the second asks a block
+for what it cannot know, and from few windows it learns their noise. As with the weights (`calibrated.followed`), half
+way is better than either."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels.codebook import CodebookLinear
-from kernels.lowrank import quantise_lowrank
-from kernels.scales import quantise_scales
+from kernels.formats.codebook import CodebookLinear
+from kernels.formats.lowrank import quantise_lowrank
+from kernels.formats.scales import quantise_scales
 from methods.base import Block
 from methods.schedule import warm_cosine
 
@@ -37,12 +37,13 @@ class Schedule:
 
 
 class TunedLinear(nn.Module):
-    """A packed layer whose stored real numbers are trained: start * (1 + change) for scales, start + size * change for the others."""
+    """A packed layer whose stored real numbers are trained: start * (1 + change) for scales, start + size * change for
+    the others."""
 
     def __init__(self, packed: CodebookLinear) -> None:
         super().__init__()
         object.__setattr__(self, "packed", packed)  # its buffers are not this module's
-        self.code_VI = packed.indices()
+        self.code_JI = packed.indices()
         self.start = {"scale": packed.scales.decode()}
         if packed.codebook is not None:
             self.start["entries"] = packed.entries()
@@ -56,7 +57,9 @@ class TunedLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The trained buffers of `packed`, by name."""
-        tensors = {f"scales.{k}": v for k, v in quantise_scales(self._positive_scales(), self.packed.scales.form).items()}
+        tensors = {
+            f"scales.{k}": v for k, v in quantise_scales(self._positive_scales(), self.packed.scales.form).items()
+        }
         if "entries" in self.start:
             tensors["codebook"] = self._now("entries").half()
         if "left" in self.start:
@@ -74,10 +77,12 @@ class TunedLinear(nn.Module):
             self.packed.refill(**self.stored())
             stored_scale_OG = self.packed.scales.decode()
             factors = self.packed.lowrank.factors() if "left" in self.start else None
-        entry_KD = _through(self._now("entries"), self.packed.entries()) if "entries" in self.start else self.packed.entries()
+        entry_KD = (
+            _through(self._now("entries"), self.packed.entries()) if "entries" in self.start else self.packed.entries()
+        )
         if factors is not None:
             factors = (_through(self._now("left"), factors[0]), _through(self._now("right"), factors[1]))
-        base_OI = self.packed.combine(self.code_VI, entry_KD, _through(scale_OG, stored_scale_OG))
+        base_OI = self.packed.combine(self.code_JI, entry_KD, _through(scale_OG, stored_scale_OG))
         return self.packed.finish(base_OI, factors)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,11 +91,11 @@ class TunedLinear(nn.Module):
 
 
 def tune_block(block: Block, packed: dict[str, CodebookLinear], schedule: Schedule, seed: int) -> dict[str, float]:
-    """Train the layers in place; they are left in the block as `TunedLinear`s, to be installed again. Returns {steps, tokens, loss_before,
-    loss_after}, losses as in `_errors`.
+    """Train the layers in place; they are left in the block as `TunedLinear`s, to be installed again. Returns {steps,
+    tokens, loss_before, loss_after}, losses as in `_errors`.
 
-    The numbers of the epoch with the least loss over all windows are kept; the start is one of them, so tuning never hurts on them.
-    """
+    The numbers of the epoch with the least loss over all windows are kept; the start is one of them, so tuning never
+    hurts on them."""
     hidden_NTH, target_NTH = _windows(block, packed, schedule)
     tuned = {name: TunedLinear(layer) for name, layer in packed.items()}
     for name, module in tuned.items():

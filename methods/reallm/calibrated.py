@@ -7,17 +7,16 @@
     4  codes             column by column in act-order with GPTQ's error feedback
     5  codebook again    least squares on the true objective for the codes found
 
-None of this is in the ReALLM paper, whose quantisation is data-free; steps 3 to 5 are close kin to GPTVQ (van Baalen et al.,
-arXiv 2402.15319), which quantises d columns at a time where this takes d rows of one column.
-"""
+None of this is in the ReALLM paper, whose quantisation is data-free; steps 3 to 5 are close kin to GPTVQ (van Baalen et
+al., arXiv 2402.15319), which quantises d columns at a time where this takes d rows of one column."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kernels.codebook import CodebookLinear
-from kernels.packed import PackedLinear
+from kernels.formats.codebook import CodebookLinear
+from kernels.formats.packed import PackedLinear
 from methods.codecs.error_feedback import Feedback, prepare, run
 from methods.codecs.kmeans import NearestEntry
 from methods.codecs.vector import absmax_scales, fit_codebook, refit_codebook
@@ -39,25 +38,27 @@ def compress_calibrated(
     rest_OI = weight_OI - lowrank_OI
     scales = absmax_scales(rest_OI, packed.block, packed.scales.form)
     pivot_I = torch.empty_like(feedback.diagonal_I).index_copy_(0, feedback.order_I, feedback.upper_II.diagonal())
-    importance_OI = scales.scale_OI.square() / pivot_I.square()  # U_ii^2 = [H^-1]_ii given the columns quantised before i
+    importance_OI = (
+        scales.scale_OI.square() / pivot_I.square()
+    )  # U_ii^2 = [H^-1]_ii given the columns quantised before i
     if packed.table_key:
         codebook_KD = packed.entries()
     else:
         codebook_KD = fit_codebook(rest_OI / scales.scale_OI, importance_OI, packed.dim, 2**packed.index_bits, seed)
-    code_VI = assign(rest_OI, scales.scale_OI, codebook_KD, feedback)
+    code_JI = assign(rest_OI, scales.scale_OI, codebook_KD, feedback)
     if refit and not packed.table_key:
-        codebook_KD = refit_codebook(rest_OI, scales.scale_OI, code_VI, codebook_KD, damped_II, refit)
+        codebook_KD = refit_codebook(rest_OI, scales.scale_OI, code_JI, codebook_KD, damped_II, refit)
     report = {"dead_columns": feedback.dead, "damp": feedback.damp}
-    return adapters | codebook_tensors(packed, code_VI, codebook_KD, scales.stored), report
+    return adapters | codebook_tensors(packed, code_JI, codebook_KD, scales.stored), report
 
 
 def followed(weight_OI: Tensor, hessian_II: Tensor, drift_II: Tensor, share: float) -> Tensor:
     """The weight to quantise when inputs have drifted: W' = W + share * W D (H + damp I)^-1.
 
-    With x behind the packed prefix and x' of the uncompressed model, W + W D H^-1 minimises |W x' - W' x|^2 (D the sum of (x' - x) x^T):
-    the layer takes back what it can of the errors made before it (as GPTAQ does, Li et al., arXiv 2504.02692). From few calibration
-    tokens the whole step fits their noise too, and is worse than none: hence a share of it, and a strong damping.
-    """
+    With x behind the packed prefix and x' of the uncompressed model, W + W D H^-1 minimises |W x' - W' x|^2 (D the sum
+    of (x' - x) x^T): the layer takes back what it can of the errors made before it (as GPTAQ does, Li et al., arXiv
+    2504.02692). From few calibration tokens the whole step fits their noise too, and is worse than none: hence a share
+    of it, and a strong damping."""
     damped_II = hessian_II.clone()
     diagonal_I = damped_II.diagonal()
     diagonal_I[diagonal_I == 0] = diagonal_I.mean().clamp_min(1e-12)  # a column without input has no drift either
@@ -71,17 +72,17 @@ def assign(target_OI: Tensor, scale_OI: Tensor, codebook_KD: Tensor, feedback: F
     dim = codebook_KD.shape[1]
     pad = -rows % dim
     # Transposed and padded, so that a column of the weight is a contiguous run of whole vectors; padding has scale 0.
-    scale_IP = torch.nn.functional.pad(scale_OI.t(), (0, pad)).contiguous()
-    square_IP = scale_IP.square()
+    scale_IO = torch.nn.functional.pad(scale_OI.t(), (0, pad)).contiguous()
+    square_IO = scale_IO.square()
     nearest = NearestEntry(codebook_KD)
-    code_IV = torch.empty(columns, (rows + pad) // dim, dtype=torch.int64, device=target_OI.device)
+    code_IJ = torch.empty(columns, (rows + pad) // dim, dtype=torch.int64, device=target_OI.device)
 
     def quantise(position: int, column: int, values_O: Tensor) -> Tensor:
-        scale_P = scale_IP[column]
-        values_P = torch.nn.functional.pad(values_O, (0, pad)) if pad else values_O
-        code_V = nearest(square_IP[column].view(-1, dim), (scale_P * values_P).view(-1, dim))
-        code_IV[column] = code_V
-        return (codebook_KD[code_V].view(-1) * scale_P)[:rows]
+        padded_scale_O = scale_IO[column]
+        padded_O = torch.nn.functional.pad(values_O, (0, pad)) if pad else values_O
+        code_J = nearest(square_IO[column].view(-1, dim), (padded_scale_O * padded_O).view(-1, dim))
+        code_IJ[column] = code_J
+        return (codebook_KD[code_J].view(-1) * padded_scale_O)[:rows]
 
     run(target_OI, feedback, quantise)
-    return code_IV.t().contiguous()
+    return code_IJ.t().contiguous()

@@ -1,26 +1,26 @@
-"""ReALLM without data: alternate a truncated SVD and vector quantisation of the rest (the paper's LQ loop, after LQ-LoRA).
+"""ReALLM without data: alternate a truncated SVD and vector quantisation of the rest (the paper's LQ loop, after
+LQ-LoRA).
 
     Q = 0;  repeat:  L1, L2 = SVD_r(W - Q);  Q = VQ(W - L1 L2)
 
-The released code stops when the error rises and keeps the iterate before; here the best iterate is kept and the loop also
-stops at a relative gain below `tolerance`. Factors are rounded to their stored precision before the rest is quantised. Where
-columns are reordered, their order is found once, from the first rest. DoRA's magnitude is one scale per row: without training,
-the one of least error. Where Q is a convolutional decoder's, there is one round.
-"""
+The released code stops when the error rises and keeps the iterate before; here the best iterate is kept and the loop
+also stops at a relative gain below `tolerance`. Factors are rounded to their stored precision before the rest is
+quantised. Where columns are reordered, their order is found once, from the first rest. DoRA's magnitude is one scale
+per row: without training, the one of least error. Where Q is a convolutional decoder's, there is one round."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kernels.bitpack import pack
-from kernels.codebook import CodebookLinear
-from kernels.conv import ConvLinear
-from kernels.packed import PackedLinear
+from kernels.formats.bitpack import pack
+from kernels.formats.codebook import CodebookLinear
+from kernels.formats.conv import ConvLinear
+from kernels.formats.packed import PackedLinear
 from methods.codecs.column_order import greedy_order
-from methods.codecs.conv import fit_conv
+from methods.codecs.conv_training import fit_conv
 from methods.codecs.kmeans import nearest
-from methods.codecs.lowrank import stored_lowrank, svd_factors
+from methods.codecs.svd import stored_lowrank, svd_factors
 from methods.codecs.vector import absmax_scales, fit_codebook, to_vectors
 
 CONV_STEPS, CONV_SWEEPS = 200, 3  # of training a convolutional decoder
@@ -55,11 +55,15 @@ def compress_data_free(
             codebook_KD = packed.entries()
         else:
             unit_OI = rest_OI / scales.scale_OI
-            codebook_KD = fit_codebook(*map(turn, (unit_OI, square_OI)), packed.dim, 2**packed.index_bits, seed, codebook_KD)
-        square_VID, cross_VID = (to_vectors(turn(matrix_OI), packed.dim) for matrix_OI in (square_OI, scales.scale_OI * rest_OI))
-        code_N = nearest(square_VID.reshape(-1, packed.dim), cross_VID.reshape(-1, packed.dim), codebook_KD)
-        code_VI = turn(code_N.view(square_VID.shape[:2]))
-        quantised_OI = packed.unit(code_VI, codebook_KD) * scales.scale_OI
+            codebook_KD = fit_codebook(
+                *map(turn, (unit_OI, square_OI)), packed.dim, 2**packed.index_bits, seed, codebook_KD
+            )
+        square_JID, cross_JID = (
+            to_vectors(turn(matrix_OI), packed.dim) for matrix_OI in (square_OI, scales.scale_OI * rest_OI)
+        )
+        code_N = nearest(square_JID.reshape(-1, packed.dim), cross_JID.reshape(-1, packed.dim), codebook_KD)
+        code_JI = turn(code_N.view(square_JID.shape[:2]))
+        quantised_OI = packed.unit(code_JI, codebook_KD) * scales.scale_OI
         if packed.order is not None:
             quantised_OI = packed.order.restore(quantised_OI)
         decoded_OI = quantised_OI + lowrank_OI
@@ -70,7 +74,7 @@ def compress_data_free(
         gain, previous = best_error - error, best_error
         if error < best_error:
             best_error = error
-            best = tensors | codebook_tensors(packed, code_VI, codebook_KD, scales.stored)
+            best = tensors | codebook_tensors(packed, code_JI, codebook_KD, scales.stored)
             best |= {f"order.{name}": tensor for name, tensor in order.items()}
         if not gain > tolerance * previous and done > 1:
             break
@@ -78,11 +82,14 @@ def compress_data_free(
 
 
 def compress_conv(weight_OI: Tensor, packed: ConvLinear, *, seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Buffers of `packed`: the low-rank part once, a convolutional decoder trained on the rest; and {relative_error}, of the weight."""
+    """Buffers of `packed`: the low-rank part once, a convolutional decoder trained on the rest; and {relative_error},
+    of the weight."""
     tensors, lowrank_OI = lowrank_part(weight_OI, packed, None, seed)
     rest_OI = weight_OI - lowrank_OI
     drawn, report = fit_conv(rest_OI, packed, steps=CONV_STEPS, sweeps=CONV_SWEEPS, seed=seed)
-    return tensors | drawn, {"relative_error": report["relative_error"] * float(rest_OI.norm()) / (float(weight_OI.norm()) or 1.0)}
+    return tensors | drawn, {
+        "relative_error": report["relative_error"] * float(rest_OI.norm()) / (float(weight_OI.norm()) or 1.0)
+    }
 
 
 def _row_scales(weight_OI: Tensor, decoded_OI: Tensor) -> Tensor:
@@ -100,7 +107,13 @@ def lowrank_part(
     return stored_lowrank(*svd_factors(matrix_OI, packed.rank, whitener_II, seed), packed)
 
 
-def codebook_tensors(packed: CodebookLinear, code_VI: Tensor, codebook_KD: Tensor, scales: dict[str, Tensor]) -> dict[str, Tensor]:
+def codebook_tensors(
+    packed: CodebookLinear, code_JI: Tensor, codebook_KD: Tensor, scales: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Stored buffers of the quantised part."""
     own = {} if packed.table_key else {"codebook": codebook_KD.half()}
-    return {"codes": pack(code_VI, packed.index_bits), **own, **{f"scales.{name}": tensor for name, tensor in scales.items()}}
+    return {
+        "codes": pack(code_JI, packed.index_bits),
+        **own,
+        **{f"scales.{name}": tensor for name, tensor in scales.items()},
+    }

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.assets import DEFAULT_MODEL, TEXTS, fetch, resolve_model
 from harness.cli import main
-from harness.files import CACHE_VARIABLE, cache_dir
+from harness.data.assets import DEFAULT_MODEL, TEXTS, fetch, resolve_model
 from harness.measure import machine
+from harness.store.files import CACHE_VARIABLE, cache_dir
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,8 @@ def _own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_harness(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m harness ...`, in this process: the cells have processes of their own, and importing torch takes as long as a cell."""
+    """`python -m harness ...`, in this process: the cells have processes of their own, and importing torch takes as
+    long as a cell."""
     out, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
         for name, value in environment.items():

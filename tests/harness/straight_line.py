@@ -1,7 +1,8 @@
-"""WikiText-2 perplexity in a straight line, sharing no code with the harness: python straight_line.py MODEL TEXT_FILE CONTEXT WINDOWS
+"""WikiText-2 perplexity in a straight line, sharing no code with the harness: python straight_line.py MODEL TEXT_FILE
+CONTEXT WINDOWS
 
-Prints the mean negative log-likelihood of each of the first WINDOWS windows (0: all), in nats per token, then the perplexity.
-"""
+Prints the mean negative log-likelihood of each of the first WINDOWS windows (0: all), in nats per token, then the
+perplexity."""
 
 import math
 import sys

@@ -7,18 +7,24 @@ from fractions import Fraction
 import pytest
 import torch
 
-from harness.allocate import BudgetError, CostTable, choose, considered, expected_costs, mixed, require_mixable
-from harness.ledger import FILL_TOLERANCE, parse_budget
+from harness.ledger import FILL_TOLERANCE
 from harness.model import BlockSpec, Inventory, inventory, read_config, skeleton
+from harness.plan.allocation import BudgetError, mixed, require_mixable
+from harness.plan.budgets import parse_budget
+from harness.plan.costs import CostCache, considered, expected_costs
+from harness.plan.knapsack import choose
+from kernels.formats.layer import LayerConfig, LayerSpec
 from methods import parse_method
-from methods.base import LayerConfig, LayerSpec, Sensitivity
+from methods.base import Sensitivity
 
 
 def random_problem(layers: int, configs: int, seed: int) -> tuple[list[list[int]], list[list[float]]]:
     """Sizes in whole words and costs that fall with size, by and large, as errors do."""
     source = random.Random(seed)
     bits = [[32 * source.randint(10, 60) for _ in range(configs)] for _ in range(layers)]
-    costs = [[2 ** (-b / 300) * source.lognormvariate(0, 0.7) * 10 ** source.uniform(-6, 0) for b in row] for row in bits]
+    costs = [
+        [2 ** (-b / 300) * source.lognormvariate(0, 0.7) * 10 ** source.uniform(-6, 0) for b in row] for row in bits
+    ]
     return bits, costs
 
 
@@ -53,7 +59,7 @@ def test_the_lagrangian_bound_needs_no_solver(monkeypatch):
     bits, costs = random_problem(layers=60, configs=20, seed=1)
     capacity = sum(sorted(row)[8] for row in bits)
     exact, _ = choose(bits, costs, capacity)
-    monkeypatch.setattr("harness.allocate._highs", lambda *_: None)
+    monkeypatch.setattr("harness.plan.allocation._highs", lambda *_: None)
     picks, bound = choose(bits, costs, capacity)
     assert total(bits, picks) <= capacity
     assert bound <= total(costs, exact) * (1 + 1e-12) <= total(costs, picks)
@@ -75,8 +81,14 @@ def test_any_budget_is_filled_as_far_as_the_method_reaches(name, bits):
         for x in stock.blocks[0].layers
     }
     ledger = mixed(stock, budget, {x.name: of_kind[x.kind] for x in stock.layers}).ledger
-    most = sum(max(c.stored_bits(x).total for c in method.mixed_candidates(x)) for x in stock.blocks[0].layers) * len(stock.blocks)
-    assert min(budget - FILL_TOLERANCE, Fraction(most, stock.weights)) <= Fraction(ledger.stored_bits, stock.weights) <= budget
+    most = sum(max(c.stored_bits(x).total for c in method.mixed_candidates(x)) for x in stock.blocks[0].layers) * len(
+        stock.blocks
+    )
+    assert (
+        min(budget - FILL_TOLERANCE, Fraction(most, stock.weights))
+        <= Fraction(ledger.stored_bits, stock.weights)
+        <= budget
+    )
 
 
 def test_a_layer_no_token_reached_is_like_the_median_of_its_shape():
@@ -85,7 +97,10 @@ def test_a_layer_no_token_reached_is_like_the_median_of_its_shape():
     stock = Inventory((BlockSpec("block", layers),))
     for layer in model.values():
         layer.weight.data = model["a"].weight.data
-    measured = {name: Sensitivity(torch.full((64,), value), torch.ones(64)) for name, value in (("a", 1.0), ("b", 2.0), ("c", 9.0))}
+    measured = {
+        name: Sensitivity(torch.full((64,), value), torch.ones(64))
+        for name, value in (("a", 1.0), ("b", 2.0), ("c", 9.0))
+    }
     costs = expected_costs(parse_method("rtn"), model, stock, Fraction(4), measured, seed=0)
     for config, cost in costs["d"].items():
         assert cost == pytest.approx(2 * costs["a"][config])
@@ -118,9 +133,9 @@ def test_estimates_are_kept_for_the_very_same_configurations(tmp_path):
         return table.costs("layer", configs, lambda: asked.append(configs) or [float(c["bits"]) for c in configs])
 
     two, three = (LayerConfig.of("uniform", bits=bits, group=64, offset="symmetric") for bits in (2, 3))
-    table = CostTable(tmp_path / "costs.json")
+    table = CostCache(tmp_path / "costs.json")
     assert costs(table, two, three) == {two: 2.0, three: 3.0}
     table.save()
-    again = CostTable(tmp_path / "costs.json")
+    again = CostCache(tmp_path / "costs.json")
     assert costs(again, two, three) == {two: 2.0, three: 3.0} and len(asked) == 1
     assert costs(again, three) == {three: 3.0} and len(asked) == 2

@@ -9,12 +9,13 @@ import torch
 import kernels.cpu
 from harness.cli import main
 from harness.compressed import CompressedModel
-from harness.files import read_json
-from harness.measure import bench, machine
+from harness.measure import machine
+from harness.measure import measurement as bench
 from harness.measure.layers import describe, groups_of
 from harness.measure.runner import CONTEXT, Runner, bytes_per_token, prompt, resident_bytes, scored_logits, timed_model
 from harness.measure.timing import interleaved, speed_up
 from harness.report.latency import COLUMNS
+from harness.store.files import read_json
 from kernels.synthetic import random_layer
 
 from .conftest import run_harness
@@ -49,22 +50,32 @@ def test_every_row_of_a_run_has_memory_and_latency_of_its_own_bytes(truncated, c
     for row in rows:
         assert all(float(row[column]) > 0 for column in COLUMNS), row
         assert float(row["decode_tok_s_b1"]) == pytest.approx(1e3 / float(row["decode_ms_b1"]))
-        assert float(row["decode_speedup_b1_p10"]) <= float(row["decode_speedup_b1"]) <= float(row["decode_speedup_b1_p90"])
+        assert (
+            float(row["decode_speedup_b1_p10"])
+            <= float(row["decode_speedup_b1"])
+            <= float(row["decode_speedup_b1_p90"])
+        )
     reference, *others = rows
     assert float(reference["decode_speedup_b1"]) == 1 and reference["kind"] == "dense"
-    assert all(row["kind"] == "fused" and float(row["resident_gib"]) < float(reference["resident_gib"]) for row in others)
+    assert all(
+        row["kind"] == "fused" and float(row["resident_gib"]) < float(reference["resident_gib"]) for row in others
+    )
     kernels_csv = rows_of(tmp_path / "out" / "kernels.csv")
     assert {row["row"] for row in kernels_csv} == {"rtn 4.25", "nf 4.25"}
     assert len({row["bandwidth_gb_s"] for row in (*rows, *kernels_csv)}) == 1  # one machine, one limit
     for row in kernels_csv:
         assert float(row["bandwidth_pct"]) == pytest.approx(100 * float(row["gb_s"]) / float(row["bandwidth_gb_s"]))
-    assert {row["batch"] for row in kernels_csv} == {"1", "4", "16"} and {row["kind"] for row in kernels_csv} == {"fused"}
+    assert {row["batch"] for row in kernels_csv} == {"1", "4", "16"} and {row["kind"] for row in kernels_csv} == {
+        "fused"
+    }
     assert sum(int(row["layers"]) for row in kernels_csv if row["row"] == "rtn 4.25" and row["batch"] == "1") == 28
 
     again = run_harness(*run)
     assert "memory and latency" not in again.stderr  # found, not measured again
     assert rows_of(tmp_path / "out" / "leaderboard.csv") == rows
-    once_more = run_harness("bench", "--methods", "rtn", *RUN[2:], "--model", str(truncated.path), "--out", str(tmp_path / "bench"))
+    once_more = run_harness(
+        "bench", "--methods", "rtn", *RUN[2:], "--model", str(truncated.path), "--out", str(tmp_path / "bench")
+    )
     assert once_more.returncode == 0 and "memory and latency" in once_more.stderr
 
 
@@ -89,7 +100,12 @@ def test_shapes_need_no_weights(tmp_path, cache):
     done = run_harness("bench", *arguments, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "kernels.csv")
-    assert {(row["rows"], row["columns"]) for row in rows} == {("576", "576"), ("192", "576"), ("1536", "576"), ("576", "1536")}
+    assert {(row["rows"], row["columns"]) for row in rows} == {
+        ("576", "576"),
+        ("192", "576"),
+        ("1536", "576"),
+        ("576", "1536"),
+    }
     assert {row["row"] for row in rows} == {"reallm 3.25", "gptq 3.25", "qlora 3.25"}
     assert all(float(row["us"]) > 0 and float(row["speedup"]) > 0 and row["kind"] == "fused" for row in rows)
     assert read_json(tmp_path / "machine.json")["threads"] == 1
@@ -99,8 +115,16 @@ def test_shapes_need_no_weights(tmp_path, cache):
 def stored(truncated, cache, tmp_path) -> CompressedModel:
     """A reloaded cell of rtn."""
     done = run_harness(
-        "run", "--methods", "rtn", *RUN[2:], "--no-bench", "--model", str(truncated.path), "--out", str(tmp_path / "out")
-    )  # fmt: skip
+        "run",
+        "--methods",
+        "rtn",
+        *RUN[2:],
+        "--no-bench",
+        "--model",
+        str(truncated.path),
+        "--out",
+        str(tmp_path / "out"),
+    )
     assert done.returncode == 0, done.stderr
     cell = rows_of(tmp_path / "out" / "leaderboard.csv")[1]
     assert cell["decode_ms_b1"] == ""  # it was not asked for

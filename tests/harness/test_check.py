@@ -5,7 +5,17 @@ import pytest
 
 from harness.cli import main
 
-COLUMNS = ("method", "variant", "budget_bpw", "seed", "status", "reason", "stored_bpw", "ppl_wiki-mini@512", "ppl_wiki-mini@512_lo")
+COLUMNS = (
+    "method",
+    "variant",
+    "budget_bpw",
+    "seed",
+    "status",
+    "reason",
+    "stored_bpw",
+    "ppl_wiki-mini@512",
+    "ppl_wiki-mini@512_lo",
+)
 
 
 def write(path: Path, *rows: tuple) -> Path:

@@ -14,7 +14,8 @@ COLUMNS = ("method", "variant", "budget_bpw", "seed", "status", "stored_bpw", "c
 
 @pytest.fixture
 def folder(tmp_path):
-    """nf loses 0.1 to gptq in every window and diverges twice as much; rtn is as good on average, but not window by window."""
+    """nf loses 0.1 to gptq in every window and diverges twice as much; rtn is as good on average, but not window by
+    window."""
     base = [3.0, 3.5, 2.5, 4.0, 3.2]
     noise = [0.2, -0.2, 0.1, -0.1, 0.0]
     (tmp_path / "cells").mkdir()
@@ -27,7 +28,10 @@ def folder(tmp_path):
         for seed, shift in ((0, -0.01), (1, 0.01)):
             cell = f"{method}{seed}"
             lines.append((method, "", "3.25", seed, "ok", 3.25, cell, 30.0))
-            score = {"window_nll": [x + shift for x in losses], "divergence": {"window_kld": [divergence * x for x in base]}}
+            score = {
+                "window_nll": [x + shift for x in losses],
+                "divergence": {"window_kld": [divergence * x for x in base]},
+            }
             (tmp_path / "cells" / f"{cell}.json").write_text(
                 json.dumps({"row": {"stored_bpw": 3.25, f"ppl_{P}": 30.0 + seed}, "scores": {P: score}})
             )
@@ -43,7 +47,9 @@ def test_ratios_are_paired(folder, capsys):
     ratio = math.exp(0.1)
     assert table["gptq"] == ["3.25", "3.2500", "30.50", "1", "1"]
     assert table["nf"][3:] == [f"{ratio:.3f} [{ratio:.3f}, {ratio:.3f}]", "2.000 [2.000, 2.000]"]
-    assert table["rtn"][3].startswith("1.000 [0.") and table["rtn"][3].endswith("tie") and table["rtn"][4].endswith("tie")
+    assert (
+        table["rtn"][3].startswith("1.000 [0.") and table["rtn"][3].endswith("tie") and table["rtn"][4].endswith("tie")
+    )
 
 
 def test_a_row_outside_any_budget_is_compared_with_those_of_all(folder, capsys):
@@ -52,7 +58,9 @@ def test_a_row_outside_any_budget_is_compared_with_those_of_all(folder, capsys):
     (folder / "leaderboard.csv").write_text(text)
     assert main(["compare", str(folder), "--to", "gptq", "--markdown"]) == 0
     out = capsys.readouterr().out
-    assert "| gptq |  | 3.2500 | 30.50 | 1 | 1 |" in out and f"| nf | 3.25 | 3.2500 | 30.50 | {math.exp(0.1):.3f} [" in out
+    assert (
+        "| gptq |  | 3.2500 | 30.50 | 1 | 1 |" in out and f"| nf | 3.25 | 3.2500 | 30.50 | {math.exp(0.1):.3f} [" in out
+    )
 
 
 def test_what_cannot_be_compared_is_said_in_a_line(folder, capsys):

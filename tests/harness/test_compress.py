@@ -6,15 +6,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.allocate import BudgetError, expected_costs, mixed, uniform
-from harness.calibration import BlockInputs, BlockRun
-from harness.compress import compress_model
+from harness.compress.block import BlockRun
+from harness.compress.forward import BlockInputs
+from harness.compress.loop import compress_model
 from harness.compressed import CompressedModel
-from harness.ledger import parse_budget, payload_bytes, planned
+from harness.ledger import payload_bytes, planned
 from harness.model import decoder_blocks, half_dtype, inventory, load_reference, read_config, skeleton
-from harness.sensitivity import measure_sensitivities
+from harness.plan.allocation import BudgetError, mixed, uniform
+from harness.plan.budgets import parse_budget
+from harness.plan.costs import expected_costs
+from harness.plan.sensitivity import measure_sensitivities
 from kernels.cpu.build import library
-from kernels.packed import PackedLinear
+from kernels.formats.packed import PackedLinear
 from methods import parse_method
 from methods.base import Compressed
 
@@ -23,10 +26,10 @@ METHODS = ["fp16", "rtn", "rtn:offset=zero", "gptq", "gptq:static_groups=false",
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> torch.Tensor:
-    from harness.protocol import parse_calibration
-    from harness.windows import calibration_windows
+    from harness.data.protocols import parse_calibration
+    from harness.data.windows import calibration_windows
 
-    return calibration_windows(parse_calibration("c4-mini@128x8"), tokenizer, seed=0).tokens_NL
+    return calibration_windows(parse_calibration("c4-mini@128x8"), tokenizer, seed=0).tokens_NT
 
 
 def compress(folder, method, tokens, path, budget=Fraction(13, 4), seed=0):
@@ -41,10 +44,16 @@ def test_the_ledger_is_the_bytes_on_disk_and_the_reload_is_the_model(method, tru
     compressed, allocation = compress(tmp_path, method, tokens, truncated.path)
     compressed.save(tmp_path / "artifact")
     ledger = compressed.ledger()
-    assert 8 * payload_bytes(tmp_path / "artifact" / "packed.safetensors") == ledger.stored_bits == allocation.ledger.stored_bits
+    assert (
+        8 * payload_bytes(tmp_path / "artifact" / "packed.safetensors")
+        == ledger.stored_bits
+        == allocation.ledger.stored_bits
+    )
     assert method == "fp16" or ledger.fits(Fraction(13, 4))
     reloaded = CompressedModel.load(tmp_path / "artifact", "cpu", torch.float32)
-    assert reloaded.ledger() == ledger and reloaded.kind == ("dense" if method == "fp16" else "fused" if library() else "decode-per-call")
+    assert reloaded.ledger() == ledger and reloaded.kind == (
+        "dense" if method == "fp16" else "fused" if library() else "decode-per-call"
+    )
     compressed.model.to(torch.float32)
     with torch.no_grad():
         for name, layer in compressed.packed.items():
@@ -110,7 +119,9 @@ def test_a_method_that_looks_again_gets_a_fresh_pass(truncated, tokens):
         assert torch.equal(block.hessian(q), first)
         block.hessian(down)
         config = parse_method("rtn:bits=2,group=64,offset=symmetric").candidates(block.layers[q])[0]
-        block.install(q, Compressed(parse_method("rtn").compress(block.weight(q), None, block.layers[q], config, 0).packed))
+        block.install(
+            q, Compressed(parse_method("rtn").compress(block.weight(q), None, block.layers[q], config, 0).packed)
+        )
         assert not torch.allclose(block.hessian(down), before)
 
 
@@ -132,14 +143,26 @@ def test_an_error_inside_a_block_reaches_the_caller(truncated, tokens):
 
 
 TINY = dict(
-    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
 )
 ARCHITECTURES = {
     "qwen2": TINY,  # biases on q, k, v
-    "gemma3_text": TINY | dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"]),  # masks differ by block
+    "gemma3_text": TINY
+    | dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"]),  # masks differ by block
     "phi3": TINY | dict(pad_token_id=0),  # fused qkv and gate-up
     "falcon": dict(  # blocks return tuples; one input for attention and MLP
-        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, parallel_attn=True, new_decoder_architecture=False
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        parallel_attn=True,
+        new_decoder_architecture=False,
     ),
 }
 
@@ -158,7 +181,9 @@ def test_other_architectures_run_through(name, method, tmp_path):
     loaded, parsed, budget = load_reference(tmp_path / "model", "cpu", torch.float32), parse_method(method), Fraction(6)
     measured = measure_sensitivities(loaded, tokens, seed=0)
     assert set(measured) == {layer.name for layer in inventory(loaded).layers}
-    allocation = mixed(inventory(loaded), budget, expected_costs(parsed, loaded, inventory(loaded), budget, measured, seed=0))
+    allocation = mixed(
+        inventory(loaded), budget, expected_costs(parsed, loaded, inventory(loaded), budget, measured, seed=0)
+    )
     assert budget - Fraction(1, 5) < Fraction(allocation.ledger.stored_bits, allocation.ledger.weights) <= budget
     assert len(set(allocation.layers.values())) > 1 and allocation.bound <= allocation.predicted
     compressed, _ = compress_model(loaded, parsed, allocation.layers, tokens, 0, tmp_path / "blocks")
@@ -181,9 +206,15 @@ def test_block_weights_that_are_no_linear_layer_count_at_sixteen_bits():
 
 @pytest.mark.parametrize(
     "method, bits",
-    [("gptq:bits=4,group=128,offset=zero", 4.156), ("gptq:bits=3,group=128,offset=zero", 3.148), ("rtn:bits=4,group=0,offset=zero", 4.004),
-     ("reallm:released", 2.775), ("reallm:released,index_bits=6", 3.776), ("reallm:released,order_bits=none,adapter_bits=8", 2.522)],
-)  # fmt: skip
+    [
+        ("gptq:bits=4,group=128,offset=zero", 4.156),
+        ("gptq:bits=3,group=128,offset=zero", 3.148),
+        ("rtn:bits=4,group=0,offset=zero", 4.004),
+        ("reallm:released", 2.775),
+        ("reallm:released,index_bits=6", 3.776),
+        ("reallm:released,order_bits=none,adapter_bits=8", 2.522),
+    ],
+)
 def test_published_sizes_of_llama2_7b(method, bits):
     stock = inventory(skeleton(read_config("llama2-7b")))
     assert stock.weights == 6_476_005_376
@@ -198,7 +229,8 @@ def test_budgets_are_exact():
     smaller = uniform(method, stock, Fraction(13, 4) - Fraction(1, stock.weights))
     assert smaller.ledger.stored_bits < allocation.ledger.stored_bits
     least = min(
-        planned({x.name: c for x in stock.layers}, stock.layers, 0, stock.weights).stored_bits for c in method.candidates(stock.layers[0])
+        planned({x.name: c for x in stock.layers}, stock.layers, 0, stock.weights).stored_bits
+        for c in method.candidates(stock.layers[0])
     )
     assert uniform(method, stock, Fraction(least, stock.weights)).ledger.stored_bits == least
     with pytest.raises(BudgetError, match=f"{least / stock.weights:.4f}"):

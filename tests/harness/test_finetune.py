@@ -8,26 +8,34 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from harness import finetune as module
-from harness.allocate import uniform
 from harness.cli import main
-from harness.compress import compress_model
+from harness.compress import training as module
+from harness.compress.loop import compress_model
+from harness.compress.training import finetune, frozen_bases, save_adapter
 from harness.compressed import CompressedModel
-from harness.finetune import finetune, frozen_bases, save_adapter
+from harness.data.protocols import parse_calibration, parse_training
+from harness.data.windows import calibration_windows
 from harness.model import inventory, load_reference
-from harness.protocol import parse_calibration, parse_training
-from harness.report.check import read_rows
-from harness.sensitivity import measure_fisher
-from harness.windows import calibration_windows
+from harness.plan.allocation import uniform
+from harness.plan.sensitivity import measure_fisher
+from harness.report.baseline import read_rows
 from methods import parse_method
 from tests.harness.conftest import run_harness
 
-METHODS = ("qlora", "gptq-lora", "lq-lora", "lq-lora:loftq", "reallm:finetuned,epochs=0", "qlora:dora=true", "fp16-lora")
+METHODS = (
+    "qlora",
+    "gptq-lora",
+    "lq-lora",
+    "lq-lora:loftq",
+    "reallm:finetuned,epochs=0",
+    "qlora:dora=true",
+    "fp16-lora",
+)
 
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> torch.Tensor:
-    return calibration_windows(parse_calibration("c4-mini@128x20"), tokenizer, seed=0).tokens_NL
+    return calibration_windows(parse_calibration("c4-mini@128x20"), tokenizer, seed=0).tokens_NT
 
 
 def packed_model(text, path, tokens, folder):
@@ -52,7 +60,9 @@ def test_training_lowers_the_loss_on_other_text(text, truncated, tokens, tmp_pat
     assert (report["steps"], report["tokens"], len(report["losses"])) == (6, 12 * 128, 6)
     assert held_out(compressed.model, tokens) < before
     assert compressed.ledger() == bits
-    assert all(torch.equal(layer.decode_base(), base[name]) for name, layer in compressed.packed.items())  # only what may be was trained
+    assert all(
+        torch.equal(layer.decode_base(), base[name]) for name, layer in compressed.packed.items()
+    )  # only what may be was trained
     compressed.save(tmp_path / "saved")
     reloaded = CompressedModel.load(tmp_path / "saved", "cpu", torch.float32)
     with torch.no_grad():
@@ -110,7 +120,10 @@ def test_a_parameter_that_no_loss_reached_yet_is_restored_too(tmp_path):
     again = torch.optim.AdamW(fresh.values())
     assert module._restore(tmp_path / "state.safetensors", fresh, again) == ([1.0], 2.0)
     assert torch.equal(fresh["used"], used) and torch.equal(fresh["unused"], unused)
-    assert torch.equal(again.state[fresh["used"]]["exp_avg"], optimiser.state[used]["exp_avg"]) and not again.state[fresh["unused"]]
+    assert (
+        torch.equal(again.state[fresh["used"]]["exp_avg"], optimiser.state[used]["exp_avg"])
+        and not again.state[fresh["unused"]]
+    )
 
 
 def test_rows_of_zeros_have_no_magnitude(truncated, tokens, tmp_path):
@@ -167,7 +180,15 @@ def test_the_fisher_information_is_the_mean_squared_gradient(truncated, tokens):
 
 def test_a_run_trains_and_counts(truncated, cache, tmp_path):
     arguments = ("run", "--model", str(truncated.path), "--methods", "qlora,fp16-lora", "--bits", "3.25")
-    small = ("--calibration", "c4-mini@128x4", "--protocols", "c4-mini@128/4", "--no-bench", "--training", "c4-mini@128x6/2")
+    small = (
+        "--calibration",
+        "c4-mini@128x4",
+        "--protocols",
+        "c4-mini@128/4",
+        "--no-bench",
+        "--training",
+        "c4-mini@128x6/2",
+    )
     done = run_harness(*arguments, *small, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path / "out")
@@ -176,7 +197,10 @@ def test_a_run_trains_and_counts(truncated, cache, tmp_path):
         row = rows[name]
         assert (row["training_steps"], row["training_tokens"], row["track"]) == ("3", "768", "fine-tuned")
         record = json.loads((tmp_path / "out" / "cells" / f"{row['cell']}.json").read_text())
-        assert record["artifact"]["ledger"]["bpw_by_part"]["adapters"] > 0.1 and len(record["artifact"]["training"]["losses"]) == 3
+        assert (
+            record["artifact"]["ledger"]["bpw_by_part"]["adapters"] > 0.1
+            and len(record["artifact"]["training"]["losses"]) == 3
+        )
         assert (cache / "cells" / row["cell"] / "adapter" / "adapter_model.safetensors").exists()
     assert float(rows["qlora 3.25"]["stored_bpw"]) <= 3.25 < 16 < float(rows["fp16-lora"]["stored_bpw"])
     assert rows["fp16"]["training_steps"] == ""
@@ -193,10 +217,15 @@ def test_a_wrong_training_says_what_to_type(text, capsys):
 
 @pytest.mark.parametrize(
     "method, budget, stored, adapters",
-    [("qlora:published", "4.127", 4.522, 0.395), ("lq-lora", "2.75", 2.948, 0.198), ("gptq-lora:published", "3.149", 3.543, 0.395)],
+    [
+        ("qlora:published", "4.127", 4.522, 0.395),
+        ("lq-lora", "2.75", 2.948, 0.198),
+        ("gptq-lora:published", "3.149", 3.543, 0.395),
+    ],
 )
 def test_published_sizes(method, budget, stored, adapters, capsys):
-    """QLoRA's 4.127 and GPTQ-LoRA's 3.148 without adapters; LQ-LoRA's 2.75 with adapters of rank 64 in 8 bits is 2.95."""
+    """QLoRA's 4.127 and GPTQ-LoRA's 3.148 without adapters; LQ-LoRA's 2.75 with adapters of rank 64 in 8 bits is
+    2.95."""
     assert main(["plan", "--model", "llama2-7b", "--methods", method, "--bits", budget, "--scope", "paper"]) == 0
     lines = capsys.readouterr().out.splitlines()
     total = float(next(line for line in lines if "with adapters" in line).split()[2])

@@ -2,7 +2,8 @@
 
 After a change that moves numbers on purpose:
 
-    python -m harness run <ARGUMENTS> --out /tmp/now && python -m harness check /tmp/now results/baselines/smollm2-135m.csv --update
+    python -m harness run <ARGUMENTS> --out /tmp/now && python -m harness check /tmp/now
+    results/baselines/smollm2-135m.csv --update
 """
 
 from pathlib import Path
@@ -10,14 +11,21 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.report.check import read_rows
+from harness.report.baseline import read_rows
 from tests.harness.conftest import linked_cache, run_harness
 
 BASELINE = Path(__file__).parents[2] / "results" / "baselines" / "smollm2-135m.csv"
 ARGUMENTS = (
-    "--methods", "rtn,nf,gptq,reallm,reallm:data-free,rounds=2", "--bits", "3.25",
-    "--calibration", "c4-mini@512x4", "--protocols", "wiki-mini@512/3,c4-mini@512/3", "--no-bench",
-)  # fmt: skip
+    "--methods",
+    "rtn,nf,gptq,reallm,reallm:data-free,rounds=2",
+    "--bits",
+    "3.25",
+    "--calibration",
+    "c4-mini@512x4",
+    "--protocols",
+    "wiki-mini@512/3,c4-mini@512/3",
+    "--no-bench",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +43,8 @@ def test_perplexities_are_those_of_the_baseline(leaderboard, capsys):
 
 
 def test_the_order_is_what_it_should_be(leaderboard):
-    """Data helps, vectors help, nothing beats the reference. (On 2,000 calibration tokens and 3 windows gptq is hardly told from
-    data-free reallm.)"""
+    """Data helps, vectors help, nothing beats the reference. (On 2,000 calibration tokens and 3 windows gptq is hardly
+    told from data-free reallm.)"""
     for column in ("ppl_wiki-mini@512/3", "ppl_c4-mini@512/3"):
         value = {name: float(row[column]) for name, row in read_rows(leaderboard).items()}
         order = ("fp16", "reallm:calibrated 3.25", "reallm:data-free,rounds=2 3.25", "nf 3.25", "rtn 3.25")

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from harness.cli import main
-from harness.files import CACHE_VARIABLE
-from harness.report.check import read_rows
+from harness.report.baseline import read_rows
 from harness.report.leaderboard import TIME_COLUMNS
+from harness.store.files import CACHE_VARIABLE
 from tests.harness.conftest import linked_cache, run_harness
 
 PLANNED = ("--calibration", "c4-mini@128x4", "--protocols", "wiki-mini@128/4,c4-mini@128/4")
@@ -71,11 +71,15 @@ def test_a_run_reuses_what_is_finished_and_writes_the_same_leaderboard(truncated
 
     again = run_harness(*arguments, "--out", str(tmp_path / "again"))
     assert again.stderr.count("found, not repeated") == 5
-    assert (tmp_path / "again" / "leaderboard.csv").read_bytes() == (tmp_path / "first" / "leaderboard.csv").read_bytes()
+    assert (tmp_path / "again" / "leaderboard.csv").read_bytes() == (
+        tmp_path / "first" / "leaderboard.csv"
+    ).read_bytes()
 
     plan = run_harness("plan", "--model", str(truncated.path), "--methods", "gptq", *PLANNED)
     assert plan.stdout.count("model.layers.") == 28 and "predicted divergence" in plan.stdout
-    uniform = run_harness("run", *arguments[1:3], "--methods", "gptq", "--allocate", "uniform", *SMALL, "--out", str(tmp_path / "uniform"))
+    uniform = run_harness(
+        "run", *arguments[1:3], "--methods", "gptq", "--allocate", "uniform", *SMALL, "--out", str(tmp_path / "uniform")
+    )
     assert uniform.returncode == 0, uniform.stderr
     row = read_rows(tmp_path / "uniform")["gptq 3.25"]
     assert float(row["stored_bpw"]) == 3.25 and float(row["code_bpw"]) == 3 and row["cell"] != rows["gptq 3.25"]["cell"]
@@ -96,7 +100,11 @@ def test_killed_at_five_random_moments_the_same_command_goes_on(truncated, asset
     def start(name, out):
         environment = os.environ | {CACHE_VARIABLE: str(caches[name])}
         return subprocess.Popen(
-            [*arguments, "--out", str(tmp_path / out)], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+            [*arguments, "--out", str(tmp_path / out)],
+            env=environment,
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def finish(process):
@@ -108,7 +116,9 @@ def test_killed_at_five_random_moments_the_same_command_goes_on(truncated, asset
     duration = time.monotonic() - begin
 
     moments = sorted(random.SystemRandom().uniform(0.1, 0.75) * duration for _ in range(5))
-    print("killed after", [round(moment, 2) for moment in moments], "s of", round(duration, 2))  # shown when the test fails
+    print(
+        "killed after", [round(moment, 2) for moment in moments], "s of", round(duration, 2)
+    )  # shown when the test fails
     seen = set()
     for moment in moments:
         process = start("killed", "b")
@@ -155,7 +165,16 @@ def test_spawned_cells_do_the_same_work(truncated, cache, tmp_path, monkeypatch)
 
 def test_a_budget_out_of_reach_is_a_refused_row(truncated, cache, tmp_path):
     done = run_harness(
-        "run", "--model", str(truncated.path), "--methods", "rtn:bits=4,gptq", "--bits", "3.25", *SMALL, "--out", str(tmp_path)
+        "run",
+        "--model",
+        str(truncated.path),
+        "--methods",
+        "rtn:bits=4,gptq",
+        "--bits",
+        "3.25",
+        *SMALL,
+        "--out",
+        str(tmp_path),
     )
     assert done.returncode == 1
     rows = read_rows(tmp_path)
@@ -165,7 +184,18 @@ def test_a_budget_out_of_reach_is_a_refused_row(truncated, cache, tmp_path):
 
 def test_when_all_are_refused_nothing_is_loaded(truncated, cache, tmp_path):
     done = run_harness(
-        "run", "--model", str(truncated.path), "--methods", "gptq", "--bits", "3/2", "--seeds", "1", *SMALL, "--out", str(tmp_path)
+        "run",
+        "--model",
+        str(truncated.path),
+        "--methods",
+        "gptq",
+        "--bits",
+        "3/2",
+        "--seeds",
+        "1",
+        *SMALL,
+        "--out",
+        str(tmp_path),
     )
     assert done.returncode == 1 and "at least 2.0" in done.stderr
     assert not list(cache.glob("cells/*/*"))

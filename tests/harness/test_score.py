@@ -3,15 +3,15 @@
 import pytest
 import torch
 
+from harness.data.protocols import parse_protocol
+from harness.data.windows import evaluation_windows
 from harness.evaluate.score import noise_floor, score
 from harness.model import load_reference
-from harness.protocol import parse_protocol
-from harness.windows import evaluation_windows
 
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer):
-    return evaluation_windows(parse_protocol("wiki-mini@64/5"), tokenizer).tokens_NL
+    return evaluation_windows(parse_protocol("wiki-mini@64/5"), tokenizer).tokens_NT
 
 
 def test_divergence_is_the_textbook_sum(truncated, tokens, tmp_path):

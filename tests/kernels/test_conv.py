@@ -7,17 +7,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.ledger import payload_bytes
-from kernels.bitpack import pack
-from kernels.conv import FLOOR, ConvLinear, from_patches, latent_levels, layer_shapes, to_patches, weight_levels
 from kernels.dispatch import kind
-from kernels.order import index_bits
-from kernels.packed import PackedLinear
+from kernels.formats.bitpack import pack
+from kernels.formats.conv import FLOOR, ConvLinear, from_patches, latent_levels, layer_shapes, to_patches, weight_levels
+from kernels.formats.order import index_bits
+from kernels.formats.packed import PackedLinear
 
 CONV = dict(format="conv", patch=16, latent_channels=3, latent_bits=3, stages=2, width=6, weight_bits=5, bias=False)
 VARIANTS = [
-    CONV, CONV | dict(latent_bits=16, weight_bits=16), CONV | dict(levels="uniform", scales="none", reorder=True),
+    CONV,
+    CONV | dict(latent_bits=16, weight_bits=16),
+    CONV | dict(levels="uniform", scales="none", reorder=True),
     CONV | dict(rank=1, stages=0, block=0, scales="half", kernel=5, bias=True),
-]  # fmt: skip
+]
 
 
 def random_layer(spec: dict, seed: int = 0) -> ConvLinear:
@@ -31,7 +33,12 @@ def random_layer(spec: dict, seed: int = 0) -> ConvLinear:
             info = torch.iinfo(buffer.dtype)
             buffer.copy_(torch.randint(info.min, info.max + 1, buffer.shape, generator=generator))
         if name == "weights" and layer.levels == "uniform" and layer.weight_bits < 16:  # one code has no level
-            buffer.copy_(pack(torch.randint(0, 2**layer.weight_bits - 1, (1, 32 * len(buffer) // layer.weight_bits)), layer.weight_bits)[0])
+            buffer.copy_(
+                pack(
+                    torch.randint(0, 2**layer.weight_bits - 1, (1, 32 * len(buffer) // layer.weight_bits)),
+                    layer.weight_bits,
+                )[0]
+            )
         if name.endswith("_order"):
             count = layer.out_features if name == "row_order" else layer.in_features
             buffer.copy_(pack(torch.randperm(count, generator=generator)[None], index_bits(count))[0])
@@ -80,11 +87,16 @@ def test_it_decodes_by_its_definition():
     spec = CONV | dict(patch=4, latent_channels=1, latent_bits=2, stages=0, width=1, levels="uniform", scales="none")
     layer = PackedLinear.from_spec(spec | dict(out_features=4, in_features=4), "cpu")
     codes = torch.randint(0, 4, (1, 16), generator=torch.Generator().manual_seed(0))
-    weights = torch.tensor([[30, 15, 15, 15, 15, 30, 0, 15, 15, 15]])  # of 31 levels from -1 to 1: stem 1; head 1 and -1
+    weights = torch.tensor(
+        [[30, 15, 15, 15, 15, 30, 0, 15, 15, 15]]
+    )  # of 31 levels from -1 to 1: stem 1; head 1 and -1
     layer.fill(
-        latents=pack(codes, 2)[0], weights=pack(weights, 5)[0], absmax=torch.tensor([2.0, 0.5]).half(),
-        biases=torch.tensor([0.25, -1.0]).half(), gain=torch.tensor([3.0]),
-    )  # fmt: skip
+        latents=pack(codes, 2)[0],
+        weights=pack(weights, 5)[0],
+        absmax=torch.tensor([2.0, 0.5]).half(),
+        biases=torch.tensor([0.25, -1.0]).half(),
+        gain=torch.tensor([3.0]),
+    )
     drawn = torch.nn.functional.gelu(2 * (codes.view(4, 4) / 1.5 - 1) + 0.25)
     right = torch.nn.functional.pad(drawn, (0, 1))[:, 1:]
     assert torch.allclose(layer.decode(), 3 * (0.5 * drawn - 0.5 * right - 1), atol=1e-5)
@@ -94,7 +106,11 @@ def test_orders_go_back_to_where_they_came_from():
     spec = CONV | dict(out_features=33, in_features=65)
     plain, ordered = random_layer(spec | dict(scales="none")), random_layer(spec | dict(scales="none", reorder=True))
     names = ("latents", "weights", "absmax", "biases", "gain")
-    ordered.fill(**{name: plain.get_buffer(name) for name in names}, row_order=ordered.row_order, column_order=ordered.column_order)
+    ordered.fill(
+        **{name: plain.get_buffer(name) for name in names},
+        row_order=ordered.row_order,
+        column_order=ordered.column_order,
+    )
     rows, columns = ordered.orders()
     assert torch.equal(ordered.decode()[rows][:, columns], plain.decode())
 
@@ -144,7 +160,9 @@ def test_what_was_decoded_is_dropped_with_its_bytes(change):
     assert torch.equal(layer(x), other(x)) and not torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize("wrong", [dict(patch=18), dict(latent_bits=9), dict(weight_bits=1), dict(levels="nf4"), dict(kernel=2)])
+@pytest.mark.parametrize(
+    "wrong", [dict(patch=18), dict(latent_bits=9), dict(weight_bits=1), dict(levels="nf4"), dict(kernel=2)]
+)
 def test_layouts_that_cannot_be_are_refused(wrong):
     with pytest.raises(AssertionError):
         PackedLinear.from_spec(CONV | dict(out_features=33, in_features=65) | wrong)

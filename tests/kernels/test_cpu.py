@@ -1,4 +1,5 @@
-"""The compiled CPU kernels against an fp64 product of the decoded weights: every format, ragged shapes, random stored bytes."""
+"""The compiled CPU kernels against an fp64 product of the decoded weights: every format, ragged shapes, random stored
+bytes."""
 
 import ctypes
 import warnings
@@ -34,7 +35,9 @@ def instructions(request, monkeypatch) -> str:
     build.library.cache_clear()
 
 
-@pytest.mark.parametrize("spec", UNIFORM + SCALAR + VECTOR + ADDED, ids=lambda spec: "-".join(str(value) for value in spec.values()))
+@pytest.mark.parametrize(
+    "spec", UNIFORM + SCALAR + VECTOR + ADDED, ids=lambda spec: "-".join(str(value) for value in spec.values())
+)
 def test_products_are_those_of_the_decoded_weights(spec, instructions):
     for index, (rows, columns) in enumerate(SHAPES):
         if spec.get("rank", 0) >= min(rows, columns):
@@ -46,7 +49,11 @@ def test_products_are_those_of_the_decoded_weights(spec, instructions):
             x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
             expected = x.double() @ weight_OI.t() + (layer.bias.double() if layer.bias is not None else 0)
             found = linear(layer, x)
-            assert found.shape == expected.shape and (found.double() - expected).norm() <= 1e-5 * expected.norm(), (rows, columns, batch)
+            assert found.shape == expected.shape and (found.double() - expected).norm() <= 1e-5 * expected.norm(), (
+                rows,
+                columns,
+                batch,
+            )
             assert torch.equal(found, linear(layer, x))
 
 
@@ -110,14 +117,20 @@ def test_without_a_kernel_there_is_one_warning_and_the_reference(reason, monkeyp
 
 def test_the_structure_is_the_one_of_the_source():
     """Fields in the same order and of the same size: every one is eight bytes."""
-    from kernels.cpu.layer import Layer
+    from kernels.cpu.view import Layer
 
     text = build.SOURCE.with_name("layer.h").read_text()
     declared = text[text.index("typedef struct {") : text.index("} Layer;")]
     names = [
         name.strip().lstrip("*")
         for line in declared.splitlines()[1:]
-        for name in line.partition("//")[0].strip().rstrip(";").removeprefix("const ").partition(" ")[2].replace(";", ",").split(",")
+        for name in line.partition("//")[0]
+        .strip()
+        .rstrip(";")
+        .removeprefix("const ")
+        .partition(" ")[2]
+        .replace(";", ",")
+        .split(",")
         if name.strip()
     ]
     cleaned = [name.rpartition(" ")[2].lstrip("*") for name in names]

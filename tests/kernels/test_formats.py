@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels.bitpack import pack, packed_words, unpack
 from kernels.dispatch import kind, linear
-from kernels.order import BandOrder, index_bits
-from kernels.packed import PackedLinear
+from kernels.formats.bitpack import pack, packed_words, unpack
+from kernels.formats.order import BandOrder, index_bits
+from kernels.formats.packed import PackedLinear
 
 UNIFORM = dict(format="uniform", bits=3, group=64, offset="symmetric")
 CODEBOOK = dict(format="codebook", dim=2, index_bits=6, block=64, rank=3)
@@ -28,7 +28,15 @@ def test_packing_is_lossless_and_no_wider_than_it_says(bits: int, count: int):
 
 @pytest.mark.parametrize("shape", [(576, 576), (192, 576), (576, 1536), (7, 13), (1, 1), (33, 65)])
 @pytest.mark.parametrize(
-    "base", [UNIFORM, UNIFORM | {"offset": "zero"}, UNIFORM | {"offset": "minimum", "permuted": True}, CODEBOOK, ACROSS, BANDED]
+    "base",
+    [
+        UNIFORM,
+        UNIFORM | {"offset": "zero"},
+        UNIFORM | {"offset": "minimum", "permuted": True},
+        CODEBOOK,
+        ACROSS,
+        BANDED,
+    ],
 )
 def test_a_layout_on_meta_counts_what_a_real_one_stores(shape: tuple[int, int], base: dict):
     spec = base | dict(out_features=shape[0], in_features=shape[1], bias=True)
@@ -36,7 +44,9 @@ def test_a_layout_on_meta_counts_what_a_real_one_stores(shape: tuple[int, int], 
         spec["rank"] = min(3, *shape)
     planned, real = PackedLinear.from_spec(spec), PackedLinear.from_spec(spec, "cpu")
     assert planned.stored_bits() == real.stored_bits()
-    assert planned.stored_bits().total == 8 * sum(b.numel() * b.element_size() for n, b in real.named_buffers() if n != "bias")
+    assert planned.stored_bits().total == 8 * sum(
+        b.numel() * b.element_size() for n, b in real.named_buffers() if n != "bias"
+    )
     assert PackedLinear.from_spec(real.spec()).spec() == spec | {k: v for k, v in real.spec().items() if k not in spec}
 
 
@@ -92,10 +102,23 @@ def test_permuted_groups_return_to_their_columns():
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     weight = torch.arange(8).repeat(5)[None].float()  # column i holds i % 8
     layer = PackedLinear.from_spec(
-        dict(format="uniform", bits=3, group=40, offset="minimum", permuted=True, out_features=1, in_features=40, bias=False), "cpu"
+        dict(
+            format="uniform",
+            bits=3,
+            group=40,
+            offset="minimum",
+            permuted=True,
+            out_features=1,
+            in_features=40,
+            bias=False,
+        ),
+        "cpu",
     )
     layer.fill(
-        codes=pack(weight[:, order].long(), 3), scales=torch.ones(1, 1).half(), minima=torch.zeros(1, 1).half(), order=order.to(torch.int16)
+        codes=pack(weight[:, order].long(), 3),
+        scales=torch.ones(1, 1).half(),
+        minima=torch.zeros(1, 1).half(),
+        order=order.to(torch.int16),
     )
     assert torch.equal(layer.decode(), weight)
 
@@ -127,14 +150,29 @@ def test_codebook_decodes_by_its_definition():
     left, right = (torch.randint(-127, 128, s, generator=generator).to(torch.int8) for s in ((10, 2), (2, 40)))
     left_scale, right_scale = torch.rand(2, generator=generator).half(), torch.rand(2, generator=generator).half()
     layer.fill(
-        **{"codes": pack(codes, 5), "codebook": book, "scales.codes": scale_codes, "scales.steps": step, "scales.offset": offset},
-        **{"lowrank.left": left, "lowrank.right": right, "lowrank.left_scale": left_scale, "lowrank.right_scale": right_scale},
+        **{
+            "codes": pack(codes, 5),
+            "codebook": book,
+            "scales.codes": scale_codes,
+            "scales.steps": step,
+            "scales.offset": offset,
+        },
+        **{
+            "lowrank.left": left,
+            "lowrank.right": right,
+            "lowrank.left_scale": left_scale,
+            "lowrank.right_scale": right_scale,
+        },
     )
     decoded = layer.decode()
     for o, i in [(0, 0), (3, 15), (4, 16), (9, 39), (7, 20)]:
         scale = scale_codes[o, i // 16].float() * 0.01 + 0.5
-        lowrank = sum(float(left[o, r]) * float(left_scale[r]) * float(right[r, i]) * float(right_scale[r]) for r in range(2))
-        assert decoded[o, i].item() == pytest.approx(book[codes[o // 4, i], o % 4].item() * scale.item() + lowrank, rel=1e-5, abs=1e-4)
+        lowrank = sum(
+            float(left[o, r]) * float(left_scale[r]) * float(right[r, i]) * float(right_scale[r]) for r in range(2)
+        )
+        assert decoded[o, i].item() == pytest.approx(
+            book[codes[o // 4, i], o % 4].item() * scale.item() + lowrank, rel=1e-5, abs=1e-4
+        )
 
 
 def test_vectors_along_columns_decode_by_their_definition():

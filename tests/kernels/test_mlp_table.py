@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.mlp_table import MlpTable
+from kernels.formats.mlp_table import MlpTable
 
 SHAPES = [
     dict(dim=4, index_bits=8, digits=8, width=16, layers=2, weight_bits=8),

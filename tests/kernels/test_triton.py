@@ -1,4 +1,5 @@
-"""The Triton kernels: the correctness grid in Triton's interpreter on any machine, and on a GPU with `pytest -m gpu`."""
+"""The Triton kernels: the correctness grid in Triton's interpreter on any machine, and on a GPU with `pytest -m
+gpu`."""
 
 import importlib.util
 import os
@@ -13,10 +14,14 @@ import torch
 from kernels.synthetic import random_layer
 from tests.kernels.layers import ADDED, VECTOR
 
-triton_installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install '.[gpu]'")
+triton_installed = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install '.[gpu]'"
+)
 on_a_gpu = [
-    pytest.mark.gpu, triton_installed, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]  # fmt: skip
+    pytest.mark.gpu,
+    triton_installed,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
 
 
 def answer(module: str, **environment: str) -> str:
@@ -30,7 +35,9 @@ def answer(module: str, **environment: str) -> str:
 
 @triton_installed
 def test_every_format_is_right_in_the_interpreter():
-    right, every = re.search(r"(\d+) of (\d+) correct, interpreter", answer("tests.kernels.triton_grid", TRITON_INTERPRET="1")).groups()
+    right, every = re.search(
+        r"(\d+) of (\d+) correct, interpreter", answer("tests.kernels.triton_grid", TRITON_INTERPRET="1")
+    ).groups()
     assert right == every
 
 
@@ -43,7 +50,7 @@ def test_every_program_compiles_for_a_gpu_that_is_not_here():
 @triton_installed
 def test_launch_configurations_are_filed_by_gpu_and_found_again(monkeypatch, tmp_path):
     from kernels.triton import launch
-    from kernels.triton.layer import view
+    from kernels.triton.view import view
 
     form = view(random_layer(VECTOR[-2], 64, 64, bias=False)).form
     monkeypatch.setattr(launch, "FILE", tmp_path / "launch.json")
@@ -67,7 +74,7 @@ def test_launch_configurations_are_filed_by_gpu_and_found_again(monkeypatch, tmp
 
 def test_a_machine_without_a_gpu_does_not_import_triton():
     code = (
-        "import sys, torch, kernels.formats; from kernels.dispatch import kind; from kernels.packed import PackedLinear; "
+        "import sys, torch, kernels.formats; from kernels.dispatch import kind; from kernels.formats.packed import PackedLinear; "
         "torch.cuda.is_available = lambda: False; "
         "layer = PackedLinear.from_spec(dict(format='uniform', in_features=64, out_features=64, bias=False, bits=4, group=64, "
         "offset='zero'), 'cpu'); print(kind(layer, 'cuda'), 'kernels.triton' in sys.modules)"

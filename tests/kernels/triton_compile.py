@@ -1,4 +1,5 @@
-"""Compiles for a Hopper GPU, without one, what products of these layers would launch: the interpreter takes more than the compiler does.
+"""Compiles for a Hopper GPU, without one, what products of these layers would launch: the interpreter takes more than
+the compiler does.
 
 python -m tests.kernels.triton_compile [every]      every: the whole correctness grid"""
 
@@ -21,12 +22,22 @@ LAYERS = {
     "4-bit minimum, ragged groups": dict(format="uniform", bits=4, group=20, offset="minimum"),
     "nf4": dict(format="codebook", dim=1, index_bits=4, block=64, scales="dynamic", table="nf"),
     "nf3, 3-bit scales, low rank": dict(
-        format="codebook", dim=1, index_bits=3, block=64, scales="double", scale_bits=3, scale_group=16, scale_dtype="bfloat16", table="nf",
+        format="codebook",
+        dim=1,
+        index_bits=3,
+        block=64,
+        scales="double",
+        scale_bits=3,
+        scale_group=16,
+        scale_dtype="bfloat16",
+        table="nf",
         rank=64,
     ),
-    "4 x 256, low rank, row scales": dict(format="codebook", dim=4, index_bits=8, block=64, rank=20, adapter_bits=16, row_scales=True),
+    "4 x 256, low rank, row scales": dict(
+        format="codebook", dim=4, index_bits=8, block=64, rank=20, adapter_bits=16, row_scales=True
+    ),
     "8 x 4096": dict(format="codebook", dim=8, index_bits=12, block=64, scales="half"),
-}  # fmt: skip
+}
 
 
 class Hopper:
@@ -60,7 +71,11 @@ def main() -> int:
                 assert batch != 16 or any("wgmma" in program.asm["ptx"] for program in programs), name
     if sys.argv[1:] == ["every"]:
         for case in triton_grid.cases():
-            triton_grid.run(case, random_layer(case.spec, *case.shape, bias=True), torch.zeros(case.batch, case.shape[1], dtype=case.dtype))
+            triton_grid.run(
+                case,
+                random_layer(case.spec, *case.shape, bias=True),
+                torch.zeros(case.batch, case.shape[1], dtype=case.dtype),
+            )
     print("compiled")
     return 0
 

@@ -1,10 +1,11 @@
-"""The correctness grid of the Triton kernels: every format by every program on ragged shapes, against an fp64 product of the decoded
-weights.
+"""The correctness grid of the Triton kernels: every format by every program on ragged shapes, against an fp64 product
+of the decoded weights.
 
     TRITON_INTERPRET=1 python -m tests.kernels.triton_grid      on a CPU, in Triton's interpreter
     python -m tests.kernels.triton_grid                         on a GPU
 
-Needs torch and triton alone. Exit code 1 and a line for every failure. bf16 runs as fp16 in the interpreter, whose bf16 is wrong."""
+Needs torch and triton alone. Exit code 1 and a line for every failure. bf16 runs as fp16 in the interpreter, whose bf16
+is wrong."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.packed import PackedLinear
+from kernels.formats.packed import PackedLinear
 from kernels.synthetic import random_layer
 from kernels.triton import fused, launch, product
-from kernels.triton.layer import view
+from kernels.triton.view import view
 from tests.kernels.layers import ADDED, SCALAR, UNIFORM, VECTOR
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,9 +30,12 @@ SHAPES = [(96, 160), (65, 131), (7, 13), (101, 97), (1, 1), (130, 320)]
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative, of the norm
 # program, batch, dtype, shares of the columns; "product" is what a layer calls
 RUNS = [
-    ("product", 1, torch.float16, 0), ("gemv", 2, torch.float32, 2), ("gemm", 5, torch.bfloat16, 1), ("gemm", 17, torch.float16, 3),
+    ("product", 1, torch.float16, 0),
+    ("gemv", 2, torch.float32, 2),
+    ("gemm", 5, torch.bfloat16, 1),
+    ("gemm", 17, torch.float16, 3),
     ("product", 33, torch.bfloat16, 0),
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,14 @@ class Case:
 def cases() -> Iterator[Case]:
     for number, spec in enumerate(SPECS):
         for step, (program, batch, dtype, splits) in enumerate(RUNS):
-            shape = next(s for s in (SHAPES[(number + step + more) % len(SHAPES)] for more in range(6)) if spec.get("rank", 0) < min(s))
-            yield Case(spec, program, batch, torch.float16 if INTERPRETED and dtype == torch.bfloat16 else dtype, splits, shape)
+            shape = next(
+                s
+                for s in (SHAPES[(number + step + more) % len(SHAPES)] for more in range(6))
+                if spec.get("rank", 0) < min(s)
+            )
+            yield Case(
+                spec, program, batch, torch.float16 if INTERPRETED and dtype == torch.bfloat16 else dtype, splits, shape
+            )
 
 
 def run(case: Case, layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:

@@ -4,19 +4,28 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.conv import ConvLinear, draw
-from kernels.packed import PackedLinear
+from kernels.formats.conv import ConvLinear, draw
+from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.packed import PackedLinear
 from methods import parse_method
-from methods.base import LayerConfig, LayerSpec
-from methods.codecs import conv
-from methods.codecs.conv import chain_order, fit_conv, latent_values, round_latents, round_layer, search_latents
+from methods.codecs import conv_training as conv
+from methods.codecs.conv_training import (
+    chain_order,
+    fit_conv,
+    latent_values,
+    round_latents,
+    round_layer,
+    search_latents,
+)
 
 SMALL = dict(patch=32, latent_channels=2, latent_bits=2, stages=1, width=4, weight_bits=5, scales="none")
 
 
 def layout(weight: torch.Tensor, **hyper) -> ConvLinear:
     rows, columns = weight.shape
-    return PackedLinear.from_spec(dict(format="conv", out_features=rows, in_features=columns, bias=False) | SMALL | hyper, "cpu")
+    return PackedLinear.from_spec(
+        dict(format="conv", out_features=rows, in_features=columns, bias=False) | SMALL | hyper, "cpu"
+    )
 
 
 def fit(weight: torch.Tensor, steps: int = 60, **options) -> tuple[ConvLinear, dict[str, float]]:
@@ -51,7 +60,8 @@ def test_training_reduces_the_error_of_a_real_matrix_and_says_by_how_much(weight
 
 
 @pytest.mark.parametrize(
-    "hyper", [{}, dict(latent_bits=16, weight_bits=16), dict(reorder=True, levels="uniform"), dict(stages=0), dict(stages=2)]
+    "hyper",
+    [{}, dict(latent_bits=16, weight_bits=16), dict(reorder=True, levels="uniform"), dict(stages=0), dict(stages=2)],
 )
 def test_every_form_is_trained_as_it_is_stored(weight, hyper):
     packed, report = fit(weight, 30, sweeps=1, **hyper)
@@ -62,7 +72,9 @@ def test_every_form_is_trained_as_it_is_stored(weight, hyper):
 def test_the_rest_beside_a_low_rank_branch(weight):
     packed = layout(weight, rank=2)
     tensors, _ = fit_conv(weight, packed, steps=5)
-    assert packed.stored_parts().keys() - tensors == {f"lowrank.{n}" for n in ("left", "right", "left_scale", "right_scale")}
+    assert packed.stored_parts().keys() - tensors == {
+        f"lowrank.{n}" for n in ("left", "right", "left_scale", "right_scale")
+    }
 
 
 @pytest.mark.parametrize("hyper", [{}, dict(patch=16, reorder=True)])
@@ -74,7 +86,8 @@ def test_same_seed_same_bytes_other_seed_other_bytes(weight, hyper, monkeypatch)
 
 
 def test_an_image_is_where_it_wins():
-    """Smooth in rows and columns: at equal bits a fraction of plain vector quantisation's squared error (an eighth when measured)."""
+    """Smooth in rows and columns: at equal bits a fraction of plain vector quantisation's squared error (an eighth when
+    measured)."""
     matrix = image()
     packed, _ = fit(matrix, 600, patch=64, latent_channels=1, latent_bits=4, stages=2)
     layer = LayerSpec("layer", "layer", *matrix.shape, bias=False)
@@ -103,11 +116,17 @@ def test_padding_is_not_learnt(weight):
     whole = F.pad(weight, (0, 160 - 150, 0, 96 - 90))
     importance = F.pad(torch.ones_like(weight), (0, 160 - 150, 0, 96 - 90))
     ragged, filled = layout(weight, scales="half", block=160), layout(whole, scales="half", block=160)
-    stored = [fit_conv(w, p, importance_OI=i, steps=8)[0] for w, p, i in ((weight, ragged, None), (whole, filled, importance))]
-    assert torch.equal(stored[0]["latents"], stored[1]["latents"]) and torch.equal(stored[0]["weights"], stored[1]["weights"])
+    stored = [
+        fit_conv(w, p, importance_OI=i, steps=8)[0] for w, p, i in ((weight, ragged, None), (whole, filled, importance))
+    ]
+    assert torch.equal(stored[0]["latents"], stored[1]["latents"]) and torch.equal(
+        stored[0]["weights"], stored[1]["weights"]
+    )
 
 
-@pytest.mark.parametrize("hyper", [dict(stages=0), {}, dict(stages=2, kernel=5), dict(latent_bits=1), dict(latent_bits=4)])
+@pytest.mark.parametrize(
+    "hyper", [dict(stages=0), {}, dict(stages=2, kernel=5), dict(latent_bits=1), dict(latent_bits=4)]
+)
 def test_a_search_never_hurts_and_judges_every_latent_by_its_own_reach(hyper):
     matrix = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     packed, generator = layout(matrix, **hyper), torch.Generator().manual_seed(1)
@@ -147,7 +166,9 @@ def test_orders_are_chains_of_nearest_rows():
 def test_rounding_passes_gradients_through():
     raw = torch.tensor([[[[-5.0, 0.1, 5.0]]]], requires_grad=True)
     value, codes = round_latents(raw, 2)
-    assert codes.flatten().tolist() == [0, 2, 3] and torch.allclose(value, latent_values(codes, layout(torch.ones(1, 1))))
+    assert codes.flatten().tolist() == [0, 2, 3] and torch.allclose(
+        value, latent_values(codes, layout(torch.ones(1, 1)))
+    )
     value.sum().backward()
     assert torch.allclose(raw.grad, 1 - torch.tanh(raw.detach()).square())
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kernels.formats.layer import LayerConfig, LayerSpec
 from methods import parse_method
-from methods.base import LayerConfig, LayerSpec
 from methods.codecs.error_feedback import layer_error, prepare
 from methods.codecs.uniform_grid import fit_grid
 
@@ -24,7 +24,11 @@ def hessian_of(size: int, tokens: int = 400, seed: int = 0) -> torch.Tensor:
     """Correlated inputs with a few loud channels, as in a language model."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(size, size, generator=generator) / size**0.5
-    x = torch.randn(tokens, size, generator=generator) @ (mix + torch.eye(size)) * torch.randn(size, generator=generator).exp()
+    x = (
+        torch.randn(tokens, size, generator=generator)
+        @ (mix + torch.eye(size))
+        * torch.randn(size, generator=generator).exp()
+    )
     return x.T @ x
 
 
@@ -34,10 +38,14 @@ def weight(weights) -> torch.Tensor:
 
 
 def test_rtn_at_the_files_own_grid_is_exact(weights):
-    """The default model was published on a 4-bit grid with a stored minimum per 32 columns: RTN there must find it again.
-    With integer zero points it cannot, and errs by about 0.085."""
+    """The default model was published on a 4-bit grid with a stored minimum per 32 columns: RTN there must find it
+    again. With integer zero points it cannot, and errs by about 0.085."""
     errors = []
-    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.14.self_attn.q_proj.weight", "model.layers.29.mlp.down_proj.weight"):
+    for name in (
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.14.self_attn.q_proj.weight",
+        "model.layers.29.mlp.down_proj.weight",
+    ):
         weight = weights[name]
         assert torch.equal(decode("rtn", weight, None, bits=4, group=32, offset="minimum"), weight)
         rounded = decode("rtn", weight, None, bits=4, group=32, offset="zero")
@@ -50,12 +58,14 @@ def test_rtn_at_the_files_own_grid_is_exact(weights):
 def test_without_correlations_gptq_is_rtn(weight, offset, act_order):
     identity = torch.eye(weight.shape[1])
     assert torch.equal(
-        decode(f"gptq:grid=minmax,act_order={act_order}", weight, identity, offset=offset), decode("rtn", weight, None, offset=offset)
+        decode(f"gptq:grid=minmax,act_order={act_order}", weight, identity, offset=offset),
+        decode("rtn", weight, None, offset=offset),
     )
 
 
 @pytest.mark.parametrize(
-    "options", ["", "grid=minmax", "grid=mse", "act_order=false", "static_groups=false", "act_order=false,static_groups=false"]
+    "options",
+    ["", "grid=minmax", "grid=mse", "act_order=false", "static_groups=false", "act_order=false,static_groups=false"],
 )
 def test_feedback_beats_rounding(weight, options):
     hessian = hessian_of(576)

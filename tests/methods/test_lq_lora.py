@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from kernels.packed import PackedLinear
-from kernels.scales import BlockScales, ScaleForm, quantise_scales
+from kernels.formats.layer import LayerSpec
+from kernels.formats.packed import PackedLinear
+from kernels.formats.scales import BlockScales, ScaleForm, quantise_scales
 from methods import parse_method
-from methods.base import LayerSpec, Sensitivity
+from methods.base import Sensitivity
 from methods.lq_lora import Weighting, _quantised, decompose
 
 NAME = "model.layers.5.self_attn.o_proj"
@@ -41,7 +42,10 @@ def test_more_rounds_never_leave_a_larger_error(first, weighted, weight):
         assert float(error_OI.norm() / whole_OI.norm()) == pytest.approx(report["relative_error"], rel=1e-4)
         assert report["rounds"] <= rounds
         errors.append(report["relative_error"])
-    assert all(later <= earlier for earlier, later in zip(errors, errors[1:], strict=False)) and errors[-1] < 0.98 * errors[0]
+    assert (
+        all(later <= earlier for earlier, later in zip(errors, errors[1:], strict=False))
+        and errors[-1] < 0.98 * errors[0]
+    )
 
 
 def test_rows_without_gradient_keep_finite_factors(weight):
@@ -63,17 +67,26 @@ def test_loftq_begins_with_the_weight_itself(weight):
 
 def test_grids():
     """The default levels are of the full grid, and none is worse than another for more bits."""
-    counts = {grid: len(parse_method(f"lq-lora:grid={grid}").candidates(SPEC)) for grid in ("levels", "paper", "released")}
+    counts = {
+        grid: len(parse_method(f"lq-lora:grid={grid}").candidates(SPEC)) for grid in ("levels", "paper", "released")
+    }
     assert counts["levels"] <= 16 and counts["paper"] == 243 and counts["released"] == 432
     sizes = [config.stored_bits(SPEC).total for config in parse_method("lq-lora").candidates(SPEC)]
     assert sizes == sorted(sizes)
-    wrong = {"grid=all": "grid must be", "first=both": "first must be", "bits=7": "no configuration", "rank=0": "rank must"}
+    wrong = {
+        "grid=all": "grid must be",
+        "first=both": "first must be",
+        "bits=7": "no configuration",
+        "rank=0": "rank must",
+    }
     for text, hint in wrong.items():
         with pytest.raises(ValueError, match=hint):
             parse_method(f"lq-lora:{text}")
 
 
-@pytest.mark.parametrize("bits, group, dtype", [(2, 16, "bfloat16"), (3, 64, "float16"), (4, 256, "float32"), (8, 16, "bfloat16")])
+@pytest.mark.parametrize(
+    "bits, group, dtype", [(2, 16, "bfloat16"), (3, 64, "float16"), (4, 256, "float32"), (8, 16, "bfloat16")]
+)
 def test_scales_of_few_bits(bits, group, dtype):
     """b + b0/B0 + b1/(B0 B1) bits per weight and 32 for the offset; every scale within half a step of the original."""
     form = ScaleForm("double", bits, group, dtype)
@@ -92,9 +105,15 @@ def test_nothing_said_of_adapters_means_they_start_without_effect(weight):
     nf, qlora = parse_method("nf"), parse_method("qlora:dora=true")
     plain = nf.candidates(SPEC)[0]
     adapted = qlora.candidates(SPEC)[0]
-    assert adapted["rank"] == 9 and adapted["row_scales"] and qlora.family(adapted) == qlora.family(adapted.without("rank"))
+    assert (
+        adapted["rank"] == 9
+        and adapted["row_scales"]
+        and qlora.family(adapted) == qlora.family(adapted.without("rank"))
+    )
     with_adapters = qlora.compress(weight, None, SPEC, adapted, 0).packed
     assert torch.equal(with_adapters.decode(), nf.compress(weight, None, SPEC, plain, 0).packed.decode())
     bits = with_adapters.stored_bits()
-    assert bits.adapters == 8 * 9 * (576 + 576) + 2 * 16 * 9 and bits.scales == plain.stored_bits(SPEC).scales + 16 * 576
+    assert (
+        bits.adapters == 8 * 9 * (576 + 576) + 2 * 16 * 9 and bits.scales == plain.stored_bits(SPEC).scales + 16 * 576
+    )
     assert PackedLinear.from_spec(with_adapters.spec()).stored_bits() == bits

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.mlp_table import MlpTable
-from kernels.scales import ScaleForm
-from methods.codecs import mlp_table
+from kernels.formats.mlp_table import MlpTable
+from kernels.formats.scales import ScaleForm
+from methods.codecs import mlp_training as mlp_table
 from methods.codecs.kmeans import kmeans, nearest
 from methods.codecs.vector import absmax_scales, to_vectors
 
@@ -42,11 +42,14 @@ def test_training_bends_the_product_quantiser_towards_k_means(vectors):
 
 
 def test_the_start_is_a_product_quantiser(vectors):
-    """Without a perceptron: as good as a scalar codebook per dimension, which an additive table of two digits is near to."""
+    """Without a perceptron: as good as a scalar codebook per dimension, which an additive table of two digits is near
+    to."""
     ones = torch.ones_like(vectors)
     scalar = error(kmeans(vectors[:, :1], ones[:, :1], 4, seed=0), vectors.reshape(-1, 1))
     for digits in (4, 8):
-        table = fit_mlp_table(vectors, ones, dim=4, index_bits=8, digits=digits, width=0, layers=0, weight_bits=8, seed=0, steps=60)
+        table = fit_mlp_table(
+            vectors, ones, dim=4, index_bits=8, digits=digits, width=0, layers=0, weight_bits=8, seed=0, steps=60
+        )
         assert error(table.entries(), vectors) < 1.05 * scalar
 
 
@@ -59,14 +62,17 @@ def test_weights_pull_the_table(vectors):
 
 def test_same_seed_same_bytes_other_seed_other_bytes(vectors):
     ones = torch.ones_like(vectors)
-    first, second, other = (fit_mlp_table(vectors, ones, **SMALL | {"seed": s}, steps=40).state_dict() for s in (1, 1, 2))
+    first, second, other = (
+        fit_mlp_table(vectors, ones, **SMALL | {"seed": s}, steps=40).state_dict() for s in (1, 1, 2)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["codes"], other["codes"])
 
 
 @pytest.mark.parametrize("digits", [2, 3, 5, 7])
 def test_any_number_of_digits(vectors, digits):
-    """Fewer than dimensions, unequal ones, and as many as there are bits; six-bit weights; fewer vectors than a batch."""
+    """Fewer than dimensions, unequal ones, and as many as there are bits; six-bit weights; fewer vectors than a
+    batch."""
     few = vectors[:1000]
     table = fit_mlp_table(few, torch.ones_like(few), **SMALL | {"digits": digits, "weight_bits": 6}, steps=60)
     entries = table.entries()

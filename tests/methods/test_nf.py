@@ -5,13 +5,13 @@ from fractions import Fraction
 import pytest
 import torch
 
-from harness.allocate import uniform
 from harness.model import inventory, read_config, skeleton
-from kernels.bitpack import unpack
-from kernels.codebook import CodebookLinear
-from kernels.normal_float import NF4, dynamic_map, nf_levels
+from harness.plan.allocation import uniform
+from kernels.formats.bitpack import unpack
+from kernels.formats.codebook import CodebookLinear
+from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.normal_float import NF4, dynamic_map, nf_levels
 from methods import parse_method
-from methods.base import LayerConfig, LayerSpec
 
 
 def compress(weight: torch.Tensor, bits: int = 4, block: int = 64) -> CodebookLinear:
@@ -26,7 +26,9 @@ def decode(weight: torch.Tensor, bits: int = 4, block: int = 64) -> torch.Tensor
 
 def test_tables():
     assert nf_levels(2).tolist() == pytest.approx([-1, 0, 0.337915, 1], abs=1e-6)
-    assert nf_levels(3).tolist() == pytest.approx([-1, -0.478629, -0.217142, 0, 0.160930, 0.337915, 0.562617, 1], abs=1e-6)
+    assert nf_levels(3).tolist() == pytest.approx(
+        [-1, -0.478629, -0.217142, 0, 0.160930, 0.337915, 0.562617, 1], abs=1e-6
+    )
     assert nf_levels(4).tolist() == list(torch.tensor(NF4).tolist())
     assert len(dynamic_map().unique()) == 256
 
@@ -45,8 +47,8 @@ def test_error_on_normal_data_is_the_known_one(block, expected):
 
 @pytest.mark.parametrize("name", ["model.layers.3.self_attn.q_proj.weight", "model.layers.20.mlp.down_proj.weight"])
 def test_values_are_those_of_bitsandbytes(weights, name):
-    """Its codes and its decoding, bit for bit. Of the 8-bit scale codes its CPU kernel rounds a few in a thousand to the
-    second-nearest level of the dynamic map; handed those codes, ours decodes to its values exactly."""
+    """Its codes and its decoding, bit for bit. Of the 8-bit scale codes its CPU kernel rounds a few in a thousand to
+    the second-nearest level of the dynamic map; handed those codes, ours decodes to its values exactly."""
     from bitsandbytes import functional
 
     weight = weights[name]
@@ -54,7 +56,9 @@ def test_values_are_those_of_bitsandbytes(weights, name):
     layer = compress(weight)
     theirs = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).view_as(weight)
     assert torch.equal(unpack(layer.codes, 4, weight.shape[1]), theirs.int())
-    assert torch.equal(layer.scales.steps, state.state2.absmax) and torch.equal(layer.scales.offset, state.offset.reshape(1))
+    assert torch.equal(layer.scales.steps, state.state2.absmax) and torch.equal(
+        layer.scales.offset, state.offset.reshape(1)
+    )
     their_scales = state.absmax.view_as(layer.scales.codes)
     assert (layer.scales.codes != their_scales).float().mean() < 0.005
     assert (layer.scales.codes.int() - their_scales.int()).abs().max() <= 2  # near zero, where its levels lie closest

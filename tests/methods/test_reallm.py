@@ -3,18 +3,19 @@
 import pytest
 import torch
 
+from harness.data.protocols import parse_calibration
+from harness.data.windows import calibration_windows
 from harness.model import load_reference
-from harness.protocol import parse_calibration
-from harness.windows import calibration_windows
-from kernels.bitpack import packed_words
-from kernels.scales import ScaleForm
+from kernels.formats.bitpack import packed_words
+from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.scales import ScaleForm
 from methods import parse_method
-from methods.base import LayerConfig, LayerSpec, Sensitivity
+from methods.base import Sensitivity
 from methods.codecs.column_order import greedy_order
-from methods.codecs.conv import unlikeness
+from methods.codecs.conv_training import unlikeness
 from methods.codecs.error_feedback import layer_error, prepare
 from methods.codecs.kmeans import kmeans, nearest
-from methods.codecs.lowrank import svd_factors
+from methods.codecs.svd import svd_factors
 from methods.codecs.vector import absmax_scales, fit_codebook, from_vectors, refit_codebook, to_vectors
 from methods.reallm.calibrated import assign
 from tests.methods.test_gptq import decode as decode_uniform
@@ -126,7 +127,9 @@ def test_columns_are_ordered_greedily_and_once_each(weight):
             distance = [(rows[:, c] - mean).square().sum().item() for c in left]
             taken.append(left.pop(distance.index(min(distance))))
         assert sorted(band.tolist()) == list(range(80))
-        assert sum(a != b for a, b in zip(band.tolist(), taken, strict=True)) <= 8  # ties between equal columns, and rounding
+        assert (
+            sum(a != b for a, b in zip(band.tolist(), taken, strict=True)) <= 8
+        )  # ties between equal columns, and rounding
 
 
 def test_vectors_along_columns_are_vectors_along_rows_of_the_transposed_matrix(weight):
@@ -137,11 +140,13 @@ def test_vectors_along_columns_are_vectors_along_rows_of_the_transposed_matrix(w
     assert across.codes.shape == (192, packed_words(48, 6))
     flat = weight.sign() * 0.7
     first, second = (
-        compress("reallm:data-free", m, along=a, **options).packed.decode() for m, a in ((flat, "columns"), (flat.t(), "rows"))
+        compress("reallm:data-free", m, along=a, **options).packed.decode()
+        for m, a in ((flat, "columns"), (flat.t(), "rows"))
     )
     assert torch.equal(first, second.t())
     errors = [
-        float((compress("reallm:data-free", weight, along=a, **options).packed.decode() - weight).norm()) for a in ("rows", "columns")
+        float((compress("reallm:data-free", weight, along=a, **options).packed.decode() - weight).norm())
+        for a in ("rows", "columns")
     ]
     assert 0.8 < errors[0] / errors[1] < 1.25
 
@@ -180,7 +185,8 @@ def test_the_released_settings_decode_what_they_report(weight):
 
 
 @pytest.mark.parametrize(
-    "shape", [dict(dim=2, index_bits=6), dict(dim=4, index_bits=8), dict(dim=1, index_bits=3), dict(dim=8, index_bits=6)]
+    "shape",
+    [dict(dim=2, index_bits=6), dict(dim=4, index_bits=8), dict(dim=1, index_bits=3), dict(dim=8, index_bits=6)],
 )
 def test_data_helps(weight, shape):
     hessian = hessian_of(576)
@@ -197,9 +203,11 @@ def inputs(truncated, tokenizer) -> dict[str, torch.Tensor]:
     model = load_reference(truncated.path, "cpu", torch.float32)
     seen = {}
     for name in ("self_attn.v_proj", "mlp.up_proj"):
-        model.get_submodule(f"model.layers.3.{name}").register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        model.get_submodule(f"model.layers.3.{name}").register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: args[0]})
+        )
     with torch.no_grad():
-        model(calibration_windows(parse_calibration("c4-mini@512x8"), tokenizer, seed=0).tokens_NL)
+        model(calibration_windows(parse_calibration("c4-mini@512x8"), tokenizer, seed=0).tokens_NT)
     return seen
 
 
@@ -209,7 +217,9 @@ def test_calibrated_beats_gptq_at_equal_bits(name, inputs, weights):
     weight = weights[f"model.layers.3.{name}.weight"]
     hessian, held_out = (x.flatten(0, 1).T @ x.flatten(0, 1) for x in inputs[name].split(6))
     reallm = compress("reallm", weight, hessian, rank=1).packed
-    assert reallm.stored_bits().total < (3 + 16 / 60) * weight.numel()  # 3.20 bits on the smaller one, 0.02 of them its codebook
+    assert (
+        reallm.stored_bits().total < (3 + 16 / 60) * weight.numel()
+    )  # 3.20 bits on the smaller one, 0.02 of them its codebook
     gptq = decode_uniform("gptq", weight, hessian, group=60)
     assert layer_error(weight, reallm.decode(), held_out) < layer_error(weight, gptq, held_out)
 
@@ -217,7 +227,9 @@ def test_calibrated_beats_gptq_at_equal_bits(name, inputs, weights):
 @pytest.mark.parametrize("variant", ["data-free", "calibrated"])
 def test_same_seed_same_bytes_other_seed_other_bytes(weight, variant):
     hessian = hessian_of(576)
-    first, second, other = (compress(f"reallm:{variant}", weight, hessian, seed=s).packed.state_dict() for s in (1, 1, 2))
+    first, second, other = (
+        compress(f"reallm:{variant}", weight, hessian, seed=s).packed.state_dict() for s in (1, 1, 2)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["codes"], other["codes"])
 

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
+from kernels.formats.layer import LayerConfig, LayerSpec
 from methods import REGISTRY, method_class, parse_method, split_methods
-from methods.base import LayerConfig, LayerSpec
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,9 @@ def test_a_wrong_method_says_what_to_type(text, hint):
 
 
 def test_overrides_and_variants():
-    assert parse_method("gptq:group=64,act_order=false") == dataclasses.replace(parse_method("gptq"), group=64, act_order=False)
+    assert parse_method("gptq:group=64,act_order=false") == dataclasses.replace(
+        parse_method("gptq"), group=64, act_order=False
+    )
     assert parse_method("reallm:data-free,rank=3").calibrated is False
     assert parse_method("reallm").variant == "calibrated" and parse_method("reallm:rank=3").variant == ""
     assert split_methods("reallm:data-free,rank=3,gptq:group=64,act_order=false,rtn") == [

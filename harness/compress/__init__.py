@@ -1,0 +1,1 @@
+"""The block loop, the statistics it collects, and training."""

@@ -1,0 +1,206 @@
+"""Streams calibration tokens through the model one block at a time.
+
+`BlockInputs` records what every block receives besides its hidden state (masks, rotary angles), once, without running
+any block. `BlockRun` is one block as a method sees it: which layers share an input, the Hessian of an input, replacing
+a layer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from harness.compress.forward import BATCH_TOKENS, PausedForward, abandon, advanced, run_block
+from harness.compress.statistics import add_gram, completed
+from harness.model import BlockSpec
+from kernels.formats.layer import LayerSpec
+from kernels.formats.tables import Table
+from methods.base import Compressed, Sensitivity
+
+
+class _Slot(nn.Module):
+    """Stands where a linear layer stood; runs whatever is installed (in an original's pass the original), after letting
+    the block pause."""
+
+    def __init__(self, layer: nn.Module, reached: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.layer, self.original, self.reached = layer, layer, reached
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_original = self.reached(x)
+        return self.original(x) if is_original else self.layer(x)
+
+
+class BlockRun:
+    """methods.base.Block over a live block and the calibration activations in front of it.
+
+    `original_NTH` are the activations of the uncompressed model; without them `drift` and `original_outputs` are not to
+    be had. Use as a context: inside, the block's linear layers are slots; on leaving, what is installed in them takes
+    their place."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: BlockSpec,
+        module: nn.Module,
+        hidden_NTH: Tensor,
+        kwargs: dict[str, Any],
+        original_NTH: Tensor | None = None,
+        tables: Mapping[str, Table] | None = None,
+        fisher: Mapping[str, Sensitivity] | None = None,
+    ) -> None:
+        self.model, self.module, self.kwargs = model, module, kwargs
+        self.tables, self._fisher = tables or {}, fisher or {}
+        self.hidden_NTH, self.original_NTH = hidden_NTH, original_NTH
+        self.layers: dict[str, LayerSpec] = {layer.name: layer for layer in spec.layers}
+        self.reports: dict[str, dict[str, float]] = {}
+        self._slots = {name: _Slot(model.get_submodule(name), partial(self._reached, name)) for name in self.layers}
+        self._passes: list[PausedForward] = []
+        self._originals: list[
+            PausedForward
+        ] = []  # through the uncompressed block, from the uncompressed model's activations
+        self._stale = False  # a layer was replaced that the paused passes have already run through
+        self._watch: list[tuple[Tensor, str]] | None = None
+
+    def __enter__(self) -> BlockRun:
+        for name, slot in self._slots.items():
+            self.model.set_submodule(name, slot)
+        self._stages = self._find_stages()
+        self._stage_of = {name: index for index, stage in enumerate(self._stages) for name in stage}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restart()
+        abandon(self._originals)
+        for name, slot in self._slots.items():
+            self.model.set_submodule(name, slot.layer)
+
+    def stages(self) -> list[list[str]]:
+        return self._stages
+
+    def weight(self, name: str) -> Tensor:
+        weight_OI = self._slots[name].original.weight.detach().float()
+        if not bool(torch.isfinite(weight_OI).all()):
+            raise ValueError(f"{name} holds weights that are not finite: the model itself is broken")
+        return weight_OI
+
+    @torch.no_grad()
+    def hessian(self, name: str) -> Tensor:
+        size = self.layers[name].in_features
+        hessian_II = torch.zeros(size, size, device=self.hidden_NTH.device)
+        if name not in self._uncalled:
+            for paused in self._advance_to(self._stage_of[name]):
+                add_gram(hessian_II, paused.input.reshape(-1, size).float())
+            hessian_II = completed(hessian_II)
+        return hessian_II
+
+    @torch.no_grad()
+    def drift(self, name: str) -> Tensor:
+        """fp32 [I, I]: sum of (x' - x) x^T, x' being the uncompressed model's input of the layer where `hessian` sees
+        x."""
+        size = self.layers[name].in_features
+        drift_II = torch.zeros(size, size, device=self.hidden_NTH.device)
+        if name not in self._uncalled:
+            stage = self._stage_of[name]
+            for paused, original in zip(self._advance_to(stage), self._originals_to(stage), strict=True):
+                x_NI, original_NI = (p.input.reshape(-1, size).float() for p in (paused, original))
+                drift_II.addmm_((original_NI - x_NI).t(), x_NI)
+        return drift_II
+
+    def fisher(self, name: str) -> Sensitivity:
+        """Zero for a layer that no calibration token reached."""
+        layer = self.layers[name]
+        zeros = (torch.zeros(size, device=self.hidden_NTH.device) for size in (layer.out_features, layer.in_features))
+        return self._fisher.get(name) or Sensitivity(*zeros)
+
+    def install(self, name: str, compressed: Compressed) -> None:
+        slot = self._slots[name]
+        compressed.packed.set_bias(slot.original.bias)
+        if key := compressed.packed.table_key:
+            compressed.packed.attach(self.tables[key])
+        slot.layer = compressed.packed
+        self.reports[name] = compressed.report
+        self._stale |= any(paused.stage > self._stage_of[name] or paused.output is not None for paused in self._passes)
+
+    def lend(self, name: str, module: nn.Module) -> None:
+        self._slots[name].layer = module
+        self._stale = True
+
+    def restore(self, name: str) -> None:
+        self.lend(name, self._slots[name].original)
+
+    def run(self, hidden_NTH: Tensor) -> Tensor:
+        return self._forward(hidden_NTH)
+
+    def windows(self) -> tuple[Tensor, Tensor]:
+        return self.hidden_NTH, self.original_outputs()
+
+    @torch.no_grad()
+    def outputs(self) -> Tensor:
+        """Hidden states behind the block as it is now: the inputs of the next one."""
+        return torch.cat([paused.output for paused in self._advance_to(len(self._stages))])
+
+    @torch.no_grad()
+    def original_outputs(self) -> Tensor:
+        """Hidden states behind the uncompressed block."""
+        return torch.cat([paused.output for paused in self._originals_to(len(self._stages))])
+
+    def _advance_to(self, stage: int) -> Iterator[PausedForward]:
+        """The pass of every batch, standing in front of `stage` (beyond the last one: finished)."""
+        if self._stale or any(paused.stage > stage or paused.output is not None for paused in self._passes):
+            self._restart()
+        self._passes = self._passes or self._begin(self.hidden_NTH)
+        return advanced(self._passes, stage)
+
+    def _originals_to(self, stage: int) -> Iterator[PausedForward]:
+        assert self.original_NTH is not None, "the block was not given the uncompressed model's activations"
+        if any(paused.stage > stage for paused in self._originals):
+            abandon(self._originals)
+        if not self._originals:
+            self._originals += self._begin(self.original_NTH)
+        return advanced(self._originals, stage)
+
+    def _begin(self, hidden_NTH: Tensor) -> list[PausedForward]:
+        return [
+            PausedForward(self._forward, batch_NTH)
+            for batch_NTH in hidden_NTH.split(max(1, BATCH_TOKENS // hidden_NTH.shape[1]))
+        ]
+
+    def _restart(self) -> None:
+        abandon(self._passes)
+        self._stale = False
+
+    def _forward(self, hidden_NTH: Tensor) -> Tensor:
+        return run_block(self.module, hidden_NTH, self.kwargs)
+
+    def _reached(self, name: str, x: Tensor) -> bool:
+        """A slot is about to run: note it while stages are being found, pause in front of the first layer of a stage.
+        True if it is to run the original layer."""
+        if self._watch is not None:
+            self._watch.append((x, name))
+            return False
+        running = next((p for p in (*self._passes, *self._originals) if p.thread is threading.current_thread()), None)
+        if running is not None and name == self._stages[self._stage_of[name]][0]:
+            running.pause(self._stage_of[name], x)
+        return running in self._originals
+
+    @torch.no_grad()
+    def _find_stages(self) -> list[list[str]]:
+        """Found by watching one window: layers called with the same tensor share a stage, in order of first call."""
+        self._watch = []
+        self._forward(self.hidden_NTH[:1])
+        calls, self._watch = self._watch, None
+        stages: list[tuple[Tensor, list[str]]] = []
+        for tensor, name in calls:
+            shared = next((names for seen, names in stages if seen is tensor), None)
+            if shared is None:
+                stages.append((tensor, [name]))
+            else:
+                shared.append(name)
+        self._uncalled = set(self.layers) - {name for _, name in calls}
+        return [names for _, names in stages] + [[name] for name in sorted(self._uncalled)]

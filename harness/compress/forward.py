@@ -1,0 +1,149 @@
+"""A model's forward pass, one block at a time, and a block's, one stage at a time.
+
+`BlockInputs` records what every block receives besides its hidden state (masks, rotary angles), once, without running
+any block. `PausedForward` is a pass through one block that stops in front of every stage."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from harness.model import decoder_blocks
+
+BATCH_TOKENS = 8192  # tokens pushed through a block at once: amortises decoding packed layers, bounds activations
+
+
+class BlockStub(nn.Module):
+    """Stands in for a block: notes its arguments and hands the hidden state on, or `replay`, if that is set, in its
+    place."""
+
+    def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        self.returns_tuple = returns_tuple
+        object.__setattr__(self, "block", block)  # not a submodule: .to() and state_dict() must not see it twice
+        self.hidden: list[Tensor] = []
+        self.kwargs: dict[str, Any] = {}
+        self.replay: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks (attention_type)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        assert not args, "blocks are called with keyword arguments"
+        out = self.replay
+        if out is None:
+            self.hidden.append(hidden_states)
+            self.kwargs = kwargs
+            out = hidden_states
+        return (out,) if self.returns_tuple else out
+
+
+@contextmanager
+def stubbed_blocks(model: PreTrainedModel, returns_tuple: bool = False) -> Iterator[list[BlockStub]]:
+    """Inside, every decoder block of the model is a stub: a forward pass costs the embedding and the head alone. What
+    comes out of that pass is right only if the stubs return what the blocks do, a tensor or a tuple (Falcon, MPT)."""
+    _, blocks = decoder_blocks(model)
+    originals = list(blocks)
+    stubs = [BlockStub(block, returns_tuple) for block in originals]
+    try:
+        for index, stub in enumerate(stubs):
+            blocks[index] = stub
+        yield stubs
+    finally:
+        for index, original in enumerate(originals):
+            blocks[index] = original
+
+
+class BlockInputs:
+    """Hidden states [N, T, H] in front of the first block, and each block's keyword arguments for a batch of any
+    size."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, tokens_NT: Tensor) -> None:
+        device = next(model.parameters()).device
+        with stubbed_blocks(model) as stubs:
+            # One window at a time, so that recorded masks and angles have batch 1 and broadcast over any batch.
+            for row_T in tokens_NT:
+                model.base_model(input_ids=row_T[None].to(device), use_cache=False)
+        self.hidden_NTH = torch.cat(stubs[0].hidden)
+        self.kwargs = [stub.kwargs for stub in stubs]
+
+
+def run_block(module: nn.Module, hidden_NTH: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    out = module(hidden_NTH, **kwargs)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+class _Abandoned(Exception):
+    """Unwinds a forward pass that nobody will continue."""
+
+
+class PausedForward:
+    """A block's forward pass over one batch that stops in front of every stage, so that no work is done twice.
+
+    Runs in a thread of its own, strictly in turn with the caller: exactly one of the two is ever running.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], hidden_NTH: Tensor) -> None:
+        self.stage = -1  # stage in front of which the pass stands; -1 before it has begun
+        self.input: Tensor | None = None  # that stage's input
+        self.output: Tensor | None = None
+        self._error: BaseException | None = None
+        self._turn, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._abandoned = False
+        self.thread = threading.Thread(target=self._run, args=(forward, hidden_NTH), daemon=True)
+        self.thread.start()
+
+    @torch.no_grad()
+    def _run(self, forward: Callable[[Tensor], Tensor], hidden_NTH: Tensor) -> None:
+        self._turn.acquire()
+        try:
+            if not self._abandoned:
+                self.output = forward(hidden_NTH)
+        except _Abandoned:
+            pass
+        except BaseException as error:  # handed to the caller in advance()
+            self._error = error
+        self._stopped.release()
+
+    def pause(self, stage: int, x: Tensor) -> None:
+        """Called by the pass itself, from inside the block."""
+        self.stage, self.input = stage, x
+        self._stopped.release()
+        self._turn.acquire()
+        self.input = None
+        if self._abandoned:
+            raise _Abandoned
+
+    def advance(self) -> None:
+        self._turn.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def abandon(self) -> None:
+        self._abandoned = True
+        self._turn.release()
+        self.thread.join()
+
+
+def advanced(passes: list[PausedForward], stage: int) -> Iterator[PausedForward]:
+    for paused in passes:
+        while paused.stage < stage and paused.output is None:
+            paused.advance()
+        yield paused
+
+
+def abandon(passes: list[PausedForward]) -> None:
+    for paused in passes:
+        paused.abandon()
+    passes.clear()

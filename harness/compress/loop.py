@@ -1,0 +1,133 @@
+"""The block loop: calibrate, compress, hand the packed block's outputs to the next one. Checkpointed per block.
+
+A block is finished when its file exists; a killed run reloads finished blocks, pushes the calibration tokens through
+them and goes on. Nothing else is carried between blocks, so the bytes are the same as those of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from harness.compress.block import BlockRun
+from harness.compress.forward import BlockInputs
+from harness.compressed import CompressedModel, attach_tables, round_rest
+from harness.model import decoder_blocks, inventory
+from harness.store.files import atomic_path
+from kernels.dispatch import reference_only
+from kernels.formats.dense import HALF_DTYPES
+from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.packed import PackedLinear
+from kernels.formats.tables import Table
+from methods.base import Compressed, Method, Sensitivity
+
+Progress = Callable[[str, int, int], None]  # phase, done, total
+
+
+@reference_only()
+def compress_model(
+    model: PreTrainedModel,
+    method: Method,
+    plan: Mapping[str, LayerConfig],
+    tokens_NT: Tensor | None,
+    seed: int,
+    folder: Path,
+    half: str = "float16",
+    fisher: Mapping[str, Sensitivity] | None = None,
+    progress: Progress = lambda *_: None,
+) -> tuple[CompressedModel, dict[str, Any]]:
+    """Compress every block in place; returns the model and {"layers": {name: report}, "seconds"}.
+
+    `tokens_NT` may be None for a method that needs no activations, `fisher` for one that does not ask for it. `folder`
+    keeps finished blocks, `half` is the 16-bit type of everything that is not packed."""
+    stock = inventory(model)
+    tables = _tables(model, method, plan, stock.layers, seed, folder / "tables.safetensors")
+    round_rest(model, stock, HALF_DTYPES[half])
+    _, modules = decoder_blocks(model)
+    # A data-free method sees no activation, but runs through the same loop on a single short window of nothing.
+    needs_data = method.needs.hessian
+    inputs = BlockInputs(model, tokens_NT if needs_data else torch.zeros(1, 8, dtype=torch.long))
+    hidden_NTH = inputs.hidden_NTH
+    original_NTH = hidden_NTH if method.needs.original else None
+    reports: dict[str, Any] = {}
+    seconds = 0.0
+    for index, (spec, module) in enumerate(zip(stock.blocks, modules, strict=True)):
+        file = folder / f"block_{index:04d}.safetensors"
+        finished = file.exists()
+        start = time.perf_counter()
+        with BlockRun(model, spec, module, hidden_NTH, inputs.kwargs[index], original_NTH, tables, fisher) as block:
+            if finished:
+                done = _load_block(block, file, hidden_NTH.device)
+            else:
+                method.compress_block(block, plan, seed)
+            original_NTH = block.original_outputs() if method.needs.original else None
+            hidden_NTH = block.outputs() if needs_data else hidden_NTH
+        if not finished:
+            done = {"reports": block.reports, "seconds": time.perf_counter() - start}
+            _save_block(model, spec.layers, file, done)
+        reports |= done["reports"]
+        seconds += done["seconds"]
+        progress("compress", index + 1, len(stock.blocks))
+    attach_tables(model, tables)
+    return CompressedModel(model, stock, half), {"layers": reports, "seconds": seconds}
+
+
+def _save_block(model: PreTrainedModel, layers: tuple, file: Path, done: dict[str, Any]) -> None:
+    packed = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    assert all(isinstance(layer, PackedLinear) for layer in packed.values()), (
+        "a method must pack every layer of its block"
+    )
+    tensors = {
+        f"{n}.{leaf}": layer.get_buffer(leaf).contiguous().cpu()
+        for n, layer in packed.items()
+        for leaf in layer.stored_parts()
+    }
+    metadata = {"specs": json.dumps({n: layer.spec() for n, layer in packed.items()}), "done": json.dumps(done)}
+    with atomic_path(file) as path:
+        save_file(tensors, path, metadata=metadata)
+
+
+def _load_block(block: BlockRun, file: Path, device: torch.device) -> dict[str, Any]:
+    tensors = load_file(file, device=str(device))
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata()
+    for name, spec in json.loads(metadata["specs"]).items():
+        packed = PackedLinear.from_spec(spec, device)
+        packed.fill(**{leaf: tensors[f"{name}.{leaf}"] for leaf in packed.stored_parts()})
+        block.install(name, Compressed(packed))
+    return json.loads(metadata["done"])
+
+
+def _tables(
+    model: PreTrainedModel,
+    method: Method,
+    plan: Mapping[str, LayerConfig],
+    layers: Sequence[LayerSpec],
+    seed: int,
+    file: Path,
+) -> dict[str, Table]:
+    """The tables that layers share, fitted once to the original weights."""
+    configs = {config.table_key: config for config in plan.values() if config.table_key}
+    if not configs:
+        return {}
+    if not file.exists():
+        fitted = method.fit_tables(plan, layers, lambda name: model.get_submodule(name).weight.detach().float(), seed)
+        stored = {
+            f"{key}/{leaf}": table.get_buffer(leaf) for key, table in fitted.items() for leaf in table.stored_parts()
+        }
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
+        with atomic_path(file) as path:
+            save_file(tensors, path)
+    tensors = load_file(file, device=str(next(model.parameters()).device))
+    tables = {key: config.table() for key, config in configs.items()}
+    for key, table in tables.items():
+        table.load_state_dict({leaf: tensors[f"{key}/{leaf}"] for leaf in table.stored_parts()}, assign=True)
+    return tables

@@ -1,0 +1,1 @@
+"""Models, texts and tasks: where they come from, and how they are cut."""

@@ -1,0 +1,74 @@
+"""Token streams, cut once per text and model and kept in the cache: the plan checks them, every cell reads them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import load_file, save_file
+
+from harness.data.assets import TEXTS, Say, remembered_sha256
+from harness.data.protocols import Calibration, Protocol
+from harness.data.texts import WIKITEXT2_SHA256, c4_file
+from harness.data.windows import Articles, Windows, calibration_windows, evaluation_windows, stream_sha256
+from harness.model import load_tokenizer
+from harness.store.files import atomic_path, cache_dir, digest
+
+FILE_VERSION = 2
+Named = TypeVar("Named", Protocol, Calibration)
+
+TEXT_SHA256 = {f"{name}-mini": file.sha256 for name, file in TEXTS.items()} | dict.fromkeys(
+    ("wikitext2", "wikitext2-words"), WIKITEXT2_SHA256
+)
+
+
+def with_text(named: Named, data: str | None, download: bool = True) -> Named:
+    """The same protocol with the checksum of its text, where no checksum is pinned. Raises ValueError when it cannot be
+    had."""
+    if named.source in TEXT_SHA256:
+        return named
+    split = "train" if isinstance(named, Calibration) else "validation"
+    return replace(named, text_sha256=remembered_sha256(c4_file(split, data, download)))
+
+
+def evaluation_stream(
+    protocol: Protocol, model: dict[str, str], data: str | None, say: Say = lambda _: None
+) -> Windows:
+    """`model` has a path and a fingerprint. Raises ValueError as harness.data.windows.evaluation_windows does."""
+    # Another lm-eval may cut its articles differently.
+    cutter = (
+        importlib.metadata.version("lm_eval") if protocol.source == "wikitext2-words" and find_spec("lm_eval") else None
+    )
+    key = [protocol.to_json(), TEXT_SHA256.get(protocol.source), model["fingerprint"], cutter]
+    return _remembered(key, lambda: evaluation_windows(protocol, load_tokenizer(Path(model["path"])), data, say))
+
+
+def calibration_stream(
+    calibration: Calibration,
+    model: dict[str, str],
+    seed: int,
+    bos: str,
+    data: str | None = None,
+    say: Say = lambda _: None,
+) -> Windows:
+    key = [calibration.to_json(), TEXT_SHA256.get(calibration.source), model["fingerprint"], seed, bos]
+    return _remembered(
+        key, lambda: calibration_windows(calibration, load_tokenizer(Path(model["path"])), seed, bos, data, say)
+    )
+
+
+def _remembered(key: Any, make: Callable[[], Windows]) -> Windows:
+    path = cache_dir("streams", digest([FILE_VERSION, key])[:24] + ".safetensors")
+    if not path.exists():
+        windows = make()
+        with atomic_path(path) as temporary:
+            articles = {} if windows.articles is None else vars(windows.articles)
+            save_file({"tokens_NT": windows.tokens_NT.contiguous(), **articles}, temporary)
+        return windows
+    tensors = load_file(path)
+    tokens_NT = tensors.pop("tokens_NT")
+    return Windows(tokens_NT, stream_sha256(tokens_NT), Articles(**tensors) if tensors else None)

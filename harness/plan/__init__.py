@@ -1,0 +1,1 @@
+"""What a run is: cells and keys, budgets, and what every layer is stored as under one."""

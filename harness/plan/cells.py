@@ -1,0 +1,171 @@
+"""What a run is: cells, each keyed by everything that decides its bytes, and the protocols they are scored by.
+
+artifact key   method with its configuration and version, model, budget, way of allocation, calibration, seed, compute dtype, kind
+               of device
+result key     artifact key + protocol, or artifact key + zero-shot task
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from harness.data.assets import ResolvedModel
+from harness.data.protocols import Calibration, Protocol, Training, protocol_key
+from harness.data.tasks import Task
+from harness.model import Inventory
+from harness.plan.allocation import Allocation, BudgetError, require_mixable, uniform
+from harness.plan.budgets import Budget
+from harness.store.files import digest
+from methods.base import Method, Track
+
+ARTIFACT_VERSION = (
+    2  # bump when the same cell would be written differently: another plan, measurement or training behind it
+)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in what arithmetic a cell runs. Dtype and kind of device are part of its key, threads are recorded."""
+
+    device: str
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The unit of work, isolation, resume and result. `refusal` says why a cell will not run."""
+
+    method: Method
+    method_text: str
+    model: ResolvedModel
+    budget: Budget | None  # None: the reference
+    calibration: Calibration | None  # None: a method that looks at no data
+    training: Training | None  # None: a method that trains nothing once the blocks are packed
+    seed: int
+    compute: Compute
+    bos: str
+    half: str = "float16"  # 16-bit type of everything that is not packed
+    allocate: str = "uniform"  # harness.plan.allocation.MODES
+    allocation: Allocation | None = None  # None: refused, or made by the cell itself, which has the weights ("ilp")
+    refusal: str = ""
+
+    @property
+    def key(self) -> str:
+        # Absent rather than none: a cell that trains nothing keeps the key it had before anything could be trained.
+        training = {"training": self.training.to_json()} if self.training else {}
+        return digest(
+            {
+                **training,
+                "artifact_version": ARTIFACT_VERSION,
+                "method": self.method.to_json(),
+                "model": self.model.fingerprint,
+                "budget": str(self.budget.bpw) if self.budget else None,
+                "allocate": self.allocate,
+                "calibration": self.calibration.to_json() if self.calibration else None,
+                "bos": self.bos if self.calibration or self.training else None,
+                "seed": self.seed,
+                "dtype": self.compute.dtype,
+                "device": self.compute.device.partition(":")[0],
+            }
+        )[:16]
+
+    @property
+    def label(self) -> str:
+        label = f"{self.method_text} {self.budget.text}" if self.budget else self.method_text
+        return f"{label} seed {self.seed}" if self.seed else label
+
+    def to_json(
+        self, protocols: Sequence[Protocol], data: str | None, reference: str, tasks: Sequence[Task] = ()
+    ) -> dict[str, Any]:
+        """Everything the cell's own process needs, and everything its result repeats."""
+        return {
+            "key": self.key,
+            "reference": reference,
+            "method": self.method.to_json(),
+            "method_text": self.method_text,
+            "model": self.model.to_json(),
+            "budget": self.budget.text if self.budget else None,
+            "calibration": self.calibration.to_json() if self.calibration else None,
+            "training": self.training.to_json() if self.training else None,
+            "bos": self.bos,
+            "half": self.half,
+            "allocate": self.allocate,
+            "seed": self.seed,
+            "device": self.compute.device,
+            "dtype": self.compute.dtype,
+            "threads": self.compute.threads,
+            "protocols": {protocol_key(p): p.to_json() for p in protocols},
+            "tasks": {task.key: task.to_json() for task in tasks},
+            "data": data,
+            "plan": {name: config.to_json() for name, config in self.allocation.layers.items()}
+            if self.allocation
+            else {},
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    cells: tuple[Cell, ...]
+    protocols: tuple[Protocol, ...]
+    tasks: tuple[Task, ...] = ()
+
+    @property
+    def reference(self) -> Cell:
+        """The uncompressed model everything is compared with: the first cell."""
+        assert not self.cells[0].method.budgeted
+        return self.cells[0]
+
+    @property
+    def key(self) -> str:
+        tasks = (
+            [[task.key for task in self.tasks]] if self.tasks else []
+        )  # absent rather than empty: a run without has the folder it had
+        return digest([[cell.key for cell in self.cells], [protocol_key(p) for p in self.protocols], *tasks])[:12]
+
+
+def make_plan(
+    methods: Iterable[tuple[str, Method]],
+    budgets: Sequence[Budget],
+    model: ResolvedModel,
+    stock: Inventory,
+    protocols: Sequence[Protocol],
+    calibration: Calibration,
+    training: Training,
+    seeds: Sequence[int],
+    compute: Compute,
+    bos: str,
+    half: str,
+    allocate: str,
+) -> Plan:
+    """A cell for every method, budget and seed; a method outside any budget has one, and so has one that no seed can
+    change."""
+    cells: dict[str, Cell] = {}
+    for text, method in methods:
+        for budget in budgets if method.budgeted else (None,):
+            mode = allocate if budget else "uniform"
+            looks = calibration if method.track != Track.DATA_FREE and (mode == "ilp" or _uses_text(method)) else None
+            trains = training if method.adaptation else None
+            allocation, refusal = None, ""
+            try:
+                if budget and mode == "ilp":
+                    require_mixable(method, stock, budget.bpw)
+                else:
+                    allocation = uniform(method, stock, budget.bpw if budget else None)
+            except BudgetError as error:
+                refusal = str(error)
+            if trains and find_spec("peft") is None:
+                refusal = "training adapters needs peft: pip install 'peft>=0.19'"
+            for seed in seeds if method.seeded else (0,):
+                cell = Cell(
+                    method, text, model, budget, looks, trains, seed, compute, bos, half, mode, allocation, refusal
+                )
+                cells.setdefault(cell.key, cell)
+    return Plan(tuple(cells.values()), tuple(protocols))
+
+
+def _uses_text(method: Method) -> bool:
+    return method.needs.hessian or method.needs.fisher

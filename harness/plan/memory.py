@@ -1,0 +1,58 @@
+"""The memory a cell will need, predicted from shapes: what each phase holds, by the constants of the phase itself."""
+
+from __future__ import annotations
+
+import torch
+
+from harness.compress.training import KEPT_BYTES, kept_bytes
+from harness.evaluate.score import BODY_TOKENS, HEAD_LOGITS
+from harness.model import Inventory
+from harness.plan.cells import Cell
+from harness.plan.sensitivity import FISHER_TOKENS, GRADIENT_TOKENS, HEAD_TOKENS, HESSIAN_TOKENS, RANDOM_CONTEXT
+from kernels.formats.layer import LayerSpec
+from methods.base import Method
+
+
+def _rank(method: Method, layer: LayerSpec) -> int:
+    return dict(method.candidates(layer)[0].hyper).get("rank", 0)
+
+
+def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: int) -> float:
+    """Process memory a cell will need at most, in GiB: the most of its phases, each with the whole model loaded.
+
+    Measuring what errors cost, for a mixed plan, holds the states of some windows in front of every block (and of all
+    of them, a few times, at one), and the most of three: a Gram matrix for every layer of a block, one of them being
+    factored; a window's activations, to go back through a block; copies of a slice of logits. Compressing holds every
+    calibration token's hidden state (in and out) and, inside one block, its widest activations and a Hessian being
+    factored; twice the states for a method that also looks at the uncompressed model's. Training holds what is needed
+    on the way back and a window's logits a few times. Scoring holds one chunk of logits."""
+    dtype_bytes = getattr(torch, cell.compute.dtype).itemsize
+    calibration, layers = cell.calibration, stock.blocks[0].layers
+    model = (stock.weights + stock.rest_weights) * dtype_bytes
+    wide = max(layer.in_features for layer in stock.layers)
+    inner = sum(layer.out_features for layer in layers)
+    # A Hessian with its copies and factors; or a matrix being packed, and what is made of it.
+    working = (7 if calibration else 3) * 4 * wide * wide
+    measuring = 0
+    if cell.allocate == "ilp":
+        context = calibration.context if calibration else RANDOM_CONTEXT
+        followed = FISHER_TOKENS if cell.method.needs.fisher else GRADIENT_TOKENS
+        states = (4 * max(HESSIAN_TOKENS, context) + len(stock.blocks) * max(followed, context)) * hidden * dtype_bytes
+        grams = working + sum(4 * layer.in_features**2 for layer in layers) if calibration else 0
+        measuring = states + max(grams, 2 * context * (hidden + inner) * dtype_bytes, 6 * 4 * HEAD_TOKENS * vocabulary)
+    tokens = calibration.context * calibration.sequences if calibration else 0
+    streams = 2 if cell.method.needs.original else 1
+    compressing = streams * tokens * (2 * hidden + inner) * dtype_bytes + working
+    training = 0
+    if cell.training:
+        width = cell.training.windows.context
+        kept = kept_bytes(stock, width, dtype_bytes)
+        if kept > KEPT_BYTES:  # then one block's, and the states in front of all
+            kept = kept // len(stock.blocks) + width * len(stock.blocks) * hidden * dtype_bytes
+        factors = sum(_rank(cell.method, layer) * (layer.in_features + layer.out_features) for layer in stock.layers)
+        training = (
+            kept + 5 * 4 * width * vocabulary + 4 * 4 * factors
+        )  # value, gradient and the optimiser's two moments
+    scoring = BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(HEAD_LOGITS, vocabulary)
+    python = 0.6 * 2**30  # interpreter, torch and transformers
+    return (model + max(measuring, compressing, training, scoring) + python) / 2**30

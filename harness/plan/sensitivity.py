@@ -1,0 +1,338 @@
+"""How much an error in each weight costs: the predicted KL divergence from the uncompressed model, measured once for
+all methods.
+
+For a small change E of a layer's weights the divergence per token is 1/2 mean_t (g_t . E x_t)^2, with x_t the layer's
+input and g_t the gradient, with respect to its output, of the log-likelihood of tokens drawn from the model's own
+predictions (the Fisher information is the Hessian of the divergence). With input and gradient taken as independent,
+outputs as uncorrelated, and each column's error counted after error feedback, two vectors per layer are left (KFAC,
+Martens & Grosse, arXiv 1503.05671, cut down):
+
+    divergence ~ 1/2 sum_o row_o sum_i column_i E_oi^2       row_o = mean g_o^2,   column_i = 1 / [H^-1]_ii given later columns
+
+The forward pass collects H; on the way back each block is run once more with gradients, from the states kept in front
+of it. Measured on the original model, so that a plan does not depend on itself.
+
+A data-free method may not look at text. Its layers are measured on token ids drawn uniformly (as Malinovskii et al.,
+arXiv 2411.17525, do), without error feedback (column_i = mean x_i^2), and only the mean of either vector is kept: such
+tokens tell how much a layer matters, but not which of its columns.
+
+LQ-LoRA (Guo et al., arXiv 2311.12023, sec. 3.3) weighs errors with the Fisher information of the text itself: every
+weight's squared gradient of a sequence's loss, summed over sequences, of which the means per row and per column are
+kept. `measure_fisher` reduces them in hooks on the way back: no gradient of the size of a matrix outlives its window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from harness.compress.forward import BlockInputs, run_block, stubbed_blocks
+from harness.compress.statistics import add_gram, completed
+from harness.data.windows import stream_sha256
+from harness.model import BlockSpec, decoder_blocks, inventory
+from harness.store.files import atomic_path, cache_dir, digest, locked
+from methods.base import Sensitivity
+from methods.codecs.error_feedback import prepare
+
+HESSIAN_TOKENS, GRADIENT_TOKENS = (
+    4096,
+    1024,
+)  # of the calibration's, in whole windows; twice as many move a layer's cost by a tenth
+RANDOM_CONTEXT = 512
+HEAD_TOKENS = 256  # through the head at once: a handful of copies of their logits are held
+DAMP = 0.01  # share of mean diag(H), as in compression
+
+FISHER_TOKENS = 4096  # whose states are kept in front of every block at once
+NOTHING = -100  # a target that is none
+KINDS = ("feedback", "plain", "fisher")
+
+Progress = Callable[[int, int], None]
+Watch = Callable[[str, Tensor, Tensor], None]  # name, input and output of a layer that has run
+
+
+def measure_sensitivities(
+    model: PreTrainedModel, tokens_NT: Tensor, seed: int, feedback: bool = True, progress: Progress = lambda *_: None
+) -> dict[str, Sensitivity]:
+    """One `Sensitivity` for every linear layer the windows [N, T] reach; `seed` draws the predicted tokens. `feedback`:
+    errors will be passed on between columns."""
+    blocks = inventory(model).blocks
+    column_I: dict[str, Tensor] = {}
+    row_O: dict[str, Tensor] = {}
+    tokens_NT = tokens_NT[: -(-HESSIAN_TOKENS // tokens_NT.shape[1])]
+    few = -(-GRADIENT_TOKENS // tokens_NT.shape[1])
+    with _frozen(model):
+        grams = [_Grams(feedback) for _ in blocks]
+        walk = _Walk(model, tokens_NT, few)
+        for index in walk.forward(grams):
+            column_I |= grams[index].columns()
+            progress(index + 1, 2 * len(blocks))
+        squares = [_Squares() for _ in blocks]
+        for index in walk.backward(squares, seed=seed):
+            row_O |= {name: square_O / walk.tokens for name, square_O in squares[index].square_O.items()}
+            progress(2 * len(blocks) - index, 2 * len(blocks))
+    return {name: Sensitivity(row, column_I[name]) for name, row in row_O.items() if row.any() and column_I[name].any()}
+
+
+def measure_fisher(
+    model: PreTrainedModel, tokens_NT: Tensor, progress: Progress = lambda *_: None
+) -> dict[str, Sensitivity]:
+    """The Fisher information of every linear layer as a product of rows and columns, per token; of rows that no loss
+    reaches it is zero. A window is a sequence; its loss is that of predicting its own tokens."""
+    blocks = inventory(model).blocks
+    squares = [_Gradients() for _ in blocks]
+    at_once = max(1, FISHER_TOKENS // tokens_NT.shape[1])
+    with _frozen(model):
+        for start in range(0, len(tokens_NT), at_once):
+            walk = _Walk(model, tokens_NT[start : start + at_once], at_once)
+            for _ in walk.forward([_ignore] * len(blocks)):
+                pass
+            for index in walk.backward(squares, targets_NT=walk.tokens_NT.roll(-1, dims=1)):
+                progress(
+                    start * len(blocks) + len(walk.tokens_NT) * (len(blocks) - index), len(tokens_NT) * len(blocks)
+                )
+    found = {}
+    for name, (row_O, column_I) in ((name, means) for block in squares for name, means in block.means.items()):
+        mean = row_O.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        found[name] = Sensitivity(row_O / tokens_NT.numel(), column_I / mean)
+    return found
+
+
+class _Walk:
+    """A pass through the model block by block, and back: each block is run again with gradients, from the states kept
+    in front of it."""
+
+    def __init__(self, model: PreTrainedModel, tokens_NT: Tensor, few: int) -> None:
+        """Only the first `few` windows are followed back."""
+        self.model, self.tokens_NT, self.few = model, tokens_NT, few
+        _, self.modules = decoder_blocks(model)
+        self.blocks = inventory(model).blocks
+        self.inputs = BlockInputs(model, tokens_NT)
+        self.kept_NTH: list[Tensor] = []
+
+    @property
+    def tokens(self) -> int:
+        """Followed back."""
+        return self.tokens_NT[: self.few].numel()
+
+    def forward(self, watches: Sequence[Watch]) -> Iterator[int]:
+        """Yields the index of every block when it has run."""
+        hidden_NTH = self.inputs.hidden_NTH
+        for index, module in enumerate(self.modules):
+            self.kept_NTH.append(hidden_NTH[: self.few].clone())
+            with torch.no_grad(), _hooked(self.model, self.blocks[index], watches[index]):
+                hidden_NTH = torch.cat(
+                    [run_block(module, window_TH[None], self.inputs.kwargs[index]) for window_TH in hidden_NTH]
+                )
+            yield index
+        self.last_NTH = hidden_NTH[: self.few]
+
+    def backward(self, watches: Sequence[Watch], *, seed: int = 0, targets_NT: Tensor | None = None) -> Iterator[int]:
+        """From the loss of predicting `targets_NT` (of the last place of a window nothing), or tokens drawn by `seed`;
+        yields the index of every block when it has been gone back through."""
+        with torch.no_grad():
+            returns_tuple = not isinstance(self.modules[0](self.inputs.hidden_NTH[:1], **self.inputs.kwargs[0]), Tensor)
+        gradient_NTH = _head_gradient(self.model, self.last_NTH, seed, targets_NT, returns_tuple)
+        for index in reversed(range(len(self.modules))):
+            hidden_NTH = self.kept_NTH.pop()
+            with _hooked(self.model, self.blocks[index], watches[index]):
+                for n, window_TH in enumerate(hidden_NTH):
+                    given_NTH = window_TH[None].detach().requires_grad_()
+                    run_block(self.modules[index], given_NTH, self.inputs.kwargs[index]).backward(
+                        gradient_NTH[n : n + 1]
+                    )
+                    gradient_NTH[n] = given_NTH.grad[0]
+            yield index
+
+
+def _head_gradient(
+    model: PreTrainedModel, hidden_NTH: Tensor, seed: int, targets_NT: Tensor | None, returns_tuple: bool
+) -> Tensor:
+    """Gradient of each window's summed -log p(token) with respect to the state behind the last block, [N, T, H]; the
+    tokens are `targets_NT`, none for the last place of a window, or drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    gradient_NTH = torch.empty_like(hidden_NTH)
+    width = hidden_NTH.shape[-1]
+    if targets_NT is not None:
+        targets_NT = targets_NT.clone()
+        targets_NT[:, -1] = NOTHING
+    targets = iter(()) if targets_NT is None else iter(targets_NT.flatten().to(hidden_NTH.device).split(HEAD_TOKENS))
+    with stubbed_blocks(model, returns_tuple) as stubs:
+        # Final norm and head look at one position at a time, so any slice of positions will do, and the token ids are
+        # not looked at.
+        for part_TH, out_TH in zip(
+            *(x.view(-1, width).split(HEAD_TOKENS) for x in (hidden_NTH, gradient_NTH)), strict=True
+        ):
+            stubs[-1].replay = part_TH[None].detach().requires_grad_()
+            tokens_BT = torch.zeros(1, len(part_TH), dtype=torch.long, device=part_TH.device)
+            log_p_TV = model(input_ids=tokens_BT, use_cache=False).logits[0].float().log_softmax(dim=-1)
+            target_T = _drawn(log_p_TV.detach(), generator) if targets_NT is None else next(targets)
+            torch.nn.functional.nll_loss(log_p_TV, target_T, ignore_index=NOTHING, reduction="sum").backward()
+            out_TH.copy_(stubs[-1].replay.grad[0])
+    return gradient_NTH
+
+
+def _drawn(log_p_TV: Tensor, generator: torch.Generator) -> Tensor:
+    """One token of each distribution. Drawn on the CPU: the same tokens on every device. Inverse of the cumulative
+    distribution at one uniform number each."""
+    level_T = torch.rand(len(log_p_TV), 1, generator=generator).to(log_p_TV.device)
+    return torch.searchsorted(log_p_TV.exp().cumsum(dim=-1), level_T).clamp_max_(log_p_TV.shape[1] - 1)[:, 0]
+
+
+def _ignore(name: str, x: Tensor, out: Tensor) -> None:
+    """Watches nothing."""
+
+
+class _Grams:
+    """Sums x x^T of every layer's input (its diagonal alone when there is no feedback), once for layers called in a row
+    with the same tensor."""
+
+    def __init__(self, feedback: bool) -> None:
+        self.feedback = feedback
+        self.owner: dict[str, str] = {}
+        self.sum: dict[str, Tensor] = {}  # [I, I] or [I]
+        self.tokens: dict[str, int] = {}
+        self._last: tuple[Tensor, str] | None = None
+
+    def __call__(self, name: str, x: Tensor, out: Tensor) -> None:
+        owner = self._last[1] if self._last and self._last[0] is x else name
+        self.owner[name], self._last = owner, (x, owner)
+        if owner != name:
+            return
+        x_NI = x.reshape(-1, x.shape[-1]).float()
+        size = x_NI.shape[1]
+        if name not in self.sum:
+            self.sum[name], self.tokens[name] = x_NI.new_zeros((size, size) if self.feedback else size), 0
+        if self.feedback:
+            add_gram(self.sum[name], x_NI)
+        else:
+            self.sum[name] += x_NI.square().sum(dim=0)
+        self.tokens[name] += len(x_NI)
+
+    def columns(self) -> dict[str, Tensor]:
+        """Of every layer; the sums are let go."""
+        column_I = {name: self._column(total / self.tokens[name]) for name, total in self.sum.items()}
+        self.sum.clear()
+        return {name: column_I[owner] for name, owner in self.owner.items()}
+
+    def _column(self, mean: Tensor) -> Tensor:
+        if not self.feedback:
+            return mean
+        factored = prepare(completed(mean), act_order=True, damp=DAMP)
+        pivot_I = factored.upper_II.diagonal().square().reciprocal()
+        return torch.empty_like(pivot_I).index_copy_(0, factored.order_I, pivot_I)
+
+
+class _Squares:
+    """Sums g^2 of the gradient of every layer's output."""
+
+    def __init__(self) -> None:
+        self.square_O: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, x: Tensor, out: Tensor) -> None:
+        self.square_O.setdefault(
+            name, torch.zeros(out.shape[-1], device=out.device)
+        )  # stays zero if no loss depends on it
+        out.register_hook(partial(self._backward, name))
+
+    def _backward(self, name: str, gradient: Tensor) -> None:
+        self.square_O[name] += gradient.reshape(-1, gradient.shape[-1]).float().square().sum(dim=0)
+
+
+class _Gradients:
+    """Sums, over windows, the means per row and per column of the squared gradient of every weight. A layer must run
+    once a window."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, name: str, x: Tensor, out: Tensor) -> None:
+        zeros = (torch.zeros(out.shape[-1], device=out.device), torch.zeros(x.shape[-1], device=x.device))
+        self.means.setdefault(name, zeros)
+        out.register_hook(partial(self._backward, name, x.detach()))
+
+    def _backward(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        g_TO, x_TI = (t.reshape(-1, t.shape[-1]).float() for t in (gradient, x))
+        square_OI = (g_TO.t() @ x_TI).square_()
+        row_O, column_I = self.means[name]
+        row_O += square_OI.mean(dim=1)
+        column_I += square_OI.mean(dim=0)
+
+
+@contextmanager
+def _hooked(model: PreTrainedModel, block: BlockSpec, watch: Watch) -> Iterator[None]:
+    """Calls watch(name, input, output) whenever a linear layer of the block has run."""
+
+    def hook(name: str, module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        watch(name, args[0], out)
+
+    handles = [
+        model.get_submodule(layer.name).register_forward_hook(partial(hook, layer.name)) for layer in block.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No gradients of weights inside: only activations are followed back."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def remembered_sensitivities(
+    key: Sequence[Any],
+    model: PreTrainedModel,
+    tokens_NT: Tensor,
+    seed: int,
+    kind: str,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Sensitivity]:
+    """Measured by the first process that asks, read by all others; `key` and `tokens_NT` are everything the numbers
+    depend on. Of a `kind` in KINDS: the divergence of errors passed on between columns, of errors that are not, or the
+    Fisher information of the text."""
+    assert kind in KINDS
+    path = cache_dir("sensitivities", digest([*key, stream_sha256(tokens_NT), seed, kind])[:24] + ".safetensors")
+    with locked(path):
+        if not path.exists():
+            if kind == "fisher":
+                found = measure_fisher(model, tokens_NT, progress)
+            else:
+                found = measure_sensitivities(model, tokens_NT, seed, kind == "feedback", progress)
+            if not all(bool(torch.isfinite(vector).all()) for s in found.values() for vector in (s.row_O, s.column_I)):
+                raise ValueError(
+                    "activations or gradients are not finite: the model overflows on this text; try --dtype float32"
+                )
+            tensors = {
+                f"{name}.{leaf}": value
+                for name, s in found.items()
+                for leaf, value in (("row", s.row_O), ("column", s.column_I))
+            }
+            with atomic_path(path) as temporary:
+                save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary)
+    tensors = load_file(path, device=str(next(model.parameters()).device))
+    names = {name.rpartition(".")[0] for name in tensors}
+    return {name: Sensitivity(tensors[f"{name}.row"], tensors[f"{name}.column"]) for name in names}
+
+
+def random_tokens(vocabulary: int) -> Tensor:
+    """What the layers of a data-free method are measured on [N, T]. The same for every seed: a method that no seed can
+    change keeps one plan."""
+    return torch.randint(
+        vocabulary, (HESSIAN_TOKENS // RANDOM_CONTEXT, RANDOM_CONTEXT), generator=torch.Generator().manual_seed(0)
+    )

@@ -1,0 +1,94 @@
+"""Regression on perplexity: a leaderboard against a baseline, from both sides.
+
+A worse number is a regression; a better one is suspicious until explained. A baseline is the stored bits and the
+perplexities of a leaderboard, one line per row, small enough to be committed and read in a diff."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+from harness.ledger import FILL_TOLERANCE
+from harness.report.sheet import GOOD, label
+from harness.store.files import write_text
+
+Rows = dict[str, dict[str, str]]
+# The reference has no choices to make. A quantiser's roundings may fall differently in another CPU's arithmetic, and
+# one code that flips early moves everything behind it, as does a near-tie of a mixed plan. On three windows of two
+# texts, two machines were up to 4.9 % apart (rtn; gptq 3.9 %, nf 2.2 %).
+REFERENCE_TOLERANCE = 0.002
+TOLERANCE = 0.08
+STORED_TOLERANCE = 1e-9
+
+
+def read_rows(path: Path) -> Rows:
+    """Rows of a leaderboard or a baseline by label: method, variant, budget and seed. Raises ValueError when it is
+    neither."""
+    path = path / "leaderboard.csv" if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"no {path}: give a leaderboard.csv, or the folder a run wrote")
+    with open(path, newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    needed = {"method", "variant", "budget_bpw", "seed", "stored_bpw"}
+    if not rows or not needed <= rows[0].keys() or not any(column.startswith("ppl_") for column in rows[0]):
+        raise ValueError(f"{path} is no leaderboard: it needs rows with {', '.join(sorted(needed))} and perplexities")
+    return {label(row): row for row in rows}
+
+
+def perplexity_columns(rows: Rows) -> list[str]:
+    columns = next(iter(rows.values()))
+    return [column for column in columns if column.startswith("ppl_") and not column.endswith(("_lo", "_hi", "_sd"))]
+
+
+def compare(rows: Rows, baseline: Rows, tolerance: float = TOLERANCE) -> list[str]:
+    """One line per disagreement; empty when all is as it was. Protocols and rows of the baseline must all be there."""
+    problems = [f"{name}: not in this leaderboard" for name in baseline if name not in rows]
+    for name, before in baseline.items():
+        now = rows.get(name)
+        if now is None:
+            continue
+        if now.get("status", "ok") not in GOOD:
+            problems.append(f"{name}: {now['status']} ({now.get('reason', '')})")
+            continue
+        # A mixed plan rests on a measurement, and may fall differently in another CPU's arithmetic too; both fill the
+        # budget.
+        exact = before.get("allocate") != "ilp"
+        if not _close(
+            now["stored_bpw"], before["stored_bpw"], STORED_TOLERANCE, 0.0 if exact else float(FILL_TOLERANCE)
+        ):
+            problems.append(f"{name}: stores {now['stored_bpw']} bits per weight, the baseline {before['stored_bpw']}")
+        allowed = tolerance if before["budget_bpw"] else min(tolerance, REFERENCE_TOLERANCE)
+        for column in perplexity_columns(baseline):
+            if column not in now:
+                problems.append(f"{name}: no {column}; run with the baseline's --protocols")
+            elif not _close(now[column], before[column], allowed):
+                side = (
+                    "worse"
+                    if not float(now[column] or "nan") < float(before[column] or "nan")
+                    else "better, which needs an explanation"
+                )
+                problems.append(
+                    f"{name}: {column} is {now[column]}, the baseline {before[column]} (±{allowed:.1%}): {side}"
+                )
+    return problems
+
+
+def write_baseline(rows: Rows, path: Path) -> int:
+    """Rows that have numbers; returns how many."""
+    columns = ["method", "variant", "budget_bpw", "seed", "allocate", "stored_bpw", *perplexity_columns(rows)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    kept = [row for row in rows.values() if row.get("status", "ok") in GOOD]
+    writer.writerows(kept)
+    write_text(path, text.getvalue())
+    return len(kept)
+
+
+def _close(now: str, before: str, relative: float, absolute: float = 0.0) -> bool:
+    try:
+        return math.isclose(float(now), float(before), rel_tol=relative, abs_tol=absolute)
+    except ValueError:
+        return False

@@ -1,0 +1,135 @@
+"""Every row with a budget against one method at that budget, or one outside any: what a change of method is worth, with
+intervals.
+
+Ratios are paired: both rows scored the same windows, and the same resamples are drawn for both (harness.report.stats).
+Seeds are averaged window by window first, so the interval is that of the texts for these seeds' compressions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from harness.report.baseline import read_rows
+from harness.report.sheet import GOOD, Shown, label
+from harness.report.stats import MIN_WINDOWS, interval, resampled_means
+from harness.store.files import read_json
+
+Windows = dict[str, list[float]]  # protocol -> one number per window
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method at a budget, over its seeds."""
+
+    name: str
+    budget: str
+    stored: float
+    seeds: frozenset[str]
+    seeded: bool  # whether a seed can change it; if not, its one row stands for every seed
+    perplexity: dict[str, float]  # mean over seeds
+    nll: Windows
+    kld: Windows  # without those of a protocol that the reference did not score
+    weight: dict[str, list[float] | None]
+
+
+def compare_methods(folder: Path, to: str) -> Shown:
+    """Rows of a budget at which `to` has no number are left without ratios. Raises ValueError when it has none at all,
+    when seeds do not match, or when `folder` holds no run."""
+    entries = read_entries(folder, to)
+    names = list(dict.fromkeys(entry.name for entry in entries))
+    if to not in names:
+        raise ValueError(f"no numbers of a method '{to}' in {folder}: write --to with one of {', '.join(names)}")
+    protocols = list(entries[0].nll)
+    header = [
+        "method",
+        "budget",
+        "stored",
+        *(f"{what} {p}" for p in protocols for what in ("ppl", "ppl ratio", "kld ratio")),
+    ]
+    cells = []
+    for entry in entries:
+        base = next((other for other in entries if other.name == to and other.budget in (entry.budget, "")), None)
+        if base is not None and entry.seeds != base.seeds and entry.seeded and base.seeded:
+            raise ValueError(
+                f"{entry.name} and {to} have numbers of different seeds at {entry.budget} bits: the run's command again may mend it"
+            )
+        line = [entry.name, entry.budget, f"{entry.stored:.4f}"]
+        for protocol in protocols:
+            line += [f"{entry.perplexity[protocol]:.2f}", *_ratios(entry, base, protocol)]
+        cells.append(line)
+    return header, cells
+
+
+def _ratios(entry: Entry, base: Entry | None, protocol: str) -> tuple[str, str]:
+    """Of perplexity and of divergence, as text."""
+    if base is None:
+        return "", ""
+    if entry is base:
+        return "1", "1"
+    weight = entry.weight[protocol]
+    difference = [a - b for a, b in zip(entry.nll[protocol], base.nll[protocol], strict=True)]
+    perplexity = _ratio(math.exp(fmean(difference, weight)), resampled_means(difference, weight).exp(), len(difference))
+    if protocol not in entry.kld or protocol not in base.kld:
+        return perplexity, ""
+    here, there = entry.kld[protocol], base.kld[protocol]
+    if len(here) != len(there):  # the reference's own is a noise floor, of a few windows
+        return perplexity, ""
+    resampled_Q = resampled_means(here, weight) / resampled_means(there, weight)
+    return perplexity, _ratio(fmean(here, weight) / fmean(there, weight), resampled_Q, len(here))
+
+
+def read_entries(folder: Path, to: str = "") -> list[Entry]:
+    """The rows of the run in `folder` that have numbers and a budget, or the name `to`, seeds together, in the
+    leaderboard's order."""
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: give the one a run wrote")
+    groups: dict[tuple[str, str], list[dict]] = {}
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for row in read_rows(folder).values():
+        name = label({**row, "budget_bpw": "", "seed": ""})
+        if (row["budget_bpw"] or name == to) and row["status"] in GOOD:
+            path = folder / "cells" / f"{row['cell']}.json"
+            if not path.exists():
+                raise ValueError(
+                    f"no {path}: the run's own command writes it again, in seconds where its cells are still cached"
+                )
+            key = (name, row["budget_bpw"])
+            groups.setdefault(key, []).append(read_json(path))
+            seeds.setdefault(key, []).append(row["seed"])
+    if not groups:
+        raise ValueError(f"{folder} has no row with a budget and numbers")
+    return [_entry(*key, records, frozenset(seeds[key])) for key, records in groups.items()]
+
+
+def _entry(name: str, budget: str, records: Sequence[dict], seeds: frozenset[str]) -> Entry:
+    scores = [record["scores"] for record in records]
+    protocols = list(scores[0])
+
+    def averaged(values: Sequence[Sequence[float]]) -> list[float]:
+        return [fmean(window) for window in zip(*values, strict=True)]
+
+    rows = [record["row"] for record in records]
+    diverged = [p for p in protocols if all(score[p]["divergence"] for score in scores)]
+    return Entry(
+        name,
+        budget,
+        fmean(row["stored_bpw"] for row in rows),
+        seeds,
+        records[0].get("seeded", True),
+        {p: fmean(row[f"ppl_{p}"] for row in rows) for p in protocols},
+        {p: averaged([score[p]["window_nll"] for score in scores]) for p in protocols},
+        {p: averaged([score[p]["divergence"]["window_kld"] for score in scores]) for p in diverged},
+        {p: scores[0][p].get("window_weight") for p in protocols},
+    )
+
+
+def _ratio(value: float, resampled_Q: torch.Tensor, windows: int) -> str:
+    if windows < MIN_WINDOWS:
+        return f"{value:.3f}"
+    low, high = interval(resampled_Q)
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]" + (" tie" if low <= 1 <= high else "")

@@ -1,0 +1,202 @@
+"""Zero-shot tasks in the leaderboard, and a page for each: accuracies with intervals, flips against the reference,
+ranks.
+
+Columns of a task T: `acc_T` and, where T has it, `acc_norm_T`, each with `_stderr` and its 95 % interval `_lo`, `_hi`;
+then, of the headline metric (acc_norm where there is one), `rank_T` and `tie_T` within budget, track and seed, and
+`flips_T`: the share of items that are right in one of row and reference and wrong in the other (Dutta et al. 2024,
+"Accuracy is Not All You Need"). `acc_average` is the mean of the headline metrics. All differences are paired: every
+row answered the same items."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.data.tasks import Task
+from harness.report.sheet import label, markdown
+from harness.report.stats import accuracy_difference, accuracy_interval, accuracy_ranks
+from harness.report.summary import ranked_together
+from harness.store.files import write_text
+
+Row = dict[str, Any]
+Results = Mapping[str, dict[str, Any] | None]  # task -> harness.evaluate.zero_shot's result of one cell
+AVERAGE = "acc_average"
+TIME_COLUMN = "tasks_s"
+
+
+def task_columns(tasks: Sequence[Task]) -> list[str]:
+    """Average first, then task by task; none when no tasks were asked for."""
+    if not tasks:
+        return []
+    columns = [AVERAGE, f"{AVERAGE}_lo", f"{AVERAGE}_hi", "rank_average", "tie_average"]
+    for task in tasks:
+        columns += [f"{metric}_{task.name}{end}" for metric in task.metrics for end in ("", "_stderr", "_lo", "_hi")]
+        columns += [f"{what}_{task.name}" for what in ("rank", "tie", "flips")]
+    return [*columns, "provisional", TIME_COLUMN]
+
+
+def items(result: Mapping[str, Any], metric: str) -> list[int]:
+    """1 for every item that is right, else 0."""
+    return [int(mark) for mark in result["correct"][metric]]
+
+
+def fill_tasks(
+    rows: Sequence[Row],
+    results: Mapping[str, Results],
+    tasks: Sequence[Task],
+    reference: str,
+    unseeded: Container[str] = (),
+) -> None:
+    """Set every task column of every row. `results`: by cell; `reference`: the reference's cell. Raises ValueError when
+    two cells were asked different questions."""
+    if not tasks:
+        return
+    for task in tasks:
+        asked = {result["requests_sha256"] for of_cell in results.values() if (result := of_cell.get(task.name))}
+        if len(asked) > 1:
+            raise ValueError(f"{task.name} was asked in two different wordings; run again with --fresh")
+    for row in rows:
+        of_cell = results.get(row["cell"], {})
+        done = [result for result in of_cell.values() if result]
+        for task in tasks:
+            if result := of_cell.get(task.name):
+                row |= _values(task, result)
+                base = results.get(reference, {}).get(task.name)
+                if base and row["cell"] != reference:
+                    lost, gained, _ = flips(result, base, task.headline)
+                    row[f"flips_{task.name}"] = (lost + gained) / result["items"]
+        if done:
+            row["provisional"] = provisional(tasks)
+            row[TIME_COLUMN] = sum(result["seconds"] for result in done)
+        if len(done) == len(tasks):
+            marks = _marks(of_cell, tasks)
+            low, high = accuracy_interval(marks)
+            row |= {
+                AVERAGE: math.fsum(sum(m) / len(m) for m in marks) / len(marks),
+                f"{AVERAGE}_lo": low,
+                f"{AVERAGE}_hi": high,
+            }
+    for group in ranked_together(rows, unseeded):
+        for name, some in [*((task.name, [task]) for task in tasks), ("average", tasks)]:
+            ranks = accuracy_ranks([_marks(results[row["cell"]], some) for row in group])
+            for row, rank in zip(group, ranks, strict=True):
+                row[f"rank_{name}"], row[f"tie_{name}"] = rank, "tie" if ranks.count(rank) > 1 else ""
+
+
+def provisional(tasks: Sequence[Task]) -> str:
+    """What part of the tasks was scored, in words; empty for all of them."""
+    return f"first {tasks[0].limit} items of every task" if tasks[0].limit else ""
+
+
+def flips(result: Mapping[str, Any], base: Mapping[str, Any], metric: str) -> tuple[int, int, int]:
+    """Items that are (right in the reference and wrong here, the reverse, answered differently), the last also between
+    wrong answers."""
+    pairs = list(zip(items(result, metric), items(base, metric), strict=True))
+    changed = sum(a != b for a, b in zip(result["answers"][metric], base["answers"][metric], strict=True))
+    return pairs.count((0, 1)), pairs.count((1, 0)), changed
+
+
+def task_means(summary: Sequence[Row], rows: Sequence[Row], tasks: Sequence[Task]) -> None:
+    """Set the accuracies and flips of rows over several seeds to the means of theirs."""
+    by_cell = {row["cell"]: row for row in rows}
+    names = [AVERAGE, *(f"{what}_{task.name}" for task in tasks for what in (*task.metrics, "flips"))] if tasks else []
+    for mean in summary:
+        members = [by_cell[cell] for cell in mean["cell"].split("|")]
+        for name in names:
+            values = [member[name] for member in members]
+            mean[name] = statistics.fmean(values) if "" not in values else ""
+
+
+def shown_tasks(tasks: Sequence[Task], ranks: bool = True) -> dict[str, Callable[[Row], str]]:
+    """Columns of the table people read: title -> text of a row. Titles say when only some items were scored."""
+    if not tasks:
+        return {}
+    part = f" (first {tasks[0].limit})" if tasks[0].limit else ""
+    shown: dict[str, Callable[[Row], str]] = {f"average acc{part}": lambda row: _accuracy(row, AVERAGE)}
+    if ranks:
+        shown["rank acc"] = lambda row: f"{row['rank_average']} {row['tie_average']}".strip()
+    for task in tasks:
+        column = f"{task.headline}_{task.name}"
+        shown[f"{task.headline} {task.name}{part}"] = lambda row, column=column: _accuracy(row, column)
+    return shown
+
+
+def write_pages(
+    folder: Path, rows: Sequence[Row], results: Mapping[str, Results], tasks: Sequence[Task], reference: str
+) -> None:
+    """Write tasks/<task>.md for every task: one line per row that has it, in the order of `rows`."""
+    for task in tasks:
+        of_cell = {cell: result for cell, of_task in results.items() if (result := of_task.get(task.name))}
+        write_text(folder / "tasks" / f"{task.name}.md", _page(task, rows, of_cell, reference))
+
+
+def _page(task: Task, rows: Sequence[Row], results: Mapping[str, Any], reference: str) -> str:
+    if not results:
+        return f"# {task.name}\n\nNo row has a result.\n"
+    first = next(iter(results.values()))
+    part = (
+        f"**provisional: the first {first['items']} of {first['of_items']} items**"
+        if task.limit
+        else f"all {first['items']} items"
+    )
+    about = (
+        f"# {task.name}\n\nlm-eval's task, version {task.version}, {task.few_shot} examples in front; {task.split} split ({task.source}), "
+        f"{part}; scored with lm-eval {first['lm_eval']}. Requests: sha256 `{first['requests_sha256']}`.\n\n"
+    )
+    header = ["method", *(f"{metric} [95 %] ± stderr" for metric in task.metrics)]
+    header += [
+        f"{task.headline} - reference [95 %]",
+        "rank",
+        "flips",
+        "right to wrong",
+        "wrong to right",
+        "other answer",
+    ]
+    base, cells = results.get(reference), []
+    for row in rows:
+        result = results.get(row["cell"])
+        if result is None:
+            continue
+        line = [label(row)]
+        for metric in task.metrics:
+            line.append(f"{_accuracy(row, f'{metric}_{task.name}')} ± {result['metrics'][metric]['stderr']:.3f}")
+        line += _against(result, base if row["cell"] != reference else None, task.headline)
+        line.insert(len(task.metrics) + 2, f"{row[f'rank_{task.name}']} {row[f'tie_{task.name}']}".strip())
+        cells.append(line)
+    legend = (
+        f"\nDifferences are paired, item by item. Flips, and the columns behind them, are of {task.headline}: the share of items right in "
+        "one of row and reference and wrong in the other; their numbers, each way; items with another answer, whether right or wrong.\n"
+    )
+    return about + markdown(header, cells) + legend
+
+
+def _against(result: Mapping[str, Any], base: Mapping[str, Any] | None, metric: str) -> list[str]:
+    if base is None:
+        return [""] * 5
+    difference, low, high = accuracy_difference([items(result, metric)], [items(base, metric)])
+    lost, gained, changed = flips(result, base, metric)
+    share = (lost + gained) / result["items"]
+    return [f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]", f"{share:.3f}", str(lost), str(gained), str(changed)]
+
+
+def _values(task: Task, result: Mapping[str, Any]) -> Row:
+    values: Row = {}
+    for metric in task.metrics:
+        name, low_high = f"{metric}_{task.name}", accuracy_interval([items(result, metric)])
+        values |= {name: result["metrics"][metric]["value"], f"{name}_stderr": result["metrics"][metric]["stderr"]}
+        values |= {f"{name}_lo": low_high[0], f"{name}_hi": low_high[1]}
+    return values
+
+
+def _marks(results: Results, tasks: Sequence[Task]) -> list[list[int]]:
+    return [items(result, task.headline) for task in tasks if (result := results[task.name])]
+
+
+def _accuracy(row: Row, column: str) -> str:
+    value, low, high = (row.get(column + end, "") for end in ("", "_lo", "_hi"))
+    if value == "":
+        return ""
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]" if isinstance(low, float) else f"{value:.3f}"

@@ -1,0 +1,119 @@
+"""A packed layer as fused.cpp sees it: pointers to the stored tensors, and to a table in the forms that its decoders
+read."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from kernels import views
+from kernels.formats.codebook import CodebookLinear
+from kernels.formats.normal_float import dynamic_map
+from kernels.formats.packed import PackedLinear
+from kernels.formats.uniform import UniformLinear
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of layer.h, field by field."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("words", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("half_table", ctypes.c_void_p),
+        ("planes", ctypes.c_void_p),
+        ("plane", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("half", ctypes.c_void_p),
+        ("scale_codes", ctypes.c_void_p),
+        ("scale_bits", ctypes.c_int64),
+        ("map", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("per_step", ctypes.c_int64),
+        ("offset", ctypes.c_double),
+        ("minima", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("centre", ctypes.c_double),
+        ("rank", ctypes.c_int64),
+        ("left", ctypes.c_void_p),
+        ("right", ctypes.c_void_p),
+        ("left_scale", ctypes.c_void_p),
+        ("right_scale", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+class View:
+    """A layer's structure, the tensors it points to, and the order its inputs are wanted in."""
+
+    def __init__(self, layer: PackedLinear) -> None:
+        numbers, tensors, self.order_I = _uniform(layer) if isinstance(layer, UniformLinear) else _codebook(layer)
+        if layer.lowrank is not None:
+            numbers["rank"] = layer.rank
+            tensors |= {name: getattr(layer.lowrank, name) for name in ("left", "right", "left_scale", "right_scale")}
+            if self.order_I is not None:  # inputs come in the base's order of columns
+                tensors["right"] = layer.lowrank.right[:, self.order_I].contiguous()
+        tensors |= {"row_scale": layer.row_scale, "bias": layer.bias}
+        self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}  # kept alive
+        assert (
+            all(tensor.is_contiguous() for tensor in self.tensors.values())
+            and self.tensors.keys() <= dict(Layer._fields_).keys()
+        )
+        shape = dict(
+            rows=layer.out_features, columns=layer.in_features, words=layer.codes.shape[1], codes=layer.codes.data_ptr()
+        )
+        pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+        self.structure = Layer(**shape, **numbers, **pointers)
+        self.address = ctypes.addressof(self.structure)
+        if self.order_I is not None:
+            self.tensors["order"] = self.order_I
+
+
+def view(layer: PackedLinear) -> View:
+    return views.view(layer, "_cpu_view", View)
+
+
+def _uniform(layer: UniformLinear) -> tuple[dict[str, float], dict[str, Tensor | None], Tensor | None]:
+    numbers = dict(bits=layer.bits, dim=1, group=layer.group, groups=layer.groups)
+    tensors = {"half": layer.scales, "minima": layer.minima, "zeros": layer.zeros}
+    centre = float(2 ** (layer.bits - 1)) if layer.offset == "symmetric" else 0.0
+    if (
+        layer.bits <= 4
+    ):  # a table in a register is as fast as the conversion of a code to a number, and takes the centre off as well
+        tensors["table"] = torch.arange(2**layer.bits, dtype=torch.float32) - centre
+    else:
+        numbers["centre"] = centre
+    order_I = None if layer.order is None else layer.order.long() & 0xFFFF
+    return numbers, tensors, order_I
+
+
+def _codebook(layer: CodebookLinear) -> tuple[dict[str, float], dict[str, Tensor | None], Tensor | None]:
+    scales, form = layer.scales, layer.scales.form
+    numbers = dict(bits=layer.index_bits, dim=layer.dim, group=layer.block, groups=scales.blocks)
+    table_KD = layer.entries().contiguous()
+    tensors: dict[str, Tensor | None] = {"table": table_KD}
+    if torch.equal(table_KD.half().float(), table_KD):
+        tensors["half_table"] = table_KD.half()
+        if layer.index_bits <= 8:
+            tensors["planes"] = _planes(tensors["half_table"])
+            numbers["plane"] = tensors["planes"].shape[2]
+    if form.kind == "half":
+        return numbers, tensors | {"half": scales.direct}, None
+    numbers |= dict(scale_bits=form.bits, per_step=form.group, offset=scales.offset.item())
+    tensors["map"] = dynamic_map() if form.kind == "dynamic" else None
+    return numbers, tensors | {"scale_codes": scales.codes, "steps": scales.steps.float()}, None
+
+
+def _planes(table_KD: Tensor) -> Tensor:
+    """Low bytes and high bytes of fp16 entries, uint8 [D, 2, 64, 128 or 256], repeated to fill."""
+    size = max(64, len(table_KD))
+    repeated_DS = table_KD.repeat(-(-size // len(table_KD)), 1)[:size].t().contiguous()
+    return repeated_DS.view(torch.uint8).view(-1, size, 2).transpose(1, 2).contiguous()

@@ -1,0 +1,138 @@
+"""Codebooks: each code is the index of one of K vectors of d weights, times a scale per block of input columns.
+
+    w[o, i] = table[code[o // d, i], o % d] * scale[o, i // block]
+
+The d weights of a vector are consecutive *rows* of one column, as in ReALLM's released code: one column of the matrix
+is a whole number of vectors, so column-by-column error feedback assigns vectors without looking ahead. With
+along="columns" they are consecutive columns of one row, table[code[o, i // d], i % d]. What they run along is padded up
+to a multiple of d; the padded codes are stored and counted. With `band`, columns stand in an order of their own in
+every band of rows (kernels.formats.order), which decides which of them share a scale. Where the table comes from:
+
+    learnt        stored with the layer, a codebook of its own
+    nf            the NormalFloat constants, not stored (d = 1)
+    plain, mlp    of a form in kernels.formats.tables, shared by the layers of group `share`, stored and counted once with the model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.formats.bitpack import packed_words, unpack
+from kernels.formats.normal_float import nf_levels
+from kernels.formats.order import BandOrder
+from kernels.formats.packed import PackedLinear
+from kernels.formats.scales import BlockScales, ScaleForm, per_column
+from kernels.formats.tables import Table
+
+SHARED = ("plain", "mlp")  # forms of tables that a layer refers to
+
+
+def table_key(spec: Mapping[str, Any]) -> str:
+    """Name of the shared table that a layer of this spec decodes from; "" for none."""
+    return f"{spec['share']}:{spec['table']}{spec['dim']}x{spec['index_bits']}" if spec.get("share") else ""
+
+
+def table_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What kernels.formats.tables.Table.from_spec lays that table out from."""
+    return {"form": spec["table"], "dim": spec["dim"], "index_bits": spec["index_bits"]}
+
+
+class CodebookLinear(PackedLinear):
+    format: ClassVar[str] = "codebook"
+    part_of: ClassVar[dict[str, str]] = {"codes": "codes", "codebook": "tables"}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        dim: int,
+        index_bits: int,
+        block: int,
+        scales: str = "double",
+        scale_bits: int = 8,
+        scale_group: int = 256,
+        scale_dtype: str = "float32",
+        table: str = "learnt",
+        share: str = "",
+        band: int = 0,
+        order_bits: int = 0,
+        along: str = "rows",
+        **added: Any,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            dim=dim,
+            index_bits=index_bits,
+            block=block,
+            scales=scales,
+            scale_bits=scale_bits,
+            scale_group=scale_group,
+            scale_dtype=scale_dtype,
+            table=table,
+            share=share,
+            band=band,
+            order_bits=order_bits,
+            along=along,
+            **added,
+        )
+        assert dim in (1, 2, 4, 8) and 1 <= index_bits <= 16 and block >= 0 and along in ("rows", "columns")
+        assert along == "columns" or band % dim == 0
+        assert table in ("learnt", "nf", *SHARED) and (table != "nf" or dim == 1) and bool(share) == (table in SHARED)
+        self.dim, self.index_bits = dim, index_bits
+        self.table_key = table_key(self._hyper)
+        self.block = min(block or in_features, in_features)  # 0: one block for the whole row
+        self.along = along
+        down, across = (
+            (-(-out_features // dim), in_features) if along == "rows" else (out_features, -(-in_features // dim))
+        )
+        self.codes_across = across
+        self.register_buffer("codes", torch.empty(down, packed_words(across, index_bits), dtype=torch.int32))
+        self.register_buffer(
+            "codebook", torch.empty(2**index_bits, dim, dtype=torch.float16) if table == "learnt" else None
+        )
+        self.scales = BlockScales(
+            out_features, -(-in_features // self.block), ScaleForm(scales, scale_bits, scale_group, scale_dtype)
+        )
+        self.order = BandOrder(out_features, in_features, band, order_bits) if band else None
+
+    def attach(self, table: Table) -> None:
+        """Decode from a table that the model owns. Not a submodule: the bytes are not this layer's."""
+        assert (table.form, table.dim, table.index_bits) == (self._hyper["table"], self.dim, self.index_bits)
+        object.__setattr__(self, "shared", table)
+
+    def entries(self) -> Tensor:
+        """The table, fp32 [K, D]."""
+        if self.table_key:
+            return self.shared.entries()
+        return (
+            self.codebook.float()
+            if self.codebook is not None
+            else nf_levels(self.index_bits).to(self.codes.device)[:, None]
+        )
+
+    def decode_base(self) -> Tensor:
+        return self.combine(self.indices(), self.entries(), self.scales.decode())
+
+    def indices(self) -> Tensor:
+        """Codes [V, I], or with along="columns" [O, V]; V vectors to a column or row."""
+        return unpack(self.codes, self.index_bits, self.codes_across)
+
+    def unit(self, code_JI: Tensor, entry_KD: Tensor) -> Tensor:
+        """What the codes stand for under scales of one, [O, I] in the stored order of columns."""
+        vector_JID = torch.nn.functional.embedding(code_JI, entry_KD)
+        if self.along == "columns":
+            return vector_JID.flatten(1)[:, : self.in_features]
+        return vector_JID.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
+
+    def combine(self, code_JI: Tensor, entry_KD: Tensor, scale_OG: Tensor) -> Tensor:
+        """The base [O, I] that these parts stand for; differentiable in all but the codes."""
+        base_OI = self.unit(code_JI, entry_KD) * per_column(scale_OG, self.block, self.in_features)
+        return base_OI if self.order is None else self.order.restore(base_OI)

@@ -1,0 +1,127 @@
+"""`PackedLinear`: the one object that is stored, counted, scored and timed.
+
+A format declares its buffers (never parameters that only exist in memory) and how to decode them; its constructor takes
+shapes and enums alone, so the same class laid out on the meta device tells how many bits a configuration *will* take,
+and laid out on a real device receives the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kernels.formats.lowrank import LowRank
+from kernels.formats.stored import StoredModule
+
+FORMATS: dict[str, type[PackedLinear]] = {}
+
+
+class PackedLinear(StoredModule):
+    """y = x @ decode().T + bias, on stored tensors only.
+
+        weight = (base + left @ right) * row_scale
+
+    Any format may add the low-rank part (`rank`) and one factor per row (`row_scales`, DoRA's magnitudes) to its base.
+    Subclasses set `format`, register the buffers of the base in `__init__` from plain shapes and enums, and implement
+    `decode_base`."""
+
+    format: ClassVar[str]
+    table_key: str = ""  # of the shared table it decodes from (kernels.formats.tables)
+    decode_on_load: ClassVar[bool] = False  # True: `loaded(dtype)` decodes once and keeps the weight
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        assert cls.format not in FORMATS, cls.format
+        cls.part_of = {"row_scale": "scales"} | cls.part_of
+        FORMATS[cls.format] = cls
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        rank: int = 0,
+        adapter_bits: int = 8,
+        row_scales: bool = False,
+        **hyper: Any,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        shape = dict(in_features=in_features, out_features=out_features, bias=bias)
+        self._hyper = shape | dict(rank=rank, adapter_bits=adapter_bits, row_scales=row_scales) | hyper
+        self.lowrank = LowRank(in_features, out_features, rank, adapter_bits) if rank else None
+        self.register_buffer("row_scale", torch.empty(out_features, dtype=torch.float16) if row_scales else None)
+        # Biases stay at 16 bits for every method and are reported with the norms, outside the bits per weight.
+        self.register_buffer("bias", torch.empty(out_features, dtype=torch.float16) if bias else None)
+
+    def spec(self) -> dict[str, Any]:
+        """Shapes and enums (JSON) from which `from_spec` lays out an empty module of the same buffers."""
+        return {"format": self.format, **self._hyper}
+
+    @staticmethod
+    def from_spec(spec: dict[str, Any], device: str | torch.device = "meta") -> PackedLinear:
+        import kernels.formats  # noqa: F401  registers the formats; they import this module
+
+        hyper = dict(spec)
+        cls = FORMATS[hyper.pop("format")]
+        with torch.device(device):
+            return cls(**hyper)
+
+    def fill(self, **tensors: Tensor) -> None:
+        """Set all stored buffers, insisting on the declared shapes and dtypes: what was planned is what is stored.
+        Where nothing is said of the low-rank part or of row scales, they are to be trained, and start without
+        effect."""
+        if self.lowrank is not None and not any(name.startswith("lowrank.") for name in tensors):
+            tensors |= {f"lowrank.{name}": torch.zeros_like(buffer) for name, buffer in self.lowrank.named_buffers()}
+        if self.row_scale is not None and "row_scale" not in tensors:
+            tensors["row_scale"] = torch.ones_like(self.row_scale)
+        missing = self.stored_parts().keys() - tensors
+        assert not missing, f"{self.format}: {sorted(missing)} left without a value"
+        self.refill(**tensors)
+
+    def refill(self, **tensors: Tensor) -> None:
+        """Set some of them."""
+        for name, value in tensors.items():
+            declared = self.get_buffer(name)
+            assert value.shape == declared.shape and value.dtype == declared.dtype, (
+                f"{self.format}.{name}: {tuple(value.shape)} {value.dtype}, laid out as {tuple(declared.shape)} {declared.dtype}"
+            )
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(owner), leaf, value.contiguous())
+
+    def set_bias(self, bias_O: Tensor | None) -> None:
+        assert (bias_O is None) == (self.bias is None)
+        if bias_O is not None:
+            self.bias = bias_O.detach().to(self.bias.dtype)
+
+    @property
+    def resident_bits(self) -> int:
+        """Bits held while decoding: the stored tensors and any lossless re-layout made at load time."""
+        return sum(8 * b.numel() * b.element_size() for name, b in self.named_buffers() if name != "bias")
+
+    def attach(self, table: nn.Module) -> None:
+        """Give the layer the shared table that `table_key` names."""
+        raise AssertionError(f"{type(self).__name__} shares no table")
+
+    def decode(self) -> Tensor:
+        """The weight these bytes stand for: fp32 [out_features, in_features]."""
+        return self.finish(self.decode_base(), self.lowrank.factors() if self.lowrank is not None else None)
+
+    def decode_base(self) -> Tensor:
+        """The weight without its low-rank part and row scales, fp32 [O, I]."""
+        raise AssertionError(f"{type(self).__name__} must define decode_base()")
+
+    def finish(self, base_OI: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The weight made of these parts; differentiable in all of them."""
+        weight_OI = base_OI if factors is None else base_OI + factors[0] @ factors[1]
+        return weight_OI if self.row_scale is None else weight_OI * self.row_scale.float()[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        from kernels.dispatch import linear
+
+        return linear(self, x)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self._hyper.items())

@@ -1,0 +1,80 @@
+"""Uniform grids: b-bit integers with a scale per group of consecutive input columns.
+
+    symmetric      w = scale * (q - 2**(b-1))           16 bits per group
+    integer zero   w = scale * (q - zero)               16 + b bits per group, zero packed at b bits
+    minimum        w = scale * q + minimum              32 bits per group (the Q4_1 form of GGUF)
+
+With `permuted`, groups are formed over the columns in a stored order (act-order without static groups), 16 bits a
+column."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.formats.bitpack import packed_words, unpack
+from kernels.formats.packed import PackedLinear
+from kernels.formats.scales import per_column
+
+OFFSETS = ("symmetric", "zero", "minimum")
+
+
+class UniformLinear(PackedLinear):
+    format: ClassVar[str] = "uniform"
+    part_of: ClassVar[dict[str, str]] = {
+        "codes": "codes",
+        "scales": "scales",
+        "zeros": "scales",
+        "minima": "scales",
+        "order": "tables",
+    }
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        bits: int,
+        group: int,
+        offset: str,
+        permuted: bool = False,
+        **added: Any,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, bias, bits=bits, group=group, offset=offset, permuted=permuted, **added
+        )
+        assert offset in OFFSETS and group >= 0 and in_features < 2**16
+        self.bits, self.offset = bits, offset
+        self.group = min(group or in_features, in_features)  # 0: one group for the whole row
+        self.groups = -(-in_features // self.group)  # the last one may be ragged
+        self.register_buffer("codes", torch.empty(out_features, packed_words(in_features, bits), dtype=torch.int32))
+        self.register_buffer("scales", torch.empty(out_features, self.groups, dtype=torch.float16))
+        # One stream for the whole matrix: padded row by row, the zero of a row-wide group would take 32 bits.
+        zeros = (
+            torch.empty(1, packed_words(out_features * self.groups, bits), dtype=torch.int32)
+            if offset == "zero"
+            else None
+        )
+        self.register_buffer("zeros", zeros)
+        minima = torch.empty(out_features, self.groups, dtype=torch.float16) if offset == "minimum" else None
+        self.register_buffer("minima", minima)
+        # int16 holds column numbers below 2**16 as two's complement.
+        self.register_buffer("order", torch.empty(in_features, dtype=torch.int16) if permuted else None)
+
+    def decode_base(self) -> Tensor:
+        q_OI = unpack(self.codes, self.bits, self.in_features).float()
+        scale_OI = per_column(self.scales.float(), self.group, self.in_features)
+        if self.offset == "minimum":
+            weight_OI = q_OI * scale_OI + per_column(self.minima.float(), self.group, self.in_features)
+        elif self.offset == "zero":
+            zero_OG = unpack(self.zeros, self.bits, self.scales.numel()).view_as(self.scales)
+            weight_OI = (q_OI - per_column(zero_OG.float(), self.group, self.in_features)) * scale_OI
+        else:
+            weight_OI = (q_OI - 2 ** (self.bits - 1)) * scale_OI
+        if self.order is None:
+            return weight_OI
+        column_I = self.order.long() & 0xFFFF
+        return torch.empty_like(weight_OI).index_copy_(1, column_I, weight_OI)

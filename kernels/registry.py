@@ -1,0 +1,72 @@
+"""One way to find a class or object by its name: methods, formats, tables and backends all register through a `Registry`.
+
+An entry is a text, "module:attribute", resolved on first use: a missing optional dependency breaks only what needs it, and no
+module has to import what it offers. Other packages add entries through an entry point of the registry's group.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+Entry = TypeVar("Entry")
+
+
+class Registry(Generic[Entry]):
+    """Names of `what` ("method"), each with the place its `base` class, a subclass of it, or an instance stands at.
+
+    `group` is the entry-point group through which other packages register theirs; "" for none.
+    """
+
+    def __init__(self, what: str, base: type, entries: Mapping[str, str], group: str = "") -> None:
+        self.what, self.base, self.group = what, base, group
+        self._entries = dict(entries)
+        self._resolved: dict[str, Any] = {}
+
+    @cached_property
+    def _foreign(self) -> dict[str, EntryPoint]:
+        """Entries of other packages; ours come first where names collide, so that nobody replaces a method unseen."""
+        found = entry_points(group=self.group) if self.group else ()
+        return {entry.name: entry for entry in found if entry.name not in self._entries}
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._entries
+        yield from self._foreign
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._foreign
+
+    def get(self, name: str) -> Entry:
+        """Raises ValueError with the nearest name for an unknown one, or when an entry is of the wrong kind."""
+        if name not in self._resolved:
+            self._resolved[name] = self._checked(name, self._load(name))
+        return self._resolved[name]
+
+    def _load(self, name: str) -> Any:
+        if name in self._entries:
+            module, _, attribute = self._entries[name].partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        if name not in self._foreign:
+            raise ValueError(f"unknown {self.what} '{name}': {suggestion(name, list(self))}")
+        entry = self._foreign[name]
+        try:
+            return entry.load()
+        except (ImportError, AttributeError) as error:
+            owner = entry.dist.name if entry.dist else "another package"
+            raise ValueError(f"{self.what} '{name}' of {owner} cannot be loaded ({error}): update or remove it") from error
+
+    def _checked(self, name: str, found: Any) -> Any:
+        fits = issubclass(found, self.base) if isinstance(found, type) else isinstance(found, self.base)
+        if not fits:
+            raise ValueError(f"{self.what} '{name}' is no {self.base.__name__}: {found!r}")
+        return found
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """The end of an error about a misspelt name: "did you mean 'gptq'?", or what there is to choose from."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known) or 'none'}"
