@@ -1,0 +1,16 @@
+"""How long work reports where it stands, and says what it does: the two signatures every part shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]  # (phase: what is going on, done, total)
+Say = Callable[[str], None]  # one line for the person who waits
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """The `Progress` of a caller who does not want to know."""
+
+
+def say_nothing(text: str) -> None:
+    """The `Say` of a caller who does not want to know."""
