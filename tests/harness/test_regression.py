@@ -12,7 +12,7 @@ import pytest
 
 from harness.cli import main
 from harness.report.baseline import read_rows
-from tests.harness.conftest import linked_cache, run_harness
+from tests.helpers import linked_cache, run_harness
 
 BASELINE = Path(__file__).parents[2] / "results" / "baselines" / "smollm2-135m.csv"
 ARGUMENTS = (

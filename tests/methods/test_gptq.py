@@ -3,33 +3,9 @@
 import pytest
 import torch
 
-from kernels.formats.layer import LayerConfig, LayerSpec
-from methods import parse_method
 from methods.codecs.error_feedback import layer_error, prepare
 from methods.codecs.uniform_grid import fit_grid
-
-
-def config(**hyper) -> LayerConfig:
-    return LayerConfig.of("uniform", **{"bits": 3, "group": 64, "offset": "symmetric", "permuted": False} | hyper)
-
-
-def decode(method: str, weight, hessian, **hyper):
-    layer = LayerSpec("layer", "layer", *weight.shape, bias=False)
-    parsed = parse_method(method)
-    hyper.setdefault("permuted", parsed.permuted)
-    return parsed.compress(weight, hessian, layer, config(**hyper), seed=0).packed.decode()
-
-
-def hessian_of(size: int, tokens: int = 400, seed: int = 0) -> torch.Tensor:
-    """Correlated inputs with a few loud channels, as in a language model."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(size, size, generator=generator) / size**0.5
-    x = (
-        torch.randn(tokens, size, generator=generator)
-        @ (mix + torch.eye(size))
-        * torch.randn(size, generator=generator).exp()
-    )
-    return x.T @ x
+from tests.helpers import decode_uniform, hessian_of
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +23,8 @@ def test_rtn_at_the_files_own_grid_is_exact(weights):
         "model.layers.29.mlp.down_proj.weight",
     ):
         weight = weights[name]
-        assert torch.equal(decode("rtn", weight, None, bits=4, group=32, offset="minimum"), weight)
-        rounded = decode("rtn", weight, None, bits=4, group=32, offset="zero")
+        assert torch.equal(decode_uniform("rtn", weight, None, bits=4, group=32, offset="minimum"), weight)
+        rounded = decode_uniform("rtn", weight, None, bits=4, group=32, offset="zero")
         errors.append(float((rounded - weight).norm() / weight.norm()))
     assert all(0.07 < error < 0.10 for error in errors), errors
 
@@ -58,8 +34,8 @@ def test_rtn_at_the_files_own_grid_is_exact(weights):
 def test_without_correlations_gptq_is_rtn(weight, offset, act_order):
     identity = torch.eye(weight.shape[1])
     assert torch.equal(
-        decode(f"gptq:grid=minmax,act_order={act_order}", weight, identity, offset=offset),
-        decode("rtn", weight, None, offset=offset),
+        decode_uniform(f"gptq:grid=minmax,act_order={act_order}", weight, identity, offset=offset),
+        decode_uniform("rtn", weight, None, offset=offset),
     )
 
 
@@ -69,8 +45,8 @@ def test_without_correlations_gptq_is_rtn(weight, offset, act_order):
 )
 def test_feedback_beats_rounding(weight, options):
     hessian = hessian_of(576)
-    gptq = layer_error(weight, decode(f"gptq:{options}", weight, hessian), hessian)
-    rtn = layer_error(weight, decode("rtn:grid=mse", weight, None), hessian)
+    gptq = layer_error(weight, decode_uniform(f"gptq:{options}", weight, hessian), hessian)
+    rtn = layer_error(weight, decode_uniform("rtn:grid=mse", weight, None), hessian)
     assert gptq < 0.75 * rtn
 
 
@@ -89,7 +65,7 @@ def test_feedback_matches_the_textbook_recursion():
         q = torch.round((rest[:, [column]] - base) / scale).clamp(0, 7) * scale + base
         expected[:, [column]] = q
         rest[:, left] -= (rest[:, [column]] - q) / inverse[0, 0] * inverse[0]
-    got = decode("gptq:grid=minmax,damp=0.01", weight, hessian, group=12)
+    got = decode_uniform("gptq:grid=minmax,damp=0.01", weight, hessian, group=12)
     assert torch.allclose(got.double(), expected, atol=1e-5)
 
 
@@ -97,7 +73,7 @@ def test_dead_columns_and_ragged_groups():
     weight = torch.randn(20, 100, generator=torch.Generator().manual_seed(0))  # groups of 64 and 36
     hessian = hessian_of(100)
     hessian[7], hessian[:, 7] = 0, 0
-    decoded = decode("gptq", weight, hessian)
+    decoded = decode_uniform("gptq", weight, hessian)
     assert torch.isfinite(decoded).all() and prepare(hessian, act_order=True, damp=0.01).dead == 1
     assert (decoded[:, 7] - weight[:, 7]).abs().max() < 1.2  # kept on its grid, not zeroed
 
@@ -112,12 +88,12 @@ def test_damping_climbs_until_the_hessian_factors():
 @pytest.mark.parametrize("options", ["", "static_groups=false"])
 def test_same_seed_same_bytes(weight, options):
     hessian = hessian_of(576)
-    first, second = (decode(f"gptq:{options}", weight, hessian) for _ in range(2))
+    first, second = (decode_uniform(f"gptq:{options}", weight, hessian) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_a_constant_matrix_survives():
     for offset in ("symmetric", "zero", "minimum"):
         for value in (0.0, 0.25, -3.0):
-            decoded = decode("rtn", torch.full((3, 64), value), None, offset=offset, bits=4)
+            decoded = decode_uniform("rtn", torch.full((3, 64), value), None, offset=offset, bits=4)
             assert torch.allclose(decoded, torch.full((3, 64), value), atol=0.15 * abs(value) + 1e-6)

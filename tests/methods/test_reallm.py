@@ -18,8 +18,7 @@ from methods.codecs.kmeans import kmeans, nearest
 from methods.codecs.svd import svd_factors
 from methods.codecs.vector import absmax_scales, fit_codebook, from_vectors, refit_codebook, to_vectors
 from methods.reallm.calibrated import assign
-from tests.methods.test_gptq import decode as decode_uniform
-from tests.methods.test_gptq import hessian_of
+from tests.helpers import decode_uniform, hessian_of
 
 
 def compress(method, weight, hessian=None, seed=0, **hyper):

@@ -20,7 +20,7 @@ from harness.data.texts import C4_FILES, DATA_VARIABLE, PARTS, mini_documents
 from harness.data.windows import calibration_windows, evaluation_windows, vocabulary_sha256
 from harness.evaluate.score import score
 from harness.model import load_reference
-from tests.harness.conftest import run_harness
+from tests.helpers import run_harness
 
 
 def shingles(documents: list[str]) -> set[str]:

@@ -20,7 +20,7 @@ from harness.plan.allocation import uniform
 from harness.plan.sensitivity import measure_fisher
 from harness.report.baseline import read_rows
 from methods import parse_method
-from tests.harness.conftest import run_harness
+from tests.helpers import run_harness
 
 METHODS = (
     "qlora",

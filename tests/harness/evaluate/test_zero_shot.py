@@ -36,7 +36,7 @@ from harness.report.stats import (
     resampled_shares,
 )
 from harness.report.task_pages import fill_tasks
-from tests.harness.conftest import run_harness
+from tests.helpers import run_harness
 
 HASHES = json.loads((Path(__file__).parent / "request_hashes.json").read_text())
 SAMPLE = 5  # first items of every task whose requests are known by their hash

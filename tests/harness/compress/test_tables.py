@@ -75,7 +75,8 @@ def test_shared_tables_are_stored_and_counted_once(text, truncated, tokens, tmp_
         before = compressed.model(tokens[:2, :64]).logits
     torch.save({"tokens": tokens[:2, :64], "logits": before}, tmp_path / "before.pt")
     script = (
-        "import sys, torch; from pathlib import Path; from harness.compressed import CompressedModel; torch.set_num_threads(1);"
+        "import sys, torch; from pathlib import Path; from harness.compressed import CompressedModel;"
+        "torch.set_num_threads(1);"
         "folder = Path(sys.argv[1]); seen = torch.load(folder / 'before.pt');"
         "loaded = CompressedModel.load(folder / 'artifact', 'cpu', torch.float32);"
         "assert torch.equal(loaded.model(seen['tokens']).logits, seen['logits'])"

@@ -17,8 +17,7 @@ from harness.measure.timing import interleaved, speed_up
 from harness.report.latency import COLUMNS
 from harness.store.files import read_json
 from kernels.synthetic import random_layer
-
-from .conftest import run_harness
+from tests.helpers import run_harness
 
 RUN = [
     "--methods",

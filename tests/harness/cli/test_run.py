@@ -16,7 +16,7 @@ from harness.cli import main
 from harness.report.baseline import read_rows
 from harness.report.leaderboard import TIME_COLUMNS
 from harness.store.files import CACHE_VARIABLE
-from tests.harness.conftest import linked_cache, run_harness
+from tests.helpers import linked_cache, run_harness
 
 PLANNED = ("--calibration", "c4-mini@128x4", "--protocols", "wiki-mini@128/4,c4-mini@128/4")
 SMALL = (*PLANNED, "--no-bench")
