@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels.formats.bitpack import packed_words, unpack
+from kernels.formats.bitpack import pack, packed_words, unpack
 from kernels.formats.normal_float import nf_levels
 from kernels.formats.order import BandOrder
 from kernels.formats.packed import PackedLinear
@@ -117,6 +117,20 @@ class CodebookLinear(PackedLinear):
             if self.codebook is not None
             else nf_levels(self.index_bits).to(self.codes.device)[:, None]
         )
+
+    def tensors(
+        self, code_JI: Tensor, scales: Mapping[str, Tensor], entry_KD: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Buffers of the base by name, for `fill`: the inverse of `indices`.
+
+        `code_JI` [J, I], or [O, J] with along="columns"; `scales` are buffers of `BlockScales` as `quantise_scales`
+        makes them; `entry_KD` is stored in fp16 by a layer with a codebook of its own, and of no effect in others."""
+        own: dict[str, Tensor] = {}
+        if self.codebook is not None:
+            assert entry_KD is not None, "a learnt codebook is stored with the layer"
+            own["codebook"] = entry_KD.half()
+        prefixed = {f"scales.{name}": tensor for name, tensor in scales.items()}
+        return {"codes": pack(code_JI, self.index_bits), **own, **prefixed}
 
     def decode_base(self) -> Tensor:
         return self.combine(self.indices(), self.entries(), self.scales.decode())

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels.formats.bitpack import packed_words, unpack
+from kernels.formats.bitpack import pack, packed_words, unpack
 from kernels.formats.packed import PackedLinear
 from kernels.formats.scales import per_column
 
@@ -63,6 +63,27 @@ class UniformLinear(PackedLinear):
         self.register_buffer("minima", minima)
         # int16 holds column numbers below 2**16 as two's complement.
         self.register_buffer("order", torch.empty(in_features, dtype=torch.int16) if permuted else None)
+
+    def tensors(
+        self,
+        codes_OI: Tensor,
+        scale_OG: Tensor,
+        zero_OG: Tensor | None = None,
+        minimum_OG: Tensor | None = None,
+        order_I: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Buffers of the base by name, for `fill`: what `decode_base` reads, from numbers that are final already.
+
+        Codes and zero points are integers in [0, 2**bits), scales and minima fp16; `order_I` holds the column (int64)
+        that stands at every stored position."""
+        stored = {"codes": pack(codes_OI, self.bits), "scales": scale_OG}
+        if zero_OG is not None:
+            stored["zeros"] = pack(zero_OG.reshape(1, -1), self.bits)
+        if minimum_OG is not None:
+            stored["minima"] = minimum_OG
+        if order_I is not None:
+            stored["order"] = torch.where(order_I >= 2**15, order_I - 2**16, order_I).to(torch.int16)
+        return stored
 
     def decode_base(self) -> Tensor:
         q_OI = unpack(self.codes, self.bits, self.in_features).float()
