@@ -191,7 +191,7 @@ def test_a_table_is_bought_when_it_is_worth_its_bits(seed):
     costs = {}
     for layer in layers:
         own = [LayerConfig.of("codebook", dim=2, index_bits=b, block=64, table="learnt") for b in (3, 4, 6)]
-        shared = LayerConfig.of("codebook", dim=4, index_bits=9, block=64, table="plain", share=layer.kind)
+        shared = LayerConfig.of("codebook", dim=4, index_bits=9, block=64, table="plain", share=layer.role)
         weight = source.lognormvariate(0, 1)
         gain = source.uniform(0.3, 1.2)
         costs[layer.name] = {

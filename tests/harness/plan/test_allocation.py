@@ -22,11 +22,11 @@ def test_any_budget_is_filled_as_far_as_the_method_reaches(name, bits):
         assert bits == "1.9" and name != "reallm"
         return
     # A cost that falls with every bit: the plan spends what it can.
-    of_kind = {
-        x.kind: {c: x.weights * 4.0 ** (-c.stored_bits(x).total / x.weights) for c in considered(method, x, budget)}
+    of_role = {
+        x.role: {c: x.weights * 4.0 ** (-c.stored_bits(x).total / x.weights) for c in considered(method, x, budget)}
         for x in stock.blocks[0].layers
     }
-    ledger = mixed(stock, budget, {x.name: of_kind[x.kind] for x in stock.layers}).ledger
+    ledger = mixed(stock, budget, {x.name: of_role[x.role] for x in stock.layers}).ledger
     most = sum(max(c.stored_bits(x).total for c in method.mixed_candidates(x)) for x in stock.blocks[0].layers) * len(
         stock.blocks
     )
