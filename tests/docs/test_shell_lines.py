@@ -1,7 +1,7 @@
 """Every shell line of README.md, CONTRIBUTING.md and docs/ is run on a model of two blocks, or says what it needs.
 
-The lines of a page run in order, in a folder of its own; pages share one cache of results. What is appended to a line makes
-it small: the last of two equal options wins."""
+The lines of a page run in order, in a folder of its own; pages share one cache of results. What is appended to a line
+makes it small: the last of two equal options wins."""
 
 from __future__ import annotations
 
@@ -86,11 +86,8 @@ def _smaller(verb: str, options: list[str], model: str) -> list[str]:
     if verb == "run":
         return ["--model", model, *SMALL, "--no-bench"]
     if verb == "bench":
-        return (
-            ["--shapes", model, "--bits", "3.25", *QUICK]
-            if "--shapes" in options
-            else ["--model", model, *SMALL, *QUICK]
-        )
+        what = "--shapes" if "--shapes" in options else "--model"
+        return [what, model, *SMALL, *QUICK]
     return []
 
 
