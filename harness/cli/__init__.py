@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from harness import __version__
 
@@ -13,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     from harness.cli import bench, check, compare, ls, plan, run
 
     parser = argparse.ArgumentParser(
-        prog="python -m harness", description="Compare quantisation methods at one stored-bit budget."
+        prog=_program(), description="Compare quantisation methods at one stored-bit budget."
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -36,3 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _program() -> str:
+    """What the user typed to get here."""
+    return "ptq-harness" if Path(sys.argv[0]).stem == "ptq-harness" else "python -m harness"
