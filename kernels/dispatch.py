@@ -1,42 +1,95 @@
-"""Which product runs on which format and device: one table, filled by the kernel packages.
+"""Which product runs on which layer and device: each backend says itself which layouts it serves.
 
-A pair without an entry, or a layer that its kernel does not serve, takes the reference path: decode the whole weight,
-multiply, forget it (or keep it, in a format whose decoder is too slow to run for every product). What runs decides the
-*kind* a leaderboard row carries, so a latency can never be attributed to a kernel that did not run. So does a product
-that gradients must pass through."""
+A device without a backend, or a layer that its backend does not serve, takes the reference path: decode the whole
+weight, multiply, forget it (or keep it, in a format whose decoder is too slow to run for every product). What runs
+decides the *kind* a leaderboard row carries, so a latency can never be attributed to a kernel that did not run. A
+product that gradients must pass through takes the reference path as well.
+
+This module imports neither formats nor backends: every format calls `linear`, and every backend reads formats.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.formats.packed import PackedLinear
+from kernels.registry import Registry
 
-Product = Callable[[PackedLinear, Tensor], Tensor]
+
+class Layer(Protocol):
+    """What is asked of a layer here; in fact every one is a `kernels.formats.packed.PackedLinear`."""
+
+    format: ClassVar[str]
+    decode_on_load: ClassVar[bool]
+    bias: Tensor | None
+
+    def decode(self) -> Tensor: ...
+
+    def loaded(self, dtype: torch.dtype) -> Tensor: ...
+
+
+Product = Callable[[Any, Tensor], Tensor]  # (layer, x [..., I]) -> x W^T + bias, in the dtype of x
 
 
 @dataclass(frozen=True)
-class Fused:
+class Layout:
+    """How a backend reads the layers of one format."""
+
+    parts: Callable[[Any], Any]  # layer -> what the kernel is handed of its base; made once per layer
+    readable: Callable[[Any], bool] | None = (
+        None  # whether a layer of the format is among those it reads; None: all are
+    )
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The fused products on one type of device."""
+
+    layouts: Mapping[str, Layout]  # by format; layers of others are not served
     product: Product
-    serves: Callable[[PackedLinear], bool]  # the layer's layout is known to it, and it can be had on this machine
+    available: Callable[[], bool] | None = None  # whether the kernels can be had on this machine; None: they can
+
+    def serves(self, layer: Layer) -> bool:
+        layout = self.layouts.get(layer.format)
+        if layout is None or not (layout.readable is None or layout.readable(layer)):
+            return False
+        return self.available is None or self.available()
 
 
-PRODUCTS: dict[tuple[str, str], Fused] = {}  # (format, device type) -> fused product
+# By device type.
+BACKENDS: Registry[Backend] = Registry(
+    "backend", Backend, {"cpu": "kernels.cpu:BACKEND", "cuda": "kernels.triton:BACKEND"}, group="ptq_harness.backends"
+)
 
 
-def reference(layer: PackedLinear, x: Tensor) -> Tensor:
+@cache
+def backend(device_type: str) -> Backend | None:
+    """The backend of devices of this type; None where there is none, or what it needs is not installed."""
+    if device_type == "cuda" and not torch.cuda.is_available():  # importing triton takes a second, for nothing
+        return None
+    if device_type not in BACKENDS:
+        return None
+    try:
+        return BACKENDS.get(device_type)
+    except ImportError:
+        return None
+
+
+def reference(layer: Layer, x: Tensor) -> Tensor:
     """The oracle: y = x W^T + b with W decoded in fp32 and rounded once to the dtype of x."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     weight_OI = layer.loaded(x.dtype) if layer.decode_on_load else layer.decode().to(x.dtype)
     return torch.nn.functional.linear(x, weight_OI, bias)
 
 
-def linear(layer: PackedLinear, x: Tensor) -> Tensor:
+def linear(layer: Layer, x: Tensor) -> Tensor:
+    """x W^T + bias for x [..., I] in the dtype of x, by the fused product where there is one."""
     product = None if x.requires_grad and torch.is_grad_enabled() else fused(layer, x.device.type)
     return (product or reference)(layer, x)
 
@@ -56,34 +109,18 @@ def reference_only() -> Iterator[None]:
         _reference_only = before
 
 
-def fused(layer: PackedLinear, device_type: str) -> Product | None:
+def fused(layer: Layer, device_type: str) -> Product | None:
+    """The fused product of this layer on this type of device; None where the reference path is taken."""
     if _reference_only:
         return None
-    _fill()
-    entry = PRODUCTS.get((layer.format, device_type))
-    return entry.product if entry is not None and entry.serves(layer) else None
+    found = backend(device_type)
+    return found.product if found is not None and found.serves(layer) else None
 
 
-def kind(layer: PackedLinear, device_type: str) -> str:
-    """Row kind of this layer on this device: dense | fused | decode-per-call | decode-on-load."""
+def kind(layer: Layer, device_type: str) -> str:
+    """Row kind of this layer on this type of device: dense | fused | decode-per-call | decode-on-load."""
     if layer.format == "dense":
         return "dense"
     if fused(layer, device_type) is not None:
         return "fused"
     return "decode-on-load" if layer.decode_on_load else "decode-per-call"
-
-
-@cache
-def _fill() -> None:
-    import kernels.cpu
-
-    for name in ("uniform", "codebook"):
-        PRODUCTS[name, "cpu"] = Fused(kernels.cpu.product, kernels.cpu.serves)
-    if not torch.cuda.is_available():  # importing triton takes a second, for nothing
-        return
-    try:
-        import kernels.triton
-    except ImportError:
-        return
-    for name in ("uniform", "codebook"):
-        PRODUCTS[name, "cuda"] = Fused(kernels.triton.product, kernels.triton.serves)

@@ -1,7 +1,7 @@
-"""One way to find a class or object by its name: methods, formats, tables and backends all register through a `Registry`.
+"""The one way to find a class or object by its name: methods, formats, tables and backends stand in a `Registry` each.
 
-An entry is a text, "module:attribute", resolved on first use: a missing optional dependency breaks only what needs it, and no
-module has to import what it offers. Other packages add entries through an entry point of the registry's group.
+An entry is a text, "module:attribute", resolved on first use: a missing optional dependency breaks only what needs it,
+and no module has to import what it offers. Other packages add entries through an entry point of the registry's group.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class Registry(Generic[Entry]):
         return name in self._entries or name in self._foreign
 
     def get(self, name: str) -> Entry:
-        """Raises ValueError with the nearest name for an unknown one, or when an entry is of the wrong kind."""
+        """The entry of this name, loaded when it is first asked for.
+
+        Raises ValueError for an unknown name (with the nearest known one), for an entry of another package that cannot
+        be loaded, and for one that is no `base`; ImportError where an entry of ours lacks an optional dependency.
+        """
         if name not in self._resolved:
             self._resolved[name] = self._checked(name, self._load(name))
         return self._resolved[name]
@@ -57,7 +61,8 @@ class Registry(Generic[Entry]):
             return entry.load()
         except (ImportError, AttributeError) as error:
             owner = entry.dist.name if entry.dist else "another package"
-            raise ValueError(f"{self.what} '{name}' of {owner} cannot be loaded ({error}): update or remove it") from error
+            message = f"{self.what} '{name}' of {owner} cannot be loaded ({error}): update or remove it"
+            raise ValueError(message) from error
 
     def _checked(self, name: str, found: Any) -> Any:
         fits = issubclass(found, self.base) if isinstance(found, type) else isinstance(found, self.base)

@@ -1,9 +1,8 @@
-"""What fused kernels know of a layer: prepared once, and again when the layer's tensors are others or were written
-to."""
+"""Views: what fused kernels know of a layer, prepared once, and again when its tensors change or are written to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -13,7 +12,9 @@ from kernels.formats.packed import PackedLinear
 
 
 class View(Protocol):
-    tensors: dict[str, Tensor]  # all that is held for the kernel: the layer's own, and those made of them
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All that is held for the kernel: the layer's own, and those made of them."""
 
 
 Some = TypeVar("Some", bound=View)
@@ -34,7 +35,7 @@ class Kept(Generic[Some]):
 
     @property
     def current(self) -> bool:
-        """Whether they still are. Asked for at every product: no call of torch's, and no allocation."""
+        """Whether the layer's tensors still are those. Asked at every product: no call of torch's, no allocation."""
         return all(
             buffers[name] is known and _version(known) == version for buffers, name, known, version in self._sources
         )
@@ -49,14 +50,11 @@ def view(layer: PackedLinear, name: str, make: Callable[[PackedLinear], Some]) -
 
 
 def _version(buffer: Tensor | None) -> int:
-    """Counts what was written to it."""
+    """How often the buffer was written to in place."""
     return 0 if buffer is None or buffer.is_inference() else buffer._version
 
 
-def supports(layer: PackedLinear) -> bool:
-    """Whether the fused kernels read this layout: codes along rows, one order of columns for all of them, tables that
-    fit a cache."""
-    return not (
-        isinstance(layer, CodebookLinear)
-        and (layer.order is not None or layer.along == "columns" or layer.index_bits > 12)
-    )
+def readable_codebook(layer: CodebookLinear) -> bool:
+    """Whether the fused kernels read this layout: vectors down the rows, one order of columns for all of them, a table
+    that fits a cache."""
+    return layer.order is None and layer.along == "rows" and layer.index_bits <= 12

@@ -5,35 +5,39 @@ matrix product: a tile of rows is decoded at a time, multiplied, and forgotten."
 
 from __future__ import annotations
 
+from ctypes import CDLL
+
 import torch
 from torch import Tensor
 
 from kernels.cpu.build import library
-from kernels.cpu.view import View, view
+from kernels.cpu.view import LAYOUTS, View, view
+from kernels.dispatch import Backend
 from kernels.formats.packed import PackedLinear
-from kernels.views import supports
 
 SMALL = 32
 LONGEST = 8  # weights to a code
 TILE_WEIGHTS = 1 << 20  # decoded at once: a few MiB, which the second-level cache nearly holds
 
 
-def serves(layer: PackedLinear) -> bool:
-    return supports(layer) and library() is not None
+def available() -> bool:
+    """Whether this machine has a compiler, and instructions that the source is written for."""
+    return library() is not None
 
 
 def product(layer: PackedLinear, x: Tensor) -> Tensor:
     """y = x W^T + bias in the dtype of x; sums in fp32."""
-    seen = view(layer)
+    seen, compiled = view(layer), library()
+    assert compiled is not None
     flat_NI = x.reshape(-1, layer.in_features).float()
     if seen.order_I is not None:
         flat_NI = flat_NI[:, seen.order_I]
     if len(flat_NI) > SMALL:
-        out_NO = _tiled(layer, seen, flat_NI)
+        out_NO = _tiled(compiled, layer, seen, flat_NI)
     else:
         flat_NI = flat_NI.contiguous()
         out_NO = flat_NI.new_empty(len(flat_NI), layer.out_features)
-        library().product(
+        compiled.product(
             seen.address,
             flat_NI.data_ptr(),
             layer.in_features,
@@ -44,9 +48,8 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
     return out_NO.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 
 
-def _tiled(layer: PackedLinear, seen: View, x_NI: Tensor) -> Tensor:
-    """A tile of rows at a time."""
-    compiled = library()
+def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Tensor:
+    """The product of many inputs: a tile of rows at a time."""
     rows = max(1, TILE_WEIGHTS // layer.in_features // LONGEST) * LONGEST  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
     tile_OI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
@@ -61,3 +64,6 @@ def _tiled(layer: PackedLinear, seen: View, x_NI: Tensor) -> Tensor:
     if layer.row_scale is not None:
         out_NO *= layer.row_scale.float()
     return out_NO if layer.bias is None else out_NO.add_(layer.bias.float())
+
+
+BACKEND = Backend(LAYOUTS, product, available)

@@ -24,16 +24,15 @@ NARROW = ("avx2", "fma", "f16c")
 
 @cache
 def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, after a warning with the reason, where they cannot be had."""
     try:
         return _load(_built(_instructions(), _compiler()))
     except OSError as error:  # RuntimeError of ours is one line already
-        return _without(f"the compiled kernel cannot be loaded ({error})")
+        reason = f"the compiled kernel cannot be loaded ({error})"
     except RuntimeError as error:
-        return _without(str(error))
-
-
-def _without(reason: str) -> None:
-    warnings.warn(f"no fused CPU kernels: {reason}; layers are decoded by torch, which is slow", stacklevel=3)
+        reason = str(error)
+    warnings.warn(f"no fused CPU kernels: {reason}; layers are decoded by torch, which is slow", stacklevel=2)
+    return None
 
 
 def _instructions() -> tuple[str, ...]:

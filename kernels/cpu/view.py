@@ -4,15 +4,18 @@ read."""
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels import views
+from kernels.dispatch import Layout
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.normal_float import dynamic_map
 from kernels.formats.packed import PackedLinear
 from kernels.formats.uniform import UniformLinear
+from kernels.views import readable_codebook
 
 
 class Layer(ctypes.Structure):
@@ -51,11 +54,22 @@ class Layer(ctypes.Structure):
     ]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a format adds to a layer's structure: fields that are numbers, and tensors whose addresses are fields."""
+
+    codes: Tensor
+    numbers: dict[str, float]
+    tensors: dict[str, Tensor | None]
+    order_I: Tensor | None = None  # the columns of the input in the order of the codes, if that is another one
+
+
 class View:
     """A layer's structure, the tensors it points to, and the order its inputs are wanted in."""
 
     def __init__(self, layer: PackedLinear) -> None:
-        numbers, tensors, self.order_I = _uniform(layer) if isinstance(layer, UniformLinear) else _codebook(layer)
+        parts = LAYOUTS[layer.format].parts(layer)
+        numbers, tensors, self.order_I = dict(parts.numbers), dict(parts.tensors), parts.order_I
         if layer.lowrank is not None:
             numbers["rank"] = layer.rank
             tensors |= {name: getattr(layer.lowrank, name) for name in ("left", "right", "left_scale", "right_scale")}
@@ -63,53 +77,51 @@ class View:
                 tensors["right"] = layer.lowrank.right[:, self.order_I].contiguous()
         tensors |= {"row_scale": layer.row_scale, "bias": layer.bias}
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}  # kept alive
-        assert (
-            all(tensor.is_contiguous() for tensor in self.tensors.values())
-            and self.tensors.keys() <= dict(Layer._fields_).keys()
-        )
-        shape = dict(
-            rows=layer.out_features, columns=layer.in_features, words=layer.codes.shape[1], codes=layer.codes.data_ptr()
-        )
+        assert all(tensor.is_contiguous() for tensor in self.tensors.values())
+        assert self.tensors.keys() <= {field[0] for field in Layer._fields_}
+        shape = dict(rows=layer.out_features, columns=layer.in_features, words=parts.codes.shape[1])
         pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
-        self.structure = Layer(**shape, **numbers, **pointers)
+        self.structure = Layer(**shape, codes=parts.codes.data_ptr(), **numbers, **pointers)
         self.address = ctypes.addressof(self.structure)
         if self.order_I is not None:
             self.tensors["order"] = self.order_I
 
 
 def view(layer: PackedLinear) -> View:
+    """The layer's view, kept with it for as long as its tensors stay as they are."""
     return views.view(layer, "_cpu_view", View)
 
 
-def _uniform(layer: UniformLinear) -> tuple[dict[str, float], dict[str, Tensor | None], Tensor | None]:
-    numbers = dict(bits=layer.bits, dim=1, group=layer.group, groups=layer.groups)
+def _uniform(layer: UniformLinear) -> Parts:
+    numbers: dict[str, float] = dict(bits=layer.bits, dim=1, group=layer.group, groups=layer.groups)
     tensors = {"half": layer.scales, "minima": layer.minima, "zeros": layer.zeros}
     centre = float(2 ** (layer.bits - 1)) if layer.offset == "symmetric" else 0.0
-    if (
-        layer.bits <= 4
-    ):  # a table in a register is as fast as the conversion of a code to a number, and takes the centre off as well
+    # A table in a register is as fast as the conversion of a code to a number, and takes the centre off as well.
+    if layer.bits <= 4:
         tensors["table"] = torch.arange(2**layer.bits, dtype=torch.float32) - centre
     else:
         numbers["centre"] = centre
     order_I = None if layer.order is None else layer.order.long() & 0xFFFF
-    return numbers, tensors, order_I
+    return Parts(layer.codes, numbers, tensors, order_I)
 
 
-def _codebook(layer: CodebookLinear) -> tuple[dict[str, float], dict[str, Tensor | None], Tensor | None]:
+def _codebook(layer: CodebookLinear) -> Parts:
     scales, form = layer.scales, layer.scales.form
-    numbers = dict(bits=layer.index_bits, dim=layer.dim, group=layer.block, groups=scales.blocks)
+    numbers: dict[str, float] = dict(bits=layer.index_bits, dim=layer.dim, group=layer.block, groups=scales.blocks)
     table_KD = layer.entries().contiguous()
     tensors: dict[str, Tensor | None] = {"table": table_KD}
-    if torch.equal(table_KD.half().float(), table_KD):
-        tensors["half_table"] = table_KD.half()
+    half_KD = table_KD.half()
+    if torch.equal(half_KD.float(), table_KD):
+        tensors["half_table"] = half_KD
         if layer.index_bits <= 8:
-            tensors["planes"] = _planes(tensors["half_table"])
-            numbers["plane"] = tensors["planes"].shape[2]
-    if form.kind == "half":
-        return numbers, tensors | {"half": scales.direct}, None
+            planes = _planes(half_KD)
+            tensors["planes"], numbers["plane"] = planes, planes.shape[2]
+    if scales.direct is not None:
+        return Parts(layer.codes, numbers, tensors | {"half": scales.direct})
+    assert scales.steps is not None and scales.offset is not None
     numbers |= dict(scale_bits=form.bits, per_step=form.group, offset=scales.offset.item())
-    tensors["map"] = dynamic_map() if form.kind == "dynamic" else None
-    return numbers, tensors | {"scale_codes": scales.codes, "steps": scales.steps.float()}, None
+    tensors["map"] = dynamic_map() if form.scheme == "dynamic" else None
+    return Parts(layer.codes, numbers, tensors | {"scale_codes": scales.codes, "steps": scales.steps.float()})
 
 
 def _planes(table_KD: Tensor) -> Tensor:
@@ -117,3 +129,10 @@ def _planes(table_KD: Tensor) -> Tensor:
     size = max(64, len(table_KD))
     repeated_DS = table_KD.repeat(-(-size // len(table_KD)), 1)[:size].t().contiguous()
     return repeated_DS.view(torch.uint8).view(-1, size, 2).transpose(1, 2).contiguous()
+
+
+# Every format that is served, said once.
+LAYOUTS = {
+    UniformLinear.format: Layout(_uniform),
+    CodebookLinear.format: Layout(_codebook, readable_codebook),
+}

@@ -4,7 +4,7 @@ Thirty-two codes of b bits fill exactly b words, so the layout repeats every 32 
 over those 32 lanes, each lane vectorised over the whole matrix. Code n of a row occupies bits [n*b, n*b + b) of its
 stream. The last word of a row is padded with zero bits; the padding is stored, and therefore counted.
 
-Shapes: `codes_ON` holds R rows of N codes, `words_OW` the R packed rows of W = ceil(N * bits / 32) int32 words.
+Shapes: `codes_ON` holds O rows of N codes, `words_OW` the O packed rows of W = ceil(N * bits / 32) int32 words.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ def packed_words(count: int, bits: int) -> int:
 
 
 def pack(codes_ON: Tensor, bits: int) -> Tensor:
-    """Pack integer codes in [0, 2**bits) into int32 words [R, ceil(N * bits / 32)]; 1 <= bits <= 16."""
+    """Pack integer codes in [0, 2**bits) into int32 words [O, ceil(N * bits / 32)]; 1 <= bits <= 16."""
     assert 1 <= bits <= 16 and codes_ON.ndim == 2
     rows, count = codes_ON.shape
     periods = -(-count // WORD_BITS)
     lanes = torch.nn.functional.pad(codes_ON.to(torch.int64), (0, periods * WORD_BITS - count))
     lanes = lanes.view(rows, periods, WORD_BITS)
-    words = torch.zeros(
-        rows, periods, bits + 1, dtype=torch.int64, device=codes_ON.device
-    )  # + 1: spill of the last lane, 0
+    # One word more than a period takes: where the last lane would spill, which is always zero.
+    words = torch.zeros(rows, periods, bits + 1, dtype=torch.int64, device=codes_ON.device)
     for lane in range(WORD_BITS):
         word, shift = divmod(lane * bits, WORD_BITS)
         value = lanes[:, :, lane] << shift
@@ -40,7 +39,7 @@ def pack(codes_ON: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words_OW: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack`: the first `count` codes of every row, int32 [R, count]."""
+    """Inverse of `pack`: the first `count` codes of every row, int32 [O, count]."""
     rows, stored = words_OW.shape
     assert words_OW.dtype == torch.int32 and stored == packed_words(count, bits)
     periods = -(-count // WORD_BITS)
@@ -49,9 +48,8 @@ def unpack(words_OW: Tensor, bits: int, count: int) -> Tensor:
     codes = torch.empty(WORD_BITS, rows * periods, dtype=torch.int32, device=words_OW.device)
     for lane in range(WORD_BITS):
         word, shift = divmod(lane * bits, WORD_BITS)
-        value = torch.bitwise_right_shift(
-            words[word], shift, out=codes[lane]
-        )  # arithmetic: the mask below cuts the sign off
+        # An arithmetic shift: the mask below cuts the sign off.
+        value = torch.bitwise_right_shift(words[word], shift, out=codes[lane])
         spill = shift + bits - WORD_BITS
         if spill > 0:  # the code straddles two words: cut the sign off before the upper part comes in
             value &= (1 << (bits - spill)) - 1

@@ -6,11 +6,12 @@ The d weights of a vector are consecutive *rows* of one column, as in ReALLM's r
 is a whole number of vectors, so column-by-column error feedback assigns vectors without looking ahead. With
 along="columns" they are consecutive columns of one row, table[code[o, i // d], i % d]. What they run along is padded up
 to a multiple of d; the padded codes are stored and counted. With `band`, columns stand in an order of their own in
-every band of rows (kernels.formats.order), which decides which of them share a scale. Where the table comes from:
+every band of rows (kernels.formats.order), which decides which of them share a scale. The table (`table`) is one of
 
     learnt        stored with the layer, a codebook of its own
     nf            the NormalFloat constants, not stored (d = 1)
-    plain, mlp    of a form in kernels.formats.tables, shared by the layers of group `share`, stored and counted once with the model
+    plain, mlp    of a form in kernels.formats.tables, shared by the layers of group `share`, stored and counted once
+                  with the model
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.formats.bitpack import pack, packed_words, unpack
 from kernels.formats.normal_float import nf_levels
 from kernels.formats.order import BandOrder
 from kernels.formats.packed import PackedLinear
 from kernels.formats.scales import BlockScales, ScaleForm, per_column
-from kernels.formats.tables import Table
+from kernels.formats.tables import TABLES, Table
 
-SHARED = ("plain", "mlp")  # forms of tables that a layer refers to
+OWN = ("learnt", "nf")  # tables of a layer's own; others stand in TABLES, and layers refer to them
 
 
 def table_key(spec: Mapping[str, Any]) -> str:
@@ -42,8 +43,13 @@ def table_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class CodebookLinear(PackedLinear):
+    """A layer of codes into a table of 2**index_bits vectors of `dim` weights, under a scale per `block` columns."""
+
     format: ClassVar[str] = "codebook"
     part_of: ClassVar[dict[str, str]] = {"codes": "codes", "codebook": "tables"}
+    codes: Tensor  # int32 [J, W], or with along="columns" [O, W]
+    codebook: Tensor | None  # fp16 [K, D]
+    shared: Table  # the table of the model's that `attach` was given, where `table_key` names one
 
     def __init__(
         self,
@@ -85,38 +91,42 @@ class CodebookLinear(PackedLinear):
         )
         assert dim in (1, 2, 4, 8) and 1 <= index_bits <= 16 and block >= 0 and along in ("rows", "columns")
         assert along == "columns" or band % dim == 0
-        assert table in ("learnt", "nf", *SHARED) and (table != "nf" or dim == 1) and bool(share) == (table in SHARED)
+        assert table in OWN or table in TABLES, f"unknown table '{table}'"
+        assert bool(share) == (table not in OWN) and (table != "nf" or dim == 1)
         self.dim, self.index_bits = dim, index_bits
         self.table_key = table_key(self._hyper)
         self.block = min(block or in_features, in_features)  # 0: one block for the whole row
         self.along = along
-        down, across = (
-            (-(-out_features // dim), in_features) if along == "rows" else (out_features, -(-in_features // dim))
-        )
+        down, across = out_features, in_features  # codes
+        if along == "rows":
+            down = -(-out_features // dim)
+        else:
+            across = -(-in_features // dim)
         self.codes_across = across
         self.register_buffer("codes", torch.empty(down, packed_words(across, index_bits), dtype=torch.int32))
         self.register_buffer(
             "codebook", torch.empty(2**index_bits, dim, dtype=torch.float16) if table == "learnt" else None
         )
-        self.scales = BlockScales(
-            out_features, -(-in_features // self.block), ScaleForm(scales, scale_bits, scale_group, scale_dtype)
-        )
+        form = ScaleForm(scales, scale_bits, scale_group, scale_dtype)
+        self.scales = BlockScales(out_features, -(-in_features // self.block), form)
         self.order = BandOrder(out_features, in_features, band, order_bits) if band else None
 
-    def attach(self, table: Table) -> None:
+    def attach(self, table: nn.Module) -> None:
         """Decode from a table that the model owns. Not a submodule: the bytes are not this layer's."""
-        assert (table.form, table.dim, table.index_bits) == (self._hyper["table"], self.dim, self.index_bits)
+        assert isinstance(table, Table) and (table.form, table.dim, table.index_bits) == (
+            self._hyper["table"],
+            self.dim,
+            self.index_bits,
+        )
         object.__setattr__(self, "shared", table)
 
     def entries(self) -> Tensor:
         """The table, fp32 [K, D]."""
         if self.table_key:
             return self.shared.entries()
-        return (
-            self.codebook.float()
-            if self.codebook is not None
-            else nf_levels(self.index_bits).to(self.codes.device)[:, None]
-        )
+        if self.codebook is not None:
+            return self.codebook.float()
+        return nf_levels(self.index_bits).to(self.codes.device)[:, None]
 
     def tensors(
         self, code_JI: Tensor, scales: Mapping[str, Tensor], entry_KD: Tensor | None = None
@@ -136,7 +146,7 @@ class CodebookLinear(PackedLinear):
         return self.combine(self.indices(), self.entries(), self.scales.decode())
 
     def indices(self) -> Tensor:
-        """Codes [V, I], or with along="columns" [O, V]; V vectors to a column or row."""
+        """Codes, int32 [J, I], or with along="columns" [O, J]: J vectors down a column or along a row."""
         return unpack(self.codes, self.index_bits, self.codes_across)
 
     def unit(self, code_JI: Tensor, entry_KD: Tensor) -> Tensor:

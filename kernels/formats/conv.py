@@ -23,7 +23,9 @@ memory: what this format saves is storage, never memory or bandwidth."""
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +42,8 @@ CHUNK = 1 << 20  # weights drawn at once
 
 
 class ConvLinear(PackedLinear):
+    """A layer drawn by a convolutional decoder; `patch` counts rows and columns, `width` the channels of the stem."""
+
     format: ClassVar[str] = "conv"
     decode_on_load: ClassVar[bool] = True
     part_of: ClassVar[dict[str, str]] = {
@@ -51,6 +55,13 @@ class ConvLinear(PackedLinear):
         "row_order": "tables",
         "column_order": "tables",
     }
+    latents: Tensor
+    weights: Tensor
+    absmax: Tensor | None
+    biases: Tensor
+    gain: Tensor | None
+    row_order: Tensor | None
+    column_order: Tensor | None
 
     def __init__(
         self,
@@ -115,7 +126,7 @@ class ConvLinear(PackedLinear):
         self._loaded: Tensor | None = None  # a plain attribute: never saved, never counted as stored
 
     def latent_values(self) -> Tensor:
-        """fp32 [P, C, side, side]."""
+        """The latents of N patches, fp32 [N, C, side, side]."""
         shape = (self.grid[0] * self.grid[1], self.latent_channels, self.side, self.side)
         if self.latent_bits == 16:
             return self.latents.float().view(shape)
@@ -139,13 +150,17 @@ class ConvLinear(PackedLinear):
 
     def orders(self) -> tuple[Tensor, Tensor]:
         """Which row, and which column, of the weight stands at every place of the image: int64 [O], [I]."""
+        assert self.row_order is not None and self.column_order is not None
         pairs = ((self.row_order, self.out_features), (self.column_order, self.in_features))
         row_O, column_I = (unpack(packed[None], index_bits(count), count)[0].long() for packed, count in pairs)
         return row_O, column_I
 
     def unit_scales(self) -> Tensor:
         """What the drawn weights are multiplied by: fp32, broadcasts to [O, I]."""
-        return self.gain if self.scales is None else per_column(self.scales.decode(), self.block, self.in_features)
+        if self.scales is not None:
+            return per_column(self.scales.decode(), self.block, self.in_features)
+        assert self.gain is not None
+        return self.gain
 
     @torch.no_grad()
     def decode_base(self) -> Tensor:
@@ -155,9 +170,8 @@ class ConvLinear(PackedLinear):
         weight_OI = from_patches(torch.cat(drawn), self.grid, self.out_features, self.in_features) * self.unit_scales()
         if self.row_order is not None:
             row_O, column_I = self.orders()
-            weight_OI = torch.empty_like(weight_OI).index_copy_(
-                0, row_O, torch.empty_like(weight_OI).index_copy_(1, column_I, weight_OI)
-            )
+            columns_OI = torch.empty_like(weight_OI).index_copy_(1, column_I, weight_OI)
+            weight_OI = torch.empty_like(weight_OI).index_copy_(0, row_O, columns_OI)
         return weight_OI
 
     def loaded(self, dtype: torch.dtype) -> Tensor:
@@ -182,7 +196,7 @@ class ConvLinear(PackedLinear):
         super().fill(**tensors)
         self._loaded = None
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._loaded = None
         return super()._apply(fn, recurse)
 
@@ -205,12 +219,10 @@ def layer_shapes(latent_channels: int, stages: int, width: int, kernel: int) -> 
 
 
 def draw(latent_NCYX: Tensor, network: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Patches [P, patch, patch]. Training draws with the same function, so nothing is learnt that decoding does not
+    """Patches [N, patch, patch]. Training draws with the same function, so nothing is learnt that decoding does not
     repeat."""
-    (stem, *stages, head), x = (
-        network,
-        latent_NCYX.contiguous(memory_format=torch.channels_last),
-    )  # twice as fast on a CPU
+    stem, *stages, head = network
+    x = latent_NCYX.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
     x = F.gelu(F.conv2d(x, *stem))
     for weight, bias in stages:
         x = F.gelu(F.pixel_shuffle(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2), 2))
@@ -218,7 +230,7 @@ def draw(latent_NCYX: Tensor, network: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def to_patches(matrix_OI: Tensor, patch: int) -> Tensor:
-    """[O, I] -> [P, patch, patch], row-major, padded with zeros."""
+    """[O, I] -> [N, patch, patch], row-major, padded with zeros."""
     rows, columns = matrix_OI.shape
     padded = F.pad(matrix_OI, (0, -columns % patch, 0, -rows % patch))
     down, across = padded.shape[0] // patch, padded.shape[1] // patch
@@ -237,24 +249,23 @@ def latent_levels(bits: int) -> Tensor:
     return torch.arange(1 - 2**bits, 2**bits, 2) / (2**bits - 1)
 
 
-def weight_levels(bits: int, kind: str) -> Tensor:
+def weight_levels(bits: int, scheme: str) -> Tensor:
     """Ascending levels in [-1, 1], fp32: NormalFloat's 2**bits, or 2**bits - 1 even ones with zero among them."""
     highest = 2 ** (bits - 1) - 1
-    return nf_levels(bits) if kind == "nf" else torch.arange(-highest, highest + 1) / highest
+    return nf_levels(bits) if scheme == "nf" else torch.arange(-highest, highest + 1) / highest
 
 
-def exact_convolutions():
+def exact_convolutions() -> AbstractContextManager[None]:
     """Convolutions that give the same fp32 numbers again: cuDNN may otherwise pick its algorithm by timing, and round
     to TF32."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def _stream(count: int, bits: int) -> Tensor:
-    return (
-        torch.empty(count, dtype=torch.float16)
-        if bits == 16
-        else torch.empty(packed_words(count, bits), dtype=torch.int32)
-    )
+    """An empty buffer of `count` numbers: fp16 values at 16 bits, else one stream of codes."""
+    if bits == 16:
+        return torch.empty(count, dtype=torch.float16)
+    return torch.empty(packed_words(count, bits), dtype=torch.int32)
 
 
 def _wait(device: torch.device) -> None:

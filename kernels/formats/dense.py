@@ -17,6 +17,7 @@ class DenseLinear(PackedLinear):
 
     format: ClassVar[str] = "dense"
     part_of: ClassVar[dict[str, str]] = {"weight": "codes"}
+    weight: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: str = "float16", **added: Any) -> None:
         super().__init__(in_features, out_features, bias, dtype=dtype, **added)

@@ -21,7 +21,7 @@ class LayerSpec:
     """One linear layer, known from shapes alone."""
 
     name: str  # dotted name in the model
-    kind: str  # its name within the block, shared by the same layer of every block ("self_attn.q_proj")
+    role: str  # its name within the block, shared by the same layer of every block ("self_attn.q_proj")
     out_features: int
     in_features: int
     bias: bool
@@ -51,7 +51,7 @@ class LayerConfig:
         return PackedLinear.from_spec({"format": self.format, **shape, **dict(self.hyper)}, device)
 
     def stored_bits(self, layer: LayerSpec) -> StoredBits:
-        """Of the layer alone: a table it shares with others is counted once for the model (`shared_bits`)."""
+        """Stored bits of the layer alone: a table it shares is counted once for the model (`shared_bits`)."""
         return _stored_bits(self, layer.out_features, layer.in_features)
 
     @property
@@ -71,10 +71,11 @@ class LayerConfig:
         return cls.of(**data)
 
     def without(self, key: str) -> Self:
+        """The same configuration with this enum left at its default."""
         return self.of(self.format, **{k: v for k, v in self.hyper if k != key})
 
     def plus(self, **hyper: Any) -> Self:
-        """The same with more to it."""
+        """The same configuration with these enums added."""
         return self.of(self.format, **dict(self.hyper), **hyper)
 
     def __str__(self) -> str:
@@ -87,6 +88,6 @@ def _stored_bits(config: LayerConfig, out_features: int, in_features: int) -> St
 
 
 def shared_bits(configs: Iterable[LayerConfig]) -> StoredBits:
-    """Of the tables that layers of these configurations share, each counted once."""
+    """Stored bits of the tables that layers of these configurations share, each counted once."""
     used = {config.table_key: config for config in configs if config.table_key}
     return sum((config.table().stored_bits() for config in used.values()), StoredBits())

@@ -15,7 +15,13 @@ from kernels.formats.stored import StoredModule
 
 
 class LowRank(StoredModule):
+    """Two factors of rank R in fp16, or in 8 bits with scales."""
+
     part_of: ClassVar[dict[str, str]] = dict.fromkeys(("left", "right", "left_scale", "right_scale"), "adapters")
+    left: Tensor  # fp16 or int8 [O, R]
+    right: Tensor  # [R, I]
+    left_scale: Tensor | None  # fp16 [R]
+    right_scale: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, rank: int, bits: int) -> None:
         super().__init__()
@@ -28,14 +34,14 @@ class LowRank(StoredModule):
             self.register_buffer(name, torch.empty(rank, dtype=torch.float16) if bits == 8 else None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """fp32 (left [O, R], right [R, I])."""
+        """(left [O, R], right [R, I]), fp32."""
         left, right = self.left.float(), self.right.float()
-        if self.bits == 8:
+        if self.left_scale is not None and self.right_scale is not None:
             left, right = left * self.left_scale.float(), right * self.right_scale.float()[:, None]
         return left, right
 
     def decode(self) -> Tensor:
-        """fp32 [O, I]."""
+        """The product of the factors, fp32 [O, I]."""
         left, right = self.factors()
         return left @ right
 

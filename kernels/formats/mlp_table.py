@@ -11,7 +11,9 @@ S, the skip, alone is a product quantiser (`layers=0` stores nothing else), whic
 on K through the levels only, so it is worth its error where a large table serves few weights.
 
 All weights of D_phi are stored in `weight_bits` bits, one stream of symmetric codes with an fp16 scale per output row;
-levels and biases in fp16. `entries` rounds to fp16: what a fp16 table of the same entries would hold."""
+levels and biases in fp16. `entries` rounds to fp16: what a fp16 table of the same entries would hold.
+
+Shape suffixes: E digits, L levels of all digits, M weights of D_phi, O their output rows, F biases."""
 
 from __future__ import annotations
 
@@ -24,8 +26,6 @@ from torch import Tensor
 from kernels.formats.bitpack import pack, packed_words, unpack
 from kernels.formats.tables import Table
 
-# Shape suffixes: `E` digits, `L` levels of all digits, `M` weights of D_phi, `R` their output rows, `B` biases.
-
 
 class MlpTable(Table):
     """K = 2^index_bits vectors of `dim` weights. `layers` counts hidden layers of `width`, `digits` the numbers a code
@@ -33,6 +33,10 @@ class MlpTable(Table):
 
     form: ClassVar[str] = "mlp"
     part_of: ClassVar[dict[str, str]] = dict.fromkeys(("levels", "codes", "row_scale", "biases"), "tables")
+    levels: Tensor
+    codes: Tensor
+    row_scale: Tensor
+    biases: Tensor
 
     def __init__(
         self, dim: int, index_bits: int, *, digits: int = 8, width: int = 32, layers: int = 2, weight_bits: int = 6
@@ -104,7 +108,7 @@ class MlpTable(Table):
         return [part.view(shape) for part, shape in zip(flat, self.shapes, strict=True)]
 
     def _quantise(self, weight_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Symmetric codes around zero, whole numbers [M], and the fp16 scales of the rows [R]."""
+        """Symmetric codes around zero, whole numbers [M], and the fp16 scales of the rows [O]."""
         largest = 2 ** (self.weight_bits - 1) - 1
         absmax_O = torch.cat([matrix.abs().amax(dim=1) for matrix in self.matrices(weight_M)])
         scale_O = (absmax_O / largest).clamp(2.0**-24, 65504.0).half()  # smallest and largest finite fp16

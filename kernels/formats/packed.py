@@ -1,4 +1,4 @@
-"""`PackedLinear`: the one object that is stored, counted, scored and timed.
+"""`PackedLinear`: the one object that is stored, counted, scored and timed; `FORMATS`: its subclasses by name.
 
 A format declares its buffers (never parameters that only exist in memory) and how to decode them; its constructor takes
 shapes and enums alone, so the same class laid out on the meta device tells how many bits a configuration *will* take,
@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kernels.dispatch import linear
 from kernels.formats.lowrank import LowRank
 from kernels.formats.stored import StoredModule
-
-FORMATS: dict[str, type[PackedLinear]] = {}
+from kernels.registry import Registry
 
 
 class PackedLinear(StoredModule):
@@ -26,15 +26,12 @@ class PackedLinear(StoredModule):
     Subclasses set `format`, register the buffers of the base in `__init__` from plain shapes and enums, and implement
     `decode_base`."""
 
-    format: ClassVar[str]
+    format: ClassVar[str]  # its name in FORMATS
     table_key: str = ""  # of the shared table it decodes from (kernels.formats.tables)
     decode_on_load: ClassVar[bool] = False  # True: `loaded(dtype)` decodes once and keeps the weight
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        assert cls.format not in FORMATS, cls.format
-        cls.part_of = {"row_scale": "scales"} | cls.part_of
-        FORMATS[cls.format] = cls
+    part_of: ClassVar[dict[str, str]] = {"row_scale": "scales"}
+    row_scale: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -62,10 +59,9 @@ class PackedLinear(StoredModule):
 
     @staticmethod
     def from_spec(spec: dict[str, Any], device: str | torch.device = "meta") -> PackedLinear:
-        import kernels.formats  # noqa: F401  registers the formats; they import this module
-
+        """An empty layer of this description; its format may be one of another package."""
         hyper = dict(spec)
-        cls = FORMATS[hyper.pop("format")]
+        cls = FORMATS.get(hyper.pop("format"))
         with torch.device(device):
             return cls(**hyper)
 
@@ -82,18 +78,20 @@ class PackedLinear(StoredModule):
         self.refill(**tensors)
 
     def refill(self, **tensors: Tensor) -> None:
-        """Set some of them."""
+        """Set some of the stored buffers, with the same insistence."""
         for name, value in tensors.items():
             declared = self.get_buffer(name)
             assert value.shape == declared.shape and value.dtype == declared.dtype, (
-                f"{self.format}.{name}: {tuple(value.shape)} {value.dtype}, laid out as {tuple(declared.shape)} {declared.dtype}"
+                f"{self.format}.{name}: {tuple(value.shape)} {value.dtype}, "
+                f"laid out as {tuple(declared.shape)} {declared.dtype}"
             )
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, value.contiguous())
 
     def set_bias(self, bias_O: Tensor | None) -> None:
+        """Store a bias [O], rounded to 16 bits; None for a layer laid out without."""
         assert (bias_O is None) == (self.bias is None)
-        if bias_O is not None:
+        if bias_O is not None and self.bias is not None:
             self.bias = bias_O.detach().to(self.bias.dtype)
 
     @property
@@ -104,6 +102,10 @@ class PackedLinear(StoredModule):
     def attach(self, table: nn.Module) -> None:
         """Give the layer the shared table that `table_key` names."""
         raise AssertionError(f"{type(self).__name__} shares no table")
+
+    def loaded(self, dtype: torch.dtype) -> Tensor:
+        """The weight [O, I] in the dtype of a product, decoded once and kept; where `decode_on_load`."""
+        raise AssertionError(f"{type(self).__name__} decodes for every product")
 
     def decode(self) -> Tensor:
         """The weight these bytes stand for: fp32 [out_features, in_features]."""
@@ -119,9 +121,21 @@ class PackedLinear(StoredModule):
         return weight_OI if self.row_scale is None else weight_OI * self.row_scale.float()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        from kernels.dispatch import linear
-
+        """x [..., I] times the weight, plus bias: [..., O] in the dtype of x."""
         return linear(self, x)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self._hyper.items())
+
+
+FORMATS: Registry[type[PackedLinear]] = Registry(
+    "format",
+    PackedLinear,
+    {
+        "dense": "kernels.formats.dense:DenseLinear",
+        "uniform": "kernels.formats.uniform:UniformLinear",
+        "codebook": "kernels.formats.codebook:CodebookLinear",
+        "conv": "kernels.formats.conv:ConvLinear",
+    },
+    group="ptq_harness.formats",
+)

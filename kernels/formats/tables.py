@@ -1,7 +1,7 @@
-"""Tables that many layers decode from: K vectors of d weights, stored and counted once.
+"""`Table`: K vectors of d weights that many layers decode from, stored and counted once; `TABLES`: its forms by name.
 
 A layer names the table it uses (`share`, a group of layers; kernels.formats.codebook) and holds none of it. The model
-owns the tables; whoever loads it hands each layer its own (`attach`). Every form answers `entries()`, computed once
+owns the tables; whoever loads it hands each layer its own (`attach`). Every form has `entries()`, computed once
 from what is stored and then kept: a decoder whose input is a discrete code *is* a table, however it is stored."""
 
 from __future__ import annotations
@@ -12,18 +12,14 @@ import torch
 from torch import Tensor
 
 from kernels.formats.stored import StoredModule
-
-FORMS: dict[str, type[Table]] = {}
+from kernels.registry import Registry
 
 
 class Table(StoredModule):
-    """Subclasses set `form`, register buffers from shapes and enums alone, and implement `compute`."""
+    """A table in one stored form. Subclasses set `form`, register buffers from shapes and enums alone, and implement
+    `compute`."""
 
-    form: ClassVar[str]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        FORMS[cls.form] = cls
+    form: ClassVar[str]  # its name in TABLES
 
     def __init__(self, dim: int, index_bits: int, **hyper: Any) -> None:
         super().__init__()
@@ -38,10 +34,9 @@ class Table(StoredModule):
 
     @staticmethod
     def from_spec(spec: dict[str, Any], device: str | torch.device = "meta") -> Table:
-        import kernels.formats  # noqa: F401  registers the forms; they import this module
-
+        """An empty table of this description; its form may be one of another package."""
         hyper = dict(spec)
-        cls = FORMS[hyper.pop("form")]
+        cls = TABLES.get(hyper.pop("form"))
         with torch.device(device):
             return cls(**hyper)
 
@@ -53,7 +48,7 @@ class Table(StoredModule):
 
     def fill(self, **tensors: Tensor) -> None:
         """Set all buffers, insisting on the laid out shapes and dtypes."""
-        assert tensors.keys() == self.part_of.keys(), sorted(tensors)
+        assert tensors.keys() == self.stored_parts().keys(), sorted(tensors)
         for name, value in tensors.items():
             declared = self.get_buffer(name)
             assert value.shape == declared.shape and value.dtype == declared.dtype, (name, value.shape, value.dtype)
@@ -79,6 +74,7 @@ class PlainTable(Table):
 
     form: ClassVar[str] = "plain"
     part_of: ClassVar[dict[str, str]] = {"values": "tables"}
+    values: Tensor
 
     def __init__(self, dim: int, index_bits: int) -> None:
         super().__init__(dim, index_bits)
@@ -86,3 +82,11 @@ class PlainTable(Table):
 
     def compute(self) -> Tensor:
         return self.values
+
+
+TABLES: Registry[type[Table]] = Registry(
+    "table",
+    Table,
+    {"plain": "kernels.formats.tables:PlainTable", "mlp": "kernels.formats.mlp_table:MlpTable"},
+    group="ptq_harness.tables",
+)

@@ -22,6 +22,8 @@ OFFSETS = ("symmetric", "zero", "minimum")
 
 
 class UniformLinear(PackedLinear):
+    """A layer of `bits`-wide numbers on a grid per `group` columns, whose zero `offset` tells."""
+
     format: ClassVar[str] = "uniform"
     part_of: ClassVar[dict[str, str]] = {
         "codes": "codes",
@@ -30,6 +32,11 @@ class UniformLinear(PackedLinear):
         "minima": "scales",
         "order": "tables",
     }
+    codes: Tensor  # int32 [O, W]
+    scales: Tensor  # fp16 [O, G]
+    zeros: Tensor | None  # one stream of O * G codes, int32 [1, W]
+    minima: Tensor | None  # fp16 [O, G]
+    order: Tensor | None  # int16 [I]
 
     def __init__(
         self,
@@ -53,12 +60,8 @@ class UniformLinear(PackedLinear):
         self.register_buffer("codes", torch.empty(out_features, packed_words(in_features, bits), dtype=torch.int32))
         self.register_buffer("scales", torch.empty(out_features, self.groups, dtype=torch.float16))
         # One stream for the whole matrix: padded row by row, the zero of a row-wide group would take 32 bits.
-        zeros = (
-            torch.empty(1, packed_words(out_features * self.groups, bits), dtype=torch.int32)
-            if offset == "zero"
-            else None
-        )
-        self.register_buffer("zeros", zeros)
+        zeros = torch.empty(1, packed_words(out_features * self.groups, bits), dtype=torch.int32)
+        self.register_buffer("zeros", zeros if offset == "zero" else None)
         minima = torch.empty(out_features, self.groups, dtype=torch.float16) if offset == "minimum" else None
         self.register_buffer("minima", minima)
         # int16 holds column numbers below 2**16 as two's complement.
@@ -88,9 +91,9 @@ class UniformLinear(PackedLinear):
     def decode_base(self) -> Tensor:
         q_OI = unpack(self.codes, self.bits, self.in_features).float()
         scale_OI = per_column(self.scales.float(), self.group, self.in_features)
-        if self.offset == "minimum":
+        if self.minima is not None:
             weight_OI = q_OI * scale_OI + per_column(self.minima.float(), self.group, self.in_features)
-        elif self.offset == "zero":
+        elif self.zeros is not None:
             zero_OG = unpack(self.zeros, self.bits, self.scales.numel()).view_as(self.scales)
             weight_OI = (q_OI - per_column(zero_OG.float(), self.group, self.in_features)) * scale_OI
         else:

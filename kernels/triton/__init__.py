@@ -11,18 +11,14 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.dispatch import Backend
 from kernels.formats.packed import PackedLinear
 from kernels.triton import launch, programs
-from kernels.triton.view import View, view
-from kernels.views import supports
+from kernels.triton.view import LAYOUTS, View, view
 
 SMALL = 32
 DECODED = 1 << 26  # weights that stand in memory at once with more than SMALL inputs: 128 MiB
 FINISH_ROWS, FINISH_RANKS = 64, 32
-
-
-def serves(layer: PackedLinear) -> bool:
-    return supports(layer)
 
 
 def product(layer: PackedLinear, x: Tensor) -> Tensor:
@@ -73,7 +69,7 @@ def fused(seen: View, x_NI: Tensor, ordered_NI: Tensor, how: launch.Launch | Non
 
 
 def _decoded(layer: PackedLinear, seen: View, x_NI: Tensor, ordered_NI: Tensor) -> Tensor:
-    """More inputs: some rows at a time."""
+    """The product of many inputs: some rows at a time."""
     form = seen.form
     rows = max(1, DECODED // form.columns // 64) * 64  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), form.rows)
@@ -88,9 +84,12 @@ def _decoded(layer: PackedLinear, seen: View, x_NI: Tensor, ordered_NI: Tensor) 
     if layer.lowrank is not None:
         stored = layer.lowrank
         inner_NR = (x_NI @ stored.right.to(x_NI.dtype).t()).float()
-        if stored.bits == 8:
+        if stored.left_scale is not None and stored.right_scale is not None:
             inner_NR *= stored.right_scale.float() * stored.left_scale.float()
         out_NO += inner_NR.to(x_NI.dtype) @ stored.left.to(x_NI.dtype).t()
     if layer.row_scale is not None:
         out_NO *= layer.row_scale.to(x_NI.dtype)
     return out_NO if layer.bias is None else out_NO.add_(layer.bias.to(x_NI.dtype))
+
+
+BACKEND = Backend(LAYOUTS, product)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from kernels import views
+from kernels.dispatch import Layout
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.normal_float import dynamic_map
 from kernels.formats.packed import PackedLinear
 from kernels.formats.uniform import UniformLinear
 from kernels.triton.decode import Form, Stored, lanes
+from kernels.views import readable_codebook
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,12 @@ class View:
 
 
 def view(layer: PackedLinear) -> View:
+    """The layer's view, kept with it for as long as its tensors stay as they are."""
     return views.view(layer, "_triton_view", _make)
 
 
 def _make(layer: PackedLinear) -> View:
-    form, tensors = _uniform(layer) if isinstance(layer, UniformLinear) else _codebook(layer)
+    form, tensors, order_I = LAYOUTS[layer.format].parts(layer)
     form |= dict(rows=layer.out_features, columns=layer.in_features, rank=layer.rank, lanes=lanes(form["bits"]))
     form |= dict(
         one_scale=form["group"] % form["lanes"] == 0 or form["groups"] == 1,
@@ -40,31 +44,38 @@ def _make(layer: PackedLinear) -> View:
     form |= dict(row_scale=layer.row_scale is not None, bias=layer.bias is not None)
     if layer.lowrank is not None:
         tensors |= {name: getattr(layer.lowrank, name) for name in ("left", "right", "left_scale", "right_scale")}
-    tensors |= dict(codes=layer.codes, row_scale=layer.row_scale, bias=layer.bias)
+    tensors |= dict(row_scale=layer.row_scale, bias=layer.bias)
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
-    order = getattr(layer, "order", None)
-    return View(
-        Form(**form),
-        Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors),
-        None if order is None else order.long() & 0xFFFF,
-    )
+    return View(Form(**form), Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors), order_I)
 
 
-def _uniform(layer: UniformLinear) -> tuple[dict, dict]:
+# Fields of `Form` and of `Stored` that a format decides, and the order of columns, int64 [I], if that is another one.
+Parts = tuple[dict[str, Any], dict[str, Tensor | None], Tensor | None]
+
+
+def _uniform(layer: UniformLinear) -> Parts:
     form = dict(bits=layer.bits, dim=1, table=False, group=layer.group, groups=layer.groups, offset=layer.offset)
-    return form | dict(scale_bits=16, per_step=1, levels=False), dict(
-        scales=layer.scales, minima=layer.minima, zeros=layer.zeros
-    )
+    form |= dict(scale_bits=16, per_step=1, levels=False)
+    tensors = dict(codes=layer.codes, scales=layer.scales, minima=layer.minima, zeros=layer.zeros)
+    return form, tensors, None if layer.order is None else layer.order.long() & 0xFFFF
 
 
-def _codebook(layer: CodebookLinear) -> tuple[dict, dict]:
-    scales, kind = layer.scales, layer.scales.form
-    form = dict(bits=layer.index_bits, dim=layer.dim, table=True, group=layer.block, groups=scales.blocks, offset="")
+def _codebook(layer: CodebookLinear) -> Parts:
+    stored, scales = layer.scales, layer.scales.form
+    form = dict(bits=layer.index_bits, dim=layer.dim, table=True, group=layer.block, groups=stored.blocks, offset="")
     # Entries are values of fp16 numbers, and gathered as such; NormalFloat's levels are not, and stay fp32.
     entry_KD = layer.entries().contiguous()
-    tensors = dict(table=entry_KD if layer.codebook is None and not layer.table_key else entry_KD.half())
-    if kind.kind == "half":
-        return form | dict(scale_bits=16, per_step=1, levels=False), tensors | dict(scales=scales.direct)
-    levels = dynamic_map().to(entry_KD.device) if kind.kind == "dynamic" else None
-    tensors |= dict(scales=scales.codes, steps=scales.steps, levels=levels, scale_offset=scales.offset)
-    return form | dict(scale_bits=kind.bits, per_step=kind.group, levels=levels is not None), tensors
+    table_KD = entry_KD if layer.codebook is None and not layer.table_key else entry_KD.half()
+    tensors: dict[str, Tensor | None] = dict(codes=layer.codes, table=table_KD)
+    if scales.scheme == "half":
+        return form | dict(scale_bits=16, per_step=1, levels=False), tensors | dict(scales=stored.direct), None
+    levels = dynamic_map().to(entry_KD.device) if scales.scheme == "dynamic" else None
+    tensors |= dict(scales=stored.codes, steps=stored.steps, levels=levels, scale_offset=stored.offset)
+    return form | dict(scale_bits=scales.bits, per_step=scales.group, levels=levels is not None), tensors, None
+
+
+# Every format that is served, said once.
+LAYOUTS = {
+    UniformLinear.format: Layout(_uniform),
+    CodebookLinear.format: Layout(_codebook, readable_codebook),
+}

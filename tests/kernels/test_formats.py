@@ -6,7 +6,8 @@ import torch
 from kernels.dispatch import kind, linear
 from kernels.formats.bitpack import pack, packed_words, unpack
 from kernels.formats.order import BandOrder, index_bits
-from kernels.formats.packed import PackedLinear
+from kernels.formats.packed import FORMATS, PackedLinear
+from kernels.formats.tables import TABLES
 
 UNIFORM = dict(format="uniform", bits=3, group=64, offset="symmetric")
 CODEBOOK = dict(format="codebook", dim=2, index_bits=6, block=64, rank=3)
@@ -196,3 +197,21 @@ def test_the_reference_product_is_the_decoded_weight():
     expected = x.double() @ layer.decode().double().T + layer.bias.double()
     assert torch.allclose(layer(x).double(), expected, atol=1e-4) and torch.equal(layer(x), linear(layer, x))
     assert kind(layer, "cpu") == "dense"
+
+
+def test_formats_and_tables_are_found_by_the_names_they_carry():
+    assert all(FORMATS.get(name).format == name for name in FORMATS)
+    assert all(TABLES.get(name).form == name for name in TABLES)
+    with pytest.raises(ValueError, match="did you mean 'uniform'"):
+        PackedLinear.from_spec({"format": "uniforn"})
+
+
+def test_a_layer_that_decodes_for_every_product_keeps_no_weight():
+    layer = PackedLinear.from_spec(UNIFORM | dict(out_features=4, in_features=64, bias=False), "cpu")
+    with pytest.raises(AssertionError, match="decodes for every product"):
+        layer.loaded(torch.float32)
+
+
+def test_row_scales_are_counted_in_every_format():
+    layer = PackedLinear.from_spec(UNIFORM | dict(out_features=4, in_features=64, bias=True, row_scales=True))
+    assert layer.stored_parts() == {"codes": "codes", "scales": "scales", "row_scale": "scales"}

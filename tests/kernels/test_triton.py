@@ -74,10 +74,9 @@ def test_launch_configurations_are_filed_by_gpu_and_found_again(monkeypatch, tmp
 
 def test_a_machine_without_a_gpu_does_not_import_triton():
     code = (
-        "import sys, torch, kernels.formats; from kernels.dispatch import kind; from kernels.formats.packed import PackedLinear; "
-        "torch.cuda.is_available = lambda: False; "
-        "layer = PackedLinear.from_spec(dict(format='uniform', in_features=64, out_features=64, bias=False, bits=4, group=64, "
-        "offset='zero'), 'cpu'); print(kind(layer, 'cuda'), 'kernels.triton' in sys.modules)"
+        "import sys, torch; from kernels.dispatch import kind; from kernels.synthetic import TYPICAL, random_layer; "
+        "torch.cuda.is_available = lambda: False; layer = random_layer(TYPICAL['4-bit'], 64, 64); "
+        "print(kind(layer, 'cuda'), 'kernels.triton' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["decode-per-call", "False"]

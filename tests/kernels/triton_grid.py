@@ -49,7 +49,8 @@ class Case:
 
     def __str__(self) -> str:
         name = "-".join(str(value) for value in self.spec.values())
-        return f"{name} {self.shape[0]}x{self.shape[1]} {self.program} batch {self.batch} splits {self.splits} {self.dtype}"
+        rows, columns = self.shape
+        return f"{name} {rows}x{columns} {self.program} batch {self.batch} splits {self.splits} {self.dtype}"
 
 
 def cases() -> Iterator[Case]:
