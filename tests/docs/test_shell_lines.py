@@ -39,7 +39,9 @@ def blocks(page: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def shell_lines(page: Path) -> list[str]:
-    return [line for language, lines in blocks(page) if language == "sh" for line in lines if line.strip()]
+    """Those that are more than a comment."""
+    lines = (line for language, lines in blocks(page) if language == "sh" for line in lines)
+    return [line for line in lines if shlex.split(line, comments=True)]
 
 
 @pytest.fixture(scope="module")
