@@ -1,67 +1,92 @@
-"""Compression methods. Adding one is adding a file or folder here and one line to REGISTRY."""
+"""Compression methods. Adding one is adding a file or folder here and one line to METHODS, or an entry point of the group
+`ptq_harness.methods` in another package.
+
+A package outside imports what it needs from here and from `methods.base`: in an installed wheel our kernels have another name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
-from methods.base import Method
+from kernels.registry import Registry, suggestion
+from methods.base import Adaptation, Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Sensitivity, Track
 
-# Resolved on first use: a missing optional dependency breaks only its own method.
-REGISTRY: dict[str, str] = {
-    "fp16": "methods.fp16:Half",
-    "rtn": "methods.rtn:RoundToNearest",
-    "nf": "methods.nf:NormalFloat",
-    "gptq": "methods.gptq:GPTQ",
-    "gptvq": "methods.gptvq:GPTVQ",
-    "reallm": "methods.reallm:ReALLM",
-    "qlora": "methods.qlora:QLoRA",
-    "gptq-lora": "methods.gptq_lora:GPTQLoRA",
-    "lq-lora": "methods.lq_lora:LQLoRA",
-    "fp16-lora": "methods.fp16_lora:HalfLoRA",
-}
+__all__ = [
+    "METHODS",
+    "Adaptation",
+    "Compressed",
+    "LayerConfig",
+    "LayerData",
+    "LayerSpec",
+    "Method",
+    "Needs",
+    "Sensitivity",
+    "Track",
+    "parse_method",
+    "split_methods",
+]
 
-
-def method_class(name: str) -> type[Method]:
-    if name not in REGISTRY:
-        near = difflib.get_close_matches(name, REGISTRY, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(REGISTRY)}"
-        raise ValueError(f"unknown method '{name}': {hint}")
-    module, _, attribute = REGISTRY[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+# Each entry is the class of a method's default configuration.
+METHODS: Registry[type[Method]] = Registry(
+    "method",
+    Method,
+    {
+        "fp16": "methods.fp16:Half",
+        "rtn": "methods.rtn:RoundToNearest",
+        "nf": "methods.nf:NormalFloat",
+        "gptq": "methods.gptq:GPTQ",
+        "gptvq": "methods.gptvq:GPTVQ",
+        "reallm": "methods.reallm.calibrated:Calibrated",
+        "qlora": "methods.qlora:QLoRA",
+        "gptq-lora": "methods.gptq_lora:GPTQLoRA",
+        "lq-lora": "methods.lq_lora:LQLoRA",
+        "fp16-lora": "methods.fp16_lora:HalfLoRA",
+    },
+    group="ptq_harness.methods",
+)
 
 
 def parse_method(text: str) -> Method:
-    """`gptq`, `reallm:data-free` (a variant), `gptq:group=64,act_order=false` (overrides), or both, comma-separated.
+    """`gptq`, `reallm:data-free` (a variant), `gptq:group=64,act_order=false` (options), or both, comma-separated.
 
-    Raises ValueError naming the nearest variant, key or value.
+    Raises ValueError naming the nearest variant, option or value.
     """
-    name, _, options = text.strip().partition(":")
-    cls = method_class(name)
+    name, _, rest = text.strip().partition(":")
+    parts = [part.strip() for part in rest.split(",") if part.strip()]
+    method = METHODS.get(name)()
+    for variant in (part for part in parts if "=" not in part):
+        variants = method.variants()
+        if variant not in variants:
+            raise ValueError(f"method '{name}' has no variant '{variant}': {suggestion(variant, variants)}")
+        method = variants[variant]
     values: dict[str, Any] = {}
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for option in filter(None, (part.strip() for part in options.split(","))):
-        key, equals, value = option.partition("=")
-        known = fields if equals else cls.variants
-        if key not in known:
-            what = "option" if equals else "variant"
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"{name} has {', '.join(known) or 'none'}"
-            raise ValueError(f"method '{name}' has no {what} '{key}': {hint}")
-        values |= {key: _parse_value(text, fields[key], value)} if equals else cls.variants[key]
+    hints = get_type_hints(type(method))
+    options = [option.name for option in dataclasses.fields(method)]
+    for part in (part for part in parts if "=" in part):
+        key, _, value = part.partition("=")
+        if key not in options:
+            raise ValueError(
+                f"method '{text}' has no option '{key}': {_where(key, method) or suggestion(key, options)}"
+            )
+        values[key] = _parse_value(text, key, hints[key], value)
     try:
-        return cls(**values)
+        return dataclasses.replace(method, **values)
     except (ValueError, AssertionError) as error:
         raise ValueError(f"method '{text}': {error}") from error
+
+
+def _where(key: str, method: Method) -> str:
+    """Which variants of the method have an option that this one has not; "" for none."""
+    owners = [name for name, other in method.variants().items() if hasattr(other, key)]
+    return f"it belongs to {' and '.join(f'{method.name}:{owner}' for owner in owners)}" if owners else ""
 
 
 def split_methods(text: str) -> list[str]:
     """Split a comma list of methods whose own options may hold commas: a new method starts at every registered name."""
     items: list[str] = []
     for part in filter(None, (p.strip() for p in text.split(","))):
-        is_option = items and ":" in items[-1] and part.partition(":")[0] not in REGISTRY
+        is_option = items and ":" in items[-1] and part.partition(":")[0] not in METHODS
         if is_option:
             items[-1] += f",{part}"
         else:
@@ -69,33 +94,22 @@ def split_methods(text: str) -> list[str]:
     return items
 
 
-def _parse_value(text: str, field: dataclasses.Field, value: str) -> Any:
-    lowered = value.lower()
-    annotation = _ANNOTATIONS[field.type]
+def _parse_value(text: str, key: str, annotation: Any, value: str) -> Any:
+    """The value of an option of type bool, int, float or str, or a union of some of them and None."""
+    lowered = value.strip().lower()
     choices = get_args(annotation) or (annotation,)
     if type(None) in choices and lowered in ("none", "auto"):
         return None
     if bool in choices and lowered in ("true", "false"):
         return lowered == "true"
-    for kind in (int, float):
-        if kind in choices:
+    for number in (int, float):
+        if number in choices:
             try:
-                return kind(value)
+                return number(value)
             except ValueError:
                 pass
     if str in choices:
         return value
-    wanted = " or ".join("none" if c is type(None) else "true/false" if c is bool else c.__name__ for c in choices)
-    raise ValueError(f"method '{text}': {field.name}={value} is not {wanted}")
-
-
-_ANNOTATIONS: dict[str, Any] = {
-    "bool": bool,
-    "int": int,
-    "float": float,
-    "str": str,
-    "int | None": int | None,
-    "str | None": str | None,
-    "float | None": float | None,
-    "bool | None": bool | None,
-}
+    names = {type(None): "none", bool: "true/false"}
+    wanted = " or ".join(names.get(choice) or choice.__name__ for choice in choices)
+    raise ValueError(f"method '{text}': {key}={value} is not {wanted}")

@@ -29,7 +29,8 @@ class Adapted(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adapters(self.rank, self.adapter_bits, self.lora_rate)
+        check_adapters(self.rank, self.adapter_bits)
+        check_rate(self.lora_rate)
 
     @property
     def adaptation(self) -> Adaptation:
@@ -54,11 +55,15 @@ def usual_rank(layer: LayerSpec) -> int:
     return max(1, min(layer.in_features, layer.out_features) // SHARE)
 
 
-def check_adapters(rank: int | None, bits: int, rate: float) -> None:
+def check_adapters(rank: int | None, bits: int) -> None:
     """Raises ValueError."""
     if rank is not None and rank < 1:
         raise ValueError("rank must be at least 1")
     if bits not in (8, 16):
         raise ValueError("adapter_bits must be 8 or 16")
+
+
+def check_rate(rate: float) -> None:
+    """Raises ValueError."""
     if not 0 < rate < 1:
         raise ValueError("lora_rate must be between 0 and 1")

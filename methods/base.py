@@ -1,18 +1,29 @@
-"""What a method is: a frozen configuration, candidates with exact bits, and a rule that turns weights into packed
-layers.
+"""What a method is: a frozen configuration, candidates with exact bits, and a rule that turns a weight into a packed layer.
 
-Shape suffixes used throughout: `O` out_features, `I` in_features, `G` groups of input columns, `K` codebook entries,
-`D` vector length, `V` vectors down a column, `R` rank, `N` samples. Weights are [out_features, in_features]."""
+The contract, in the order the harness calls it:
+
+    candidates        what a layer may be stored as, from its shape alone
+    expected_costs    what each of them is expected to cost
+    needs             which statistics of the calibration tokens `compress` wants
+    fit_tables        tables that layers share, if any
+    compress          one layer: everything measured about it comes in one `LayerData`
+    tune_block        a packed block as a whole, if `needs.outputs`
+
+CONTRIBUTING.md has the legend of shape suffixes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
+from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -22,6 +33,20 @@ from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.packed import PackedLinear
 from kernels.formats.stored import StoredBits
 from kernels.formats.tables import Table
+
+__all__ = [
+    "Adaptation",
+    "Block",
+    "Compressed",
+    "LayerConfig",
+    "LayerData",
+    "LayerSpec",
+    "Method",
+    "Needs",
+    "Sensitivity",
+    "Track",
+    "layer_seed",
+]
 
 SAMPLE_BANDS, BAND_ROWS = 4, 8  # of rows, for estimates; a band holds whole vectors of every codebook length
 
@@ -36,13 +61,42 @@ class Track(StrEnum):
 
 @dataclass(frozen=True)
 class Needs:
-    """Statistics the harness must collect before a layer can be compressed."""
+    """Statistics the harness collects before a layer is compressed; what is not asked for is None in `LayerData`."""
 
-    hessian: bool = False  # sum over calibration tokens of x x^T, fp32 [I, I]
-    original: bool = False  # the uncompressed model's activations beside those behind the packed prefix
-    fisher: bool = (
-        False  # mean squares of the gradient of the language-modelling loss, per row and per column of every weight
+    hessian: bool = False
+    drift: bool = False
+    fisher: bool = False
+    outputs: bool = False  # the uncompressed model's outputs of every block, for `Method.tune_block`
+    true_sequential: bool = True  # statistics behind the packed earlier layers of the same block, not the original ones
+
+    @property
+    def original(self) -> bool:
+        """Whether the uncompressed model's activations are carried along beside those behind the packed prefix."""
+        return self.drift or self.outputs
+
+    @property
+    def text(self) -> bool:
+        """Whether anything is computed from calibration tokens."""
+        return self.hessian or self.fisher or self.original
+
+    @property
+    def sensitivity(self) -> str:
+        """What an error is weighed with when costs are estimated (harness.plan.sensitivity.MEASURES)."""
+        return "fisher" if self.fisher else "feedback" if self.hessian else "plain"
+
+
+@dataclass(frozen=True)
+class LayerData:
+    """Everything measured about one layer: the one argument through which statistics reach a method."""
+
+    weight_OI: Tensor  # the original weight, fp32
+    seed: int = 0  # the layer's own
+    hessian_II: Tensor | None = (
+        None  # fp32, sum of x x^T over calibration tokens; x is the input behind the packed prefix
     )
+    drift_II: Tensor | None = None  # fp32, sum of (x' - x) x^T; x' is the uncompressed model's input
+    fisher: Sensitivity | None = None  # mean squared gradient of the language-modelling loss, as rows x columns
+    table: Table | None = None  # the shared table the layer's configuration names
 
 
 @dataclass(frozen=True)
@@ -71,7 +125,7 @@ class Sensitivity:
         return 0.5 * float(self.row_O @ error_OI.square() @ self.column_I)
 
     def sample(self, weight_OI: Tensor) -> tuple[Tensor, Sensitivity]:
-        """SAMPLE_BANDS evenly spaced bands of rows [R, I], and a sensitivity that stands for the whole matrix: the
+        """SAMPLE_BANDS evenly spaced bands of rows [N, I], and a sensitivity that stands for the whole matrix: the
         share of the weights' own cost that the sample carries is the share of an error's cost it is taken to carry."""
         rows = weight_OI.shape[0]
         if rows <= SAMPLE_BANDS * BAND_ROWS:
@@ -84,71 +138,81 @@ class Sensitivity:
 
 
 class Block(Protocol):
-    """One decoder block as a method sees it (harness.compress.block provides it)."""
-
-    layers: Mapping[str, LayerSpec]
-    tables: Mapping[str, Table]  # those the method fitted, by key
-
-    def stages(self) -> list[list[str]]:
-        """Layer names in the order data takes; layers of one stage share one input."""
-
-    def weight(self, name: str) -> Tensor:
-        """The original weight, fp32 [O, I]."""
-
-    def hessian(self, name: str) -> Tensor:
-        """fp32 [I, I]: sum of x x^T over calibration tokens, x computed by the block as it is now."""
-
-    def drift(self, name: str) -> Tensor:
-        """fp32 [I, I]: sum of (x' - x) x^T, x' being the uncompressed model's input. Only with `Needs.original`."""
-
-    def fisher(self, name: str) -> Sensitivity:
-        """Mean squared gradients as a product of rows and columns (harness.plan.sensitivity). Only with
-        `Needs.fisher`."""
-
-    def install(self, name: str, packed: Compressed) -> None:
-        """Replace the layer; everything later in the block now runs on the packed one."""
+    """One packed decoder block as `Method.tune_block` sees it (harness.compress.block provides it)."""
 
     def lend(self, name: str, module: nn.Module) -> None:
-        """Let `run` use this module in the layer's place, until the next `install`."""
+        """Let `run` use this module in the layer's place."""
 
     def restore(self, name: str) -> None:
-        """Let `run` use the original layer, until the next `install`."""
+        """Let `run` use the original layer."""
 
     def run(self, hidden_NTH: Tensor) -> Tensor:
         """The block as it is now on hidden states in front of it, with gradients if they are wanted."""
 
     def windows(self) -> tuple[Tensor, Tensor]:
         """Hidden states [N, T, H] of the calibration tokens: in front of the block, as the packed prefix leaves them,
-        and behind it in the uncompressed model. Only with `Needs.original`."""
+        and behind it in the uncompressed model."""
 
 
 @dataclass(frozen=True)
 class Compressed:
+    """A packed layer, and anything about its making that is worth a number: dead columns, damping used, rounds."""
+
     packed: PackedLinear
-    report: dict[str, float] = field(
-        default_factory=dict
-    )  # anything worth a number: dead columns, damping used, rounds
+    report: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Subclasses are frozen dataclasses: their fields are the method's configuration, None meaning "the budget
-    decides"."""
+    """A method and its configuration: subclasses are frozen dataclasses, their fields the options, None meaning "the budget decides".
+
+    `version` is part of every key, as are the `VERSION`s of the codecs a method uses (`codec_versions`): bump whichever
+    changed when the same configuration would store other bytes. An option that is added with its default changes no key.
+    """
 
     name: ClassVar[str]
-    version: ClassVar[int]  # part of every key: bump it when the same configuration would store other bytes
-    variants: ClassVar[dict[str, dict[str, Any]]] = {}  # name -> field overrides
+    version: ClassVar[int]
+    algorithm: ClassVar[str] = ""  # the variant this class is the default configuration of; "" for the method's default
 
-    track: ClassVar[Track]  # a property where it depends on the configuration
+    track: ClassVar[Track]
     budgeted: ClassVar[bool] = True  # False for a reference, which runs once, outside any budget
     seeded: ClassVar[bool] = (
         True  # whether the seed can change a byte: through calibration text, or the method's own draws
     )
-
     later: ClassVar[tuple[str, ...]] = ("lora_rate",)  # options that matter only once the blocks are packed
 
     def __post_init__(self) -> None:  # noqa: B027  nothing to check is the usual case
         """Raises ValueError for a configuration that makes no sense."""
+
+    @classmethod
+    def variants(cls) -> dict[str, Method]:
+        """Named configurations, of this class or of others of the same method."""
+        return {}
+
+    @property
+    def variant(self) -> str:
+        """The name of this configuration among `variants`, or ""."""
+        return next((name for name, method in self.variants().items() if method == self), "")
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Options that differ from their defaults, by name."""
+        default = type(self)()
+        names = sorted(option.name for option in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
+
+    @property
+    def text(self) -> str:
+        """What to type for exactly this configuration: `methods.parse_method` reads it back."""
+        options = [f"{name}={spelling(value)}" for name, value in self.changed.items()]
+        return ":".join(filter(None, (self.name, ",".join(filter(None, (self.algorithm, *options))))))
+
+    def identity(self, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Everything about the method that can change a stored byte, as JSON for a key; `without` leaves options out."""
+        left_out = {name: getattr(type(self)(), name) for name in without if hasattr(self, name)}
+        codecs = codec_versions(type(self))
+        identity = {"method": dataclasses.replace(self, **left_out).text, "version": self.version}
+        return identity | ({"codecs": codecs} if codecs else {})
 
     @property
     def needs(self) -> Needs:
@@ -159,11 +223,6 @@ class Method(ABC):
         """None: nothing is trained once the blocks are packed."""
         return None
 
-    @property
-    def variant(self) -> str:
-        """The named variant this configuration is, or "" for the default or any other configuration."""
-        return next((name for name, over in self.variants.items() if type(self)(**over) == self), "")
-
     @abstractmethod
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         """Configurations this method could store for the layer, from its shape alone."""
@@ -173,9 +232,12 @@ class Method(ABC):
         return config
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
-        """Those of `candidates` worth mixing over the layers of one model; fine steps in between are what mixing is
-        for."""
+        """Those of `candidates` worth mixing over the layers of one model; fine steps in between are what mixing is for."""
         return self.candidates(layer)
+
+    def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
+        """Order among configurations that serve a whole model of `weights` weights with `bits`: index bits, then all bits."""
+        return (bits.codes / weights, bits.total / weights)
 
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
@@ -185,50 +247,69 @@ class Method(ABC):
         Here by packing a sample of its rows for real, with a diagonal Hessian; methods estimate what takes them longer.
         """
         sample_NI, seen = sensitivity.sample(weight_OI)
-        few = dataclasses.replace(layer, out_features=len(sample_NI))
-        hessian_II = sensitivity.column_I.diag() if self.needs.hessian else None
-        return [
-            seen.cost(sample_NI - self.compress(sample_NI, hessian_II, few, config, seed).packed.decode())
-            for config in configs
-        ]
-
-    def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
-        """Order among configurations that serve a whole model of `weights` weights with `bits`: index bits, then all
-        bits."""
-        return (bits.codes / weights, bits.total / weights)
+        few_rows = dataclasses.replace(layer, out_features=len(sample_NI))
+        data = LayerData(sample_NI, seed, sensitivity.column_I.diag() if self.needs.hessian else None)
+        return [seen.cost(sample_NI - self.compress(data, few_rows, config).packed.decode()) for config in configs]
 
     def fit_tables(
-        self, plan: Mapping[str, LayerConfig], layers: Sequence[LayerSpec], weight: Callable[[str], Tensor], seed: int
+        self,
+        configs: Mapping[str, LayerConfig],
+        layers: Sequence[LayerSpec],
+        weight: Callable[[str], Tensor],
+        seed: int,
     ) -> dict[str, Table]:
-        """The tables that the plan's layers share, by key, from the original weights [O, I] that `weight(name)`
-        gives."""
+        """The tables that layers of these configurations share, by key, from the original weights [O, I] that
+        `weight(name)` gives."""
         return {}
 
     @abstractmethod
-    def compress(
-        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
-    ) -> Compressed:
-        """Pack one matrix. `hessian_II` is None unless `needs.hessian`; `seed` is already specific to the layer."""
+    def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
+        """Pack one matrix. Raises ValueError when its statistics are of no use (not finite, not definite)."""
 
-    def compress_block(self, block: Block, plan: Mapping[str, LayerConfig], seed: int) -> None:
-        """Pack the layers of a block in true-sequential order: later stages see the packed earlier ones."""
-        for stage in block.stages():
-            hessian_II = block.hessian(stage[0]) if self.needs.hessian else None
-            for name in stage:
-                self._install(block, name, hessian_II, plan[name], seed)
+    def tune_block(self, block: Block, packed: Mapping[str, PackedLinear], seed: int) -> dict[str, float]:
+        """Train the stored numbers of a packed block in place; returns what is to be added to every layer's report. Called only
+        with `needs.outputs`."""
+        raise AssertionError(f"{type(self).__name__} needs outputs and must define tune_block()")
 
-    def _install(self, block: Block, name: str, hessian_II: Tensor | None, config: LayerConfig, seed: int) -> None:
-        layer = block.layers[name]
-        block.install(name, self.compress(block.weight(name), hessian_II, layer, config, layer_seed(seed, name)))
 
-    def to_json(self) -> dict[str, Any]:
-        return {"method": self.name, "version": self.version, **dataclasses.asdict(self)}
-
-    def estimates_key(self) -> dict[str, Any]:
-        """What `expected_costs` may depend on."""
-        return {key: value for key, value in self.to_json().items() if key not in self.later}
+def spelling(value: object) -> str:
+    """An option's value as it is typed."""
+    return "auto" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def layer_seed(seed: int, name: str) -> int:
     """A seed of its own for every layer: results do not depend on the order layers are visited or resumed in."""
     return int.from_bytes(hashlib.sha256(json.dumps([seed, name]).encode()).digest()[:6])
+
+
+@cache
+def codec_versions(method: type[Method]) -> dict[str, int]:
+    """The `VERSION`s above 1 of all modules that decide what `method` stores, by name: a change of shared code reaches every
+    method that uses it, whoever forgot to say so.
+
+    Those are its own modules and what they import, at module level, from `methods` and the formats. A module without
+    a `VERSION` is at 1, and one at 1 is left out: a codec's first change does not touch the keys of methods without it.
+    """
+    own = (sys.modules[cls.__module__] for cls in method.__mro__ if issubclass(cls, Method))
+    found: dict[str, int] = {}
+    seen: set[str] = set()
+    waiting = [module for module in own if module.__name__ != __name__]
+    while waiting:
+        module = waiting.pop()
+        if module.__name__ in seen:
+            continue
+        seen.add(module.__name__)
+        if (version := getattr(module, "VERSION", 1)) != 1:
+            found[module.__name__.rpartition(".")[2]] = version
+        waiting += [other for other in _imported(module) if other.__name__ not in seen]
+    return dict(sorted(found.items()))
+
+
+def _imported(module: ModuleType) -> Iterator[ModuleType]:
+    """Modules of `methods` and of the formats that a module takes names from."""
+    formats = PackedLinear.__module__.rpartition(".")[0]
+    packages = (__name__.rpartition(".")[0] + ".", formats + ".")
+    for value in list(vars(module).values()):
+        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        if isinstance(name, str) and name.startswith(packages) and name != __name__ and name in sys.modules:
+            yield sys.modules[name]

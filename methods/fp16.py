@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from kernels.formats.dense import HALF_DTYPES
-from kernels.formats.layer import LayerConfig, LayerSpec
-from methods.base import Compressed, Method, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Track
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +31,9 @@ class Half(Method):
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         return [LayerConfig.of("dense", dtype=self.dtype)]
 
-    def compress(
-        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
-    ) -> Compressed:
-        packed = config.layout(layer, weight_OI.device)
-        packed.fill(weight=weight_OI.to(HALF_DTYPES[config["dtype"]]))
+    def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
+        packed = config.layout(layer, data.weight_OI.device)
+        packed.fill(weight=data.weight_OI.to(HALF_DTYPES[config["dtype"]]))
         if not bool(torch.isfinite(packed.weight).all()):
             raise ValueError(
                 f"{layer.name} has weights beyond {config['dtype']}: save the model as bfloat16, and its reference will be that"

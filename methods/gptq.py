@@ -14,18 +14,17 @@ ladder continues where the released code stops with an error; searched symmetric
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kernels.formats.layer import LayerConfig, LayerSpec
-from methods.base import Block, Compressed, Needs, Track
+from kernels.formats.uniform import UniformLinear
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Track
 from methods.codecs.error_feedback import Feedback, check_damp, prepare, run
-from methods.codecs.uniform_grid import Grid, fit_grid, uniform_tensors
-from methods.rtn import UniformGridMethod
+from methods.codecs.grids import Grid, fit_grid
+from methods.uniform_grid import UniformGridMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,25 +45,22 @@ class GPTQ(UniformGridMethod):
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=True)
+        return Needs(hessian=True, true_sequential=self.true_sequential)
 
     @property
     def permuted(self) -> bool:
         return self.act_order and not self.static_groups
 
-    def compress(
-        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
-    ) -> Compressed:
-        assert hessian_II is not None
-        feedback = prepare(hessian_II, act_order=self.act_order, damp=self.damp)
+    def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
+        assert data.hessian_II is not None
+        weight_OI = data.weight_OI
+        feedback = prepare(data.hessian_II, act_order=self.act_order, damp=self.damp)
         packed = config.layout(layer, weight_OI.device)
+        assert isinstance(packed, UniformLinear)
         solve = self._static if self.static_groups else self._dynamic
         codes_OI, grid = solve(weight_OI, feedback, packed.bits, packed.group, packed.offset)
-        tensors = uniform_tensors(codes_OI, grid)
-        if packed.order is not None:
-            column_I = feedback.order_I
-            tensors["order"] = torch.where(column_I >= 2**15, column_I - 2**16, column_I).to(torch.int16)
-        packed.fill(**tensors)
+        order_I = feedback.order_I if packed.order is not None else None
+        packed.fill(**packed.tensors(codes_OI, **grid.stored, order_I=order_I))
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})
 
     def _static(self, weight_OI: Tensor, feedback: Feedback, bits: int, group: int, offset: str) -> tuple[Tensor, Grid]:
@@ -108,7 +104,7 @@ class GPTQ(UniformGridMethod):
             return _round_column(values_O, grid.scale_OG[:, 0], grid.base_OG[:, 0], bits, codes_IO[position])
 
         run(weight_OI, feedback, quantise, block=group, enter=enter)
-        joined: Mapping[str, list[Tensor]] = {name: [g.stored[name] for g in grids] for name in grids[0].stored}
+        joined: dict[str, list[Tensor]] = {name: [g.stored[name] for g in grids] for name in grids[0].stored}
         grid = Grid(
             bits,
             group,
@@ -117,16 +113,6 @@ class GPTQ(UniformGridMethod):
             {name: torch.cat(parts, dim=1) for name, parts in joined.items()},
         )
         return codes_IO.t().to(torch.int32), grid
-
-    def compress_block(self, block: Block, plan: Mapping[str, LayerConfig], seed: int) -> None:
-        if self.true_sequential:
-            return super().compress_block(block, plan, seed)
-        # All inputs are those of the block before any of its layers is packed.
-        stages = block.stages()
-        hessians = {stage[0]: block.hessian(stage[0]) for stage in stages}
-        for stage in stages:
-            for name in stage:
-                self._install(block, name, hessians[stage[0]], plan[name], seed)
 
 
 def _round_column(values_O: Tensor, scale_O: Tensor, base_O: Tensor, bits: int, codes_O: Tensor) -> Tensor:

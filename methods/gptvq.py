@@ -1,35 +1,54 @@
 """GPTVQ (van Baalen et al., arXiv 2402.15319): vector codebooks with GPTQ's error feedback, and nothing else.
 
-    vectors assigned column by column, errors passed on (its algorithm 1)      methods.reallm.calibrated.assign
+    vectors assigned column by column, errors passed on (its algorithm 1)      methods.codecs.vector_feedback.assign
     codebooks by k-means weighted with the Hessian, under block scales         methods.codecs.vector.fit_codebook
     the codebook again, on the true objective tr(E H E^T)                      methods.codecs.vector.refit_codebook
 
-It is what `reallm:calibrated` is built on, so the two share their code and differ in exactly what ReALLM adds: here no
-low-rank part, no codebook shared between matrices, and weights that do not follow the drift of their inputs.
+`reallm:calibrated` quantises by the same codec, so the two differ in exactly what ReALLM adds: here no low-rank part, no
+codebook shared between matrices, and weights that do not follow the drift of their inputs.
 
 Divergences: d rows of one column make a vector, where the paper takes d columns of a row; one fp16 codebook per matrix,
 not one of 8 bits per group of columns; scales in 8 bits on a linear grid; conjugate gradients for the paper's gradient
-descent on the codebook."""
+descent on the codebook.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from methods.reallm import ReALLM
+from kernels.formats.codebook import CodebookLinear
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Track
+from methods.codecs.error_feedback import check_damp, prepare
+from methods.codecs.vector_feedback import damped_hessian, quantise_vectors
+from methods.vector_quantised import VectorQuantised
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTVQ(ReALLM):
+class GPTVQ(VectorQuantised):
     name: ClassVar[str] = "gptvq"
     version: ClassVar[int] = 1
-    variants: ClassVar[dict[str, dict[str, Any]]] = {}
+    track: ClassVar[Track] = Track.CALIBRATED
 
-    rank: int | None = 0
-    share: str = "none"
-    follow: float = 0.0
+    act_order: bool = True
+    damp: float = 0.1  # share of mean diag(H) added to it
+    refit: int = 6  # conjugate-gradient steps on the codebook
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.calibrated, self.rank, self.share, self.follow, self.epochs) != (True, 0, "none", 0.0, 0):
-            raise ValueError("calibrated, rank, share, follow and epochs are fixed; for anything else write reallm:...")
+        check_damp(self.damp)
+        if self.refit < 0:
+            raise ValueError("refit must not be negative")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(hessian=True)
+
+    def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
+        assert data.hessian_II is not None
+        packed = config.layout(layer, data.weight_OI.device)
+        assert isinstance(packed, CodebookLinear)
+        feedback = prepare(data.hessian_II, act_order=self.act_order, damp=self.damp)
+        damped_II = damped_hessian(data.hessian_II, feedback)
+        packed.fill(**quantise_vectors(data.weight_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed))
+        return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})

@@ -14,13 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from kernels.formats.bitpack import pack
-from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.codebook import CodebookLinear
 from kernels.formats.normal_float import nearest, nf_levels
 from kernels.formats.scales import per_column, quantise_scales
-from methods.base import Compressed, Method, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Track
 from methods.codecs.vector import block_absmax
 
 BITS = (2, 3, 4)
@@ -56,16 +53,14 @@ class NormalFloat(Method):
             config for config in self.candidates(layer) if self.block is not None or config["block"] in MIXED_BLOCKS
         ]
 
-    def compress(
-        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
-    ) -> Compressed:
+    def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
+        weight_OI = data.weight_OI
         packed = config.layout(layer, weight_OI.device)
+        assert isinstance(packed, CodebookLinear)
         absmax_OG = block_absmax(weight_OI, packed.block)
         # Codes are chosen with the exact absmax, as bitsandbytes does; only then are the scales rounded.
         unit_OI = weight_OI / per_column(absmax_OG, packed.block, packed.in_features)
         codes_OI = nearest(unit_OI, nf_levels(packed.index_bits))
         scales = quantise_scales(absmax_OG, packed.scales.form)
-        packed.fill(
-            codes=pack(codes_OI, packed.index_bits), **{f"scales.{name}": tensor for name, tensor in scales.items()}
-        )
+        packed.fill(**packed.tensors(codes_OI, scales))
         return Compressed(packed)

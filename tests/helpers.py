@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -11,17 +13,39 @@ import pytest
 import torch
 
 from harness.cli import main
+from harness.report.baseline import Rows
+from harness.report.leaderboard import TIME_COLUMNS
 from kernels.formats.layer import LayerConfig, LayerSpec
 from methods import parse_method
+from methods.base import LayerData
+
+# What tests of `run` score on: eight windows of 128 tokens, enough for an interval.
+PLANNED = ("--calibration", "c4-mini@128x4", "--protocols", "wiki-mini@128/4,c4-mini@128/4")
+SMALL = (*PLANNED, "--no-bench")
 
 
-def linked_cache(assets: Path, folder: Path) -> Path:
-    """A cache with the same assets and no results."""
+def linked_cache(assets: Path, folder: Path, estimates: Path | None = None) -> Path:
+    """A cache with the same assets and no results; with `estimates`, a folder that caches share, what cells measure
+    before they compress is made once for all of them."""
     folder.mkdir(parents=True)
-    (assets / "tasks").mkdir(exist_ok=True)
-    for name in ("files", "models", "sha256", "tasks"):
-        (folder / name).symlink_to(assets / name)
+    links = dict.fromkeys(("files", "models", "sha256", "tasks", "kernels"), assets)
+    if estimates is not None:
+        links |= dict.fromkeys(("streams", "sensitivities", "costs"), estimates)
+    for name, source in links.items():
+        (source / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(source / name)
     return folder
+
+
+def linked_cells(source: Path, cache: Path) -> Path:
+    """`cache` with the cells of another one, as links: files are only ever replaced, never written to."""
+    shutil.copytree(source / "cells", cache / "cells", copy_function=os.link)
+    return cache
+
+
+def steady(rows: Rows) -> Rows:
+    """A leaderboard's rows less what is measured with a clock."""
+    return {label: {k: v for k, v in row.items() if k not in TIME_COLUMNS} for label, row in rows.items()}
 
 
 def run_harness(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +66,9 @@ def decode_uniform(method: str, weight: torch.Tensor, hessian: torch.Tensor | No
     layer = LayerSpec("layer", "layer", *weight.shape, bias=False)
     parsed = parse_method(method)
     values = {"bits": 3, "group": 64, "offset": "symmetric", "permuted": parsed.permuted} | hyper
-    return parsed.compress(weight, hessian, layer, LayerConfig.of("uniform", **values), seed=0).packed.decode()
+    return parsed.compress(
+        LayerData(weight, hessian_II=hessian), layer, LayerConfig.of("uniform", **values)
+    ).packed.decode()
 
 
 def hessian_of(size: int, tokens: int = 400, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +20,39 @@ from transformers import PreTrainedModel
 from harness.compress.block import BlockRun
 from harness.compress.forward import BlockInputs
 from harness.compressed import CompressedModel, attach_tables, round_rest
-from harness.model import decoder_blocks, inventory
+from harness.model import Inventory, decoder_blocks
+from harness.progress import Progress, silent
 from harness.store.files import atomic_path
 from kernels.dispatch import reference_only
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.packed import PackedLinear
 from kernels.formats.tables import Table
-from methods.base import Compressed, Method, Sensitivity
-
-Progress = Callable[[str, int, int], None]  # phase, done, total
+from methods.base import Compressed, LayerData, Method, Needs, Sensitivity, layer_seed
 
 
 @reference_only()
 def compress_model(
     model: PreTrainedModel,
+    stock: Inventory,
     method: Method,
-    plan: Mapping[str, LayerConfig],
+    configs: Mapping[str, LayerConfig],
     tokens_NT: Tensor | None,
     seed: int,
     folder: Path,
     half: str = "float16",
     fisher: Mapping[str, Sensitivity] | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> tuple[CompressedModel, dict[str, Any]]:
     """Compress every block in place; returns the model and {"layers": {name: report}, "seconds"}.
 
     `tokens_NT` may be None for a method that needs no activations, `fisher` for one that does not ask for it. `folder`
     keeps finished blocks, `half` is the 16-bit type of everything that is not packed."""
-    stock = inventory(model)
-    tables = _tables(model, method, plan, stock.layers, seed, folder / "tables.safetensors")
+    tables = _tables(model, method, configs, stock.layers, seed, folder / "tables.safetensors")
     round_rest(model, stock, HALF_DTYPES[half])
     _, modules = decoder_blocks(model)
     # A data-free method sees no activation, but runs through the same loop on a single short window of nothing.
-    needs_data = method.needs.hessian
+    needs_data = method.needs.hessian or method.needs.original
     inputs = BlockInputs(model, tokens_NT if needs_data else torch.zeros(1, 8, dtype=torch.long))
     hidden_NTH = inputs.hidden_NTH
     original_NTH = hidden_NTH if method.needs.original else None
@@ -67,7 +66,7 @@ def compress_model(
             if finished:
                 done = _load_block(block, file, hidden_NTH.device)
             else:
-                method.compress_block(block, plan, seed)
+                pack_block(block, method, configs, seed)
             original_NTH = block.original_outputs() if method.needs.original else None
             hidden_NTH = block.outputs() if needs_data else hidden_NTH
         if not finished:
@@ -78,6 +77,37 @@ def compress_model(
         progress("compress", index + 1, len(stock.blocks))
     attach_tables(model, tables)
     return CompressedModel(model, stock, half), {"layers": reports, "seconds": seconds}
+
+
+def pack_block(block: BlockRun, method: Method, configs: Mapping[str, LayerConfig], seed: int) -> None:
+    """Pack every layer of a block: statistics are measured stage by stage, each layer is compressed with its own, and what is
+    packed takes the layer's place at once, so that (in true-sequential order) later stages see it."""
+    needs, stages = method.needs, block.stages()
+    original = {} if needs.true_sequential else {stage[0]: _statistics(block, needs, stage[0]) for stage in stages}
+    packed: dict[str, PackedLinear] = {}
+    for stage in stages:
+        hessian_II, drift_II = original.get(stage[0]) or _statistics(block, needs, stage[0])
+        for name in stage:
+            data = LayerData(
+                weight_OI=block.weight(name),
+                seed=layer_seed(seed, name),
+                hessian_II=hessian_II,
+                drift_II=drift_II,
+                fisher=block.fisher(name) if needs.fisher else None,
+                table=block.tables.get(configs[name].table_key),
+            )
+            compressed = method.compress(data, block.layers[name], configs[name])
+            block.install(name, compressed)
+            packed[name] = compressed.packed
+    if needs.outputs:
+        tuning = method.tune_block(block, packed, seed)
+        for name, layer in packed.items():
+            block.install(name, Compressed(layer, block.reports[name] | tuning))
+
+
+def _statistics(block: BlockRun, needs: Needs, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """(Hessian, drift) of the input of the layer `name`, which the layers of its stage share; None for what is not needed."""
+    return block.hessian(name) if needs.hessian else None, block.drift(name) if needs.drift else None
 
 
 def _save_block(model: PreTrainedModel, layers: tuple, file: Path, done: dict[str, Any]) -> None:
@@ -108,18 +138,21 @@ def _load_block(block: BlockRun, file: Path, device: torch.device) -> dict[str, 
 
 def _tables(
     model: PreTrainedModel,
+    stock: Inventory,
     method: Method,
-    plan: Mapping[str, LayerConfig],
+    configs: Mapping[str, LayerConfig],
     layers: Sequence[LayerSpec],
     seed: int,
     file: Path,
 ) -> dict[str, Table]:
     """The tables that layers share, fitted once to the original weights."""
-    configs = {config.table_key: config for config in plan.values() if config.table_key}
-    if not configs:
+    of_table = {config.table_key: config for config in configs.values() if config.table_key}
+    if not of_table:
         return {}
     if not file.exists():
-        fitted = method.fit_tables(plan, layers, lambda name: model.get_submodule(name).weight.detach().float(), seed)
+        fitted = method.fit_tables(
+            configs, layers, lambda name: model.get_submodule(name).weight.detach().float(), seed
+        )
         stored = {
             f"{key}/{leaf}": table.get_buffer(leaf) for key, table in fitted.items() for leaf in table.stored_parts()
         }
@@ -127,7 +160,7 @@ def _tables(
         with atomic_path(file) as path:
             save_file(tensors, path)
     tensors = load_file(file, device=str(next(model.parameters()).device))
-    tables = {key: config.table() for key, config in configs.items()}
+    tables = {key: config.table() for key, config in of_table.items()}
     for key, table in tables.items():
         table.load_state_dict({leaf: tensors[f"{key}/{leaf}"] for leaf in table.stored_parts()}, assign=True)
     return tables

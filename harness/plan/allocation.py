@@ -54,7 +54,10 @@ def common_candidates(method: Method, stock: Inventory) -> list[tuple[dict[str, 
     """Every plan of one configuration for all layers (up to what `Method.family` leaves out), and what a whole model
     then stores."""
     representatives = alike(stock)
-    own = {key: {method.family(config): config for config in method.candidates(layer)} for key, layer in representatives.items()}
+    own = {
+        key: {method.family(config): config for config in method.candidates(layer)}
+        for key, layer in representatives.items()
+    }
     found = []
     for family in next(iter(own.values())):
         if all(family in configs for configs in own.values()):
@@ -168,7 +171,7 @@ def _without_idle_tables(
 
 def sort_of(layer: LayerSpec) -> tuple[str, int, int]:
     """What a method's candidates may depend on."""
-    return layer.kind, layer.out_features, layer.in_features
+    return layer.role, layer.out_features, layer.in_features
 
 
 def alike(stock: Inventory) -> dict[tuple[str, int, int], LayerSpec]:

@@ -8,22 +8,24 @@ result key     artifact key + protocol, or artifact key + zero-shot task
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from harness.data.assets import ResolvedModel
+from harness.data.files import digest
 from harness.data.protocols import Calibration, Protocol, Training, protocol_key
 from harness.data.tasks import Task
 from harness.model import Inventory
 from harness.plan.allocation import Allocation, BudgetError, require_mixable, uniform
 from harness.plan.budgets import Budget
-from harness.store.files import digest
+from harness.store.records import CellSpec
 from methods.base import Method, Track
 
-ARTIFACT_VERSION = (
-    2  # bump when the same cell would be written differently: another plan, measurement or training behind it
-)
+# Bump when the same cell would be written differently: another allocation, measurement or training behind it.
+#   1  one configuration for all layers
+#   2  mixed allocations, sensitivities in units of divergence
+ARTIFACT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,17 @@ class Cell:
 
     @property
     def key(self) -> str:
+        return self.key_with(self.method.identity())
+
+    def key_with(self, method: dict[str, Any]) -> str:
+        """The key of this cell for a method of that identity."""
         # Absent rather than none: a cell that trains nothing keeps the key it had before anything could be trained.
         training = {"training": self.training.to_json()} if self.training else {}
         return digest(
             {
                 **training,
                 "artifact_version": ARTIFACT_VERSION,
-                "method": self.method.to_json(),
+                "method": method,
                 "model": self.model.fingerprint,
                 "budget": str(self.budget.bpw) if self.budget else None,
                 "allocate": self.allocate,
@@ -78,33 +84,33 @@ class Cell:
         label = f"{self.method_text} {self.budget.text}" if self.budget else self.method_text
         return f"{label} seed {self.seed}" if self.seed else label
 
-    def to_json(
+    def spec(
         self, protocols: Sequence[Protocol], data: str | None, reference: str, tasks: Sequence[Task] = ()
-    ) -> dict[str, Any]:
+    ) -> CellSpec:
         """Everything the cell's own process needs, and everything its result repeats."""
-        return {
-            "key": self.key,
-            "reference": reference,
-            "method": self.method.to_json(),
-            "method_text": self.method_text,
-            "model": self.model.to_json(),
-            "budget": self.budget.text if self.budget else None,
-            "calibration": self.calibration.to_json() if self.calibration else None,
-            "training": self.training.to_json() if self.training else None,
-            "bos": self.bos,
-            "half": self.half,
-            "allocate": self.allocate,
-            "seed": self.seed,
-            "device": self.compute.device,
-            "dtype": self.compute.dtype,
-            "threads": self.compute.threads,
-            "protocols": {protocol_key(p): p.to_json() for p in protocols},
-            "tasks": {task.key: task.to_json() for task in tasks},
-            "data": data,
-            "plan": {name: config.to_json() for name, config in self.allocation.layers.items()}
-            if self.allocation
-            else {},
-        }
+        return CellSpec(
+            key=self.key,
+            reference=reference,
+            method=self.method.text,
+            method_version=self.method.version,
+            options=asdict(self.method),
+            method_text=self.method_text,
+            model=self.model,
+            budget=self.budget.text if self.budget else None,
+            calibration=self.calibration,
+            training=self.training,
+            bos=self.bos,
+            half=self.half,
+            allocate=self.allocate,
+            seed=self.seed,
+            device=self.compute.device,
+            dtype=self.compute.dtype,
+            threads=self.compute.threads,
+            protocols={protocol_key(protocol): protocol for protocol in protocols},
+            tasks={task.key: task for task in tasks},
+            data=data,
+            configs=self.allocation.layers if self.allocation else {},
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ def make_plan(
     for text, method in methods:
         for budget in budgets if method.budgeted else (None,):
             mode = allocate if budget else "uniform"
-            looks = calibration if method.track != Track.DATA_FREE and (mode == "ilp" or _uses_text(method)) else None
+            looks = calibration if method.track != Track.DATA_FREE and (mode == "ilp" or method.needs.text) else None
             trains = training if method.adaptation else None
             allocation, refusal = None, ""
             try:
@@ -165,7 +171,3 @@ def make_plan(
                 )
                 cells.setdefault(cell.key, cell)
     return Plan(tuple(cells.values()), tuple(protocols))
-
-
-def _uses_text(method: Method) -> bool:
-    return method.needs.hessian or method.needs.fisher

@@ -36,3 +36,12 @@ def stored_lowrank(left_OR: Tensor, right_RI: Tensor, packed: PackedLinear) -> t
     for name, tensor in stored.items():
         setattr(decoder, name, tensor)
     return {f"lowrank.{name}": tensor for name, tensor in stored.items()}, decoder.decode()
+
+
+def lowrank_part(
+    matrix_OI: Tensor, packed: PackedLinear, whitener_II: Tensor | None, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Stored buffers of the low-rank branch fitted to `matrix_OI`, and what they decode to (zeros at rank 0)."""
+    if packed.lowrank is None:
+        return {}, torch.zeros_like(matrix_OI)
+    return stored_lowrank(*svd_factors(matrix_OI, packed.rank, whitener_II, seed), packed)

@@ -7,9 +7,10 @@ file lists the divergences."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from methods.adapted import Adapted
+from methods.base import Method
 from methods.gptq import GPTQ
 
 
@@ -17,16 +18,9 @@ from methods.gptq import GPTQ
 class GPTQLoRA(Adapted, GPTQ):
     name: ClassVar[str] = "gptq-lora"
     version: ClassVar[int] = 1
-    # Group of 128 with an integer zero point: 3 + 19/128 = 3.148 bits, LQ-LoRA's table.
-    variants: ClassVar[dict[str, dict[str, Any]]] = {
-        "published": {
-            "bits": 3,
-            "group": 128,
-            "offset": "zero",
-            "damp": 0.1,
-            "act_order": False,
-            "grid": "minmax",
-            "rank": 64,
-            "adapter_bits": 16,
-        },
-    }
+
+    @classmethod
+    def variants(cls) -> dict[str, Method]:
+        # Groups of 128 with an integer zero point: 3 + 19/128 = 3.148 bits, LQ-LoRA's table.
+        base = {"bits": 3, "group": 128, "offset": "zero", "damp": 0.1, "act_order": False, "grid": "minmax"}
+        return {"published": cls(**base, rank=64, adapter_bits=16)}

@@ -11,23 +11,21 @@ variant `loftq`. `README.md` beside this file lists the divergences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kernels.formats.bitpack import pack
 from kernels.formats.codebook import CodebookLinear
-from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.normal_float import nearest, nf_levels
 from kernels.formats.packed import PackedLinear
 from kernels.formats.scales import STEP_DTYPES, ScaleForm
 from methods.adapted import Adapted
-from methods.base import Block, Compressed, Needs, Sensitivity, layer_seed
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Sensitivity
 from methods.codecs.svd import stored_lowrank, svd_factors
 from methods.codecs.vector import absmax_scales
 
@@ -50,10 +48,6 @@ SPREAD = (
 class LQLoRA(Adapted):
     name: ClassVar[str] = "lq-lora"
     version: ClassVar[int] = 1
-    variants: ClassVar[dict[str, dict[str, Any]]] = {
-        "unweighted": {"fisher": False},
-        "loftq": {"fisher": False, "first": "quantised", "rounds": 5, "tolerance": 0.0},
-    }
 
     fisher: bool = True
     first: str = "lowrank"  # half of a round that is done first
@@ -74,8 +68,15 @@ class LQLoRA(Adapted):
             raise ValueError("rounds must be at least 1, tolerance 0 to 1")
         if self.grid not in ("levels", *GRIDS):
             raise ValueError(f"grid must be one of levels, {', '.join(GRIDS)}")
-        if not self._grid():
+        if (self.bits or self.block) and not self._grid():
             raise ValueError("no configuration of the grid has these bits and this block")
+
+    @classmethod
+    def variants(cls) -> dict[str, Method]:
+        return {
+            "unweighted": cls(fisher=False),
+            "loftq": cls(fisher=False, first="quantised", rounds=5, tolerance=0.0),
+        }
 
     @property
     def needs(self) -> Needs:
@@ -94,39 +95,21 @@ class LQLoRA(Adapted):
     ) -> list[float]:
         """The decomposition for real, cut short: what a configuration leaves depends on the factors it is fitted
         with."""
-        weighting = Weighting.of(sensitivity) if self.fisher else None
-        return [
-            sensitivity.cost(
-                weight_OI - self._pack(weight_OI, weighting, layer, config, seed, TABLE_ROUNDS).packed.decode()
-            )
-            for config in configs
-        ]
+        data = LayerData(weight_OI, seed, fisher=sensitivity if self.fisher else None)
+        short = replace(self, rounds=TABLE_ROUNDS)
+        return [sensitivity.cost(weight_OI - short.compress(data, layer, config).packed.decode()) for config in configs]
 
-    def compress_block(self, block: Block, plan: Mapping[str, LayerConfig], seed: int) -> None:
-        for name, layer in block.layers.items():
-            weighting = Weighting.of(block.fisher(name)) if self.fisher else None
-            block.install(
-                name, self._pack(block.weight(name), weighting, layer, plan[name], layer_seed(seed, name), self.rounds)
-            )
-
-    def compress(
-        self, weight_OI: Tensor, hessian_II: Tensor | None, layer: LayerSpec, config: LayerConfig, seed: int
-    ) -> Compressed:
-        """Without weights on the errors."""
-        return self._pack(weight_OI, None, layer, config, seed, self.rounds)
-
-    def _pack(
-        self,
-        weight_OI: Tensor,
-        weighting: Weighting | None,
-        layer: LayerSpec,
-        config: LayerConfig,
-        seed: int,
-        rounds: int,
-    ) -> Compressed:
-        packed = config.layout(layer, weight_OI.device)
+    def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
+        weighting = Weighting.of(data.fisher) if data.fisher is not None else None
+        packed = config.layout(layer, data.weight_OI.device)
         tensors, report = decompose(
-            weight_OI, packed, weighting, first=self.first, rounds=rounds, tolerance=self.tolerance, seed=seed
+            data.weight_OI,
+            packed,
+            weighting,
+            first=self.first,
+            rounds=self.rounds,
+            tolerance=self.tolerance,
+            seed=data.seed,
         )
         packed.fill(**tensors)
         return Compressed(packed, report)
@@ -208,10 +191,7 @@ def _quantised(rest_OI: Tensor, packed: CodebookLinear) -> tuple[dict[str, Tenso
     scales = absmax_scales(rest_OI, packed.block, packed.scales.form)
     levels = nf_levels(packed.index_bits).to(rest_OI.device)
     codes_OI = nearest(rest_OI / scales.scale_OI, levels)
-    stored = {
-        "codes": pack(codes_OI, packed.index_bits),
-        **{f"scales.{name}": tensor for name, tensor in scales.stored.items()},
-    }
+    stored = packed.tensors(codes_OI, scales.stored)
     return stored, levels[codes_OI] * scales.scale_OI
 
 

@@ -6,9 +6,10 @@ trained; `README.md` beside this file lists the divergences."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from methods.adapted import Adapted
+from methods.base import Method
 from methods.nf import NormalFloat
 
 
@@ -16,6 +17,7 @@ from methods.nf import NormalFloat
 class QLoRA(Adapted, NormalFloat):
     name: ClassVar[str] = "qlora"
     version: ClassVar[int] = 1
-    variants: ClassVar[dict[str, dict[str, Any]]] = {
-        "published": {"bits": 4, "block": 64, "rank": 64, "adapter_bits": 16}
-    }
+
+    @classmethod
+    def variants(cls) -> dict[str, Method]:
+        return {"published": cls(bits=4, block=64, rank=64, adapter_bits=16)}

@@ -1,119 +1,99 @@
-"""ReALLM without data: alternate a truncated SVD and vector quantisation of the rest (the paper's LQ loop, after
-LQ-LoRA).
+"""`reallm:data-free`: the paper's alternation of SVD and vector quantisation, which looks at nothing but the weights.
 
-    Q = 0;  repeat:  L1, L2 = SVD_r(W - Q);  Q = VQ(W - L1 L2)
-
-The released code stops when the error rises and keeps the iterate before; here the best iterate is kept and the loop
-also stops at a relative gain below `tolerance`. Factors are rounded to their stored precision before the rest is
-quantised. Where columns are reordered, their order is found once, from the first rest. DoRA's magnitude is one scale
-per row: without training, the one of least error. Where Q is a convolutional decoder's, there is one round."""
+With `decoder=conv` a convolutional decoder per matrix is on offer to mixed plans, beside the vectors.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 from torch import Tensor
 
-from kernels.formats.bitpack import pack
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.conv import ConvLinear
-from kernels.formats.packed import PackedLinear
-from methods.codecs.column_order import greedy_order
-from methods.codecs.conv_training import fit_conv
-from methods.codecs.kmeans import nearest
-from methods.codecs.svd import stored_lowrank, svd_factors
-from methods.codecs.vector import absmax_scales, fit_codebook, to_vectors
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Sensitivity, Track
+from methods.codecs.conv_training import fit_conv, unlikeness
+from methods.codecs.svd import lowrank_part
+from methods.reallm.alternation import alternate
+from methods.reallm.base import SharedCodebooks
 
+CONV: dict[str, Any] = dict(patch=64, latent_bits=2, stages=1, width=12, weight_bits=6, block=64, reorder=True)
+CONV_CHANNELS = (
+    2,
+    3,
+    4,
+)  # of the latents: 1, 1.5 and 2 bits a weight; at more they lose to vectors wherever it was tried
+# `unlikeness` of rows beyond which no decoder has been seen to beat vectors: none is trained for an estimate.
+CONV_UNLIKE = 0.85
 CONV_STEPS, CONV_SWEEPS = 200, 3  # of training a convolutional decoder
 
 
-def compress_data_free(
-    weight_OI: Tensor, packed: PackedLinear, *, rounds: int, tolerance: float, seed: int
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Buffers of `packed` (a laid out CodebookLinear), and {rounds, relative_error}."""
-    assert isinstance(packed, CodebookLinear)
-    norm = float(weight_OI.norm()) or 1.0
-    quantised_OI = torch.zeros_like(weight_OI)
-    best: dict[str, Tensor] = {}
-    best_error, done = float("inf"), 0
-    codebook_KD: Tensor | None = None
-    order: dict[str, Tensor] = {}
+@dataclass(frozen=True, kw_only=True)
+class DataFree(SharedCodebooks):
+    algorithm: ClassVar[str] = "data-free"
+    track: ClassVar[Track] = Track.DATA_FREE
+    decoders: ClassVar[tuple[str, ...]] = ("identity", "mlp", "conv")
 
-    def turn(matrix: Tensor) -> Tensor:  # vectors along columns are vectors along the rows of the transposed matrix
-        return matrix.t() if packed.along == "columns" else matrix
+    along: str = "rows"  # what a vector's weights are consecutive along, or "columns"
+    rounds: int = 10  # alternations at most
+    tolerance: float = 1e-3  # stop at a smaller relative gain
 
-    for done in range(1, (rounds if packed.rank else 1) + 1):
-        tensors, lowrank_OI = lowrank_part(weight_OI - quantised_OI, packed, None, seed)
-        rest_OI = weight_OI - lowrank_OI
-        if packed.order is not None:
-            if not order:
-                order = packed.order.store(greedy_order(rest_OI, packed.order.band))
-                packed.order.packed = order["packed"]
-            rest_OI = rest_OI.gather(1, packed.order.per_row())
-        scales = absmax_scales(rest_OI, packed.block, packed.scales.form)
-        square_OI = scales.scale_OI.square()  # an error of a scaled entry costs scale^2
-        if packed.table_key:
-            codebook_KD = packed.entries()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError("rounds must be at least 1")
+        if self.along not in ("rows", "columns"):
+            raise ValueError("along must be rows or columns")
+
+    def extras(self) -> dict[str, Any]:
+        return super().extras() | ({"along": self.along} if self.along != "rows" else {})
+
+    def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        vectors = super().mixed_candidates(layer)
+        if self.decoder != "conv":
+            return vectors
+        # With a low-rank part of its own choice it has not been seen to win: what makes rows alike is of low rank.
+        form = CONV | {"scales": self.scales, "adapter_bits": self.adapter_bits, "rank": self.rank or 0}
+        return vectors + [LayerConfig.of("conv", latent_channels=count, **form) for count in CONV_CHANNELS]
+
+    def other_costs(
+        self,
+        weight_OI: Tensor,
+        rest_OI: Tensor,
+        sensitivity: Sensitivity,
+        layer: LayerSpec,
+        configs: Sequence[LayerConfig],
+        seed: int,
+    ) -> dict[LayerConfig, float]:
+        """A convolutional decoder by training it, where rows are alike enough, and elsewhere as if it drew nothing."""
+        if not configs:
+            return {}
+        if not unlikeness(rest_OI) < CONV_UNLIKE:
+            return dict.fromkeys(configs, sensitivity.cost(rest_OI))
+        data = LayerData(weight_OI, seed)
+        return {c: sensitivity.cost(weight_OI - self.compress(data, layer, c).packed.decode()) for c in configs}
+
+    def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
+        packed = config.layout(layer, data.weight_OI.device)
+        if isinstance(packed, ConvLinear):
+            tensors, report = draw_matrix(data.weight_OI, packed, seed=data.seed)
         else:
-            unit_OI = rest_OI / scales.scale_OI
-            codebook_KD = fit_codebook(
-                *map(turn, (unit_OI, square_OI)), packed.dim, 2**packed.index_bits, seed, codebook_KD
-            )
-        square_JID, cross_JID = (
-            to_vectors(turn(matrix_OI), packed.dim) for matrix_OI in (square_OI, scales.scale_OI * rest_OI)
-        )
-        code_N = nearest(square_JID.reshape(-1, packed.dim), cross_JID.reshape(-1, packed.dim), codebook_KD)
-        code_JI = turn(code_N.view(square_JID.shape[:2]))
-        quantised_OI = packed.unit(code_JI, codebook_KD) * scales.scale_OI
-        if packed.order is not None:
-            quantised_OI = packed.order.restore(quantised_OI)
-        decoded_OI = quantised_OI + lowrank_OI
-        if packed.row_scale is not None:
-            tensors["row_scale"] = _row_scales(weight_OI, decoded_OI)
-            decoded_OI = decoded_OI * tensors["row_scale"].float()[:, None]
-        error = float((weight_OI - decoded_OI).norm()) / norm
-        gain, previous = best_error - error, best_error
-        if error < best_error:
-            best_error = error
-            best = tensors | codebook_tensors(packed, code_JI, codebook_KD, scales.stored)
-            best |= {f"order.{name}": tensor for name, tensor in order.items()}
-        if not gain > tolerance * previous and done > 1:
-            break
-    return best, {"rounds": done, "relative_error": best_error}
+            assert isinstance(packed, CodebookLinear)
+            if data.table is not None:
+                packed.attach(data.table)
+            options: dict[str, Any] = dict(rounds=self.rounds, tolerance=self.tolerance)
+            tensors, report = alternate(data.weight_OI, packed, **options, seed=data.seed)
+        packed.fill(**tensors)
+        return Compressed(packed, report)
 
 
-def compress_conv(weight_OI: Tensor, packed: ConvLinear, *, seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Buffers of `packed`: the low-rank part once, a convolutional decoder trained on the rest; and {relative_error},
-    of the weight."""
+def draw_matrix(weight_OI: Tensor, packed: ConvLinear, *, seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Buffers of `packed`: the low-rank part once, a convolutional decoder trained on the rest; and {relative_error}, of the
+    weight."""
     tensors, lowrank_OI = lowrank_part(weight_OI, packed, None, seed)
     rest_OI = weight_OI - lowrank_OI
     drawn, report = fit_conv(rest_OI, packed, steps=CONV_STEPS, sweeps=CONV_SWEEPS, seed=seed)
-    return tensors | drawn, {
-        "relative_error": report["relative_error"] * float(rest_OI.norm()) / (float(weight_OI.norm()) or 1.0)
-    }
-
-
-def _row_scales(weight_OI: Tensor, decoded_OI: Tensor) -> Tensor:
-    """fp16 [O]: the factor of every decoded row that leaves the least squared error."""
-    square_O = decoded_OI.square().sum(dim=1)
-    return torch.where(square_O > 0, (weight_OI * decoded_OI).sum(dim=1) / square_O, 1.0).half()
-
-
-def lowrank_part(
-    matrix_OI: Tensor, packed: CodebookLinear | ConvLinear, whitener_II: Tensor | None, seed: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Stored buffers of the low-rank branch fitted to `matrix_OI`, and what they decode to (zeros at rank 0)."""
-    if packed.lowrank is None:
-        return {}, torch.zeros_like(matrix_OI)
-    return stored_lowrank(*svd_factors(matrix_OI, packed.rank, whitener_II, seed), packed)
-
-
-def codebook_tensors(
-    packed: CodebookLinear, code_JI: Tensor, codebook_KD: Tensor, scales: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Stored buffers of the quantised part."""
-    own = {} if packed.table_key else {"codebook": codebook_KD.half()}
-    return {
-        "codes": pack(code_JI, packed.index_bits),
-        **own,
-        **{f"scales.{name}": tensor for name, tensor in scales.items()},
-    }
+    relative_error = report["relative_error"] * float(rest_OI.norm()) / (float(weight_OI.norm()) or 1.0)
+    return tensors | drawn, {"relative_error": relative_error}

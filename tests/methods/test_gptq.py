@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from methods.codecs.error_feedback import layer_error, prepare
-from methods.codecs.uniform_grid import fit_grid
+from methods.codecs.grids import fit_grid
 from tests.helpers import decode_uniform, hessian_of
 
 

@@ -7,7 +7,7 @@ from kernels.formats.layer import LayerSpec
 from kernels.formats.packed import PackedLinear
 from kernels.formats.scales import BlockScales, ScaleForm, quantise_scales
 from methods import parse_method
-from methods.base import Sensitivity
+from methods.base import LayerData, Sensitivity
 from methods.lq_lora import Weighting, _quantised, decompose
 
 NAME = "model.layers.5.self_attn.o_proj"
@@ -59,7 +59,7 @@ def test_rows_without_gradient_keep_finite_factors(weight):
 
 def test_loftq_begins_with_the_weight_itself(weight):
     config = next(c for c in parse_method("lq-lora:loftq,bits=4").candidates(SPEC) if c["block"] == 64)
-    packed = parse_method("lq-lora:loftq,rounds=1").compress(weight, None, SPEC, config, 0).packed
+    packed = parse_method("lq-lora:loftq,rounds=1").compress(LayerData(weight), SPEC, config).packed
     _, plain_OI = _quantised(weight, packed)
     assert torch.equal(packed.decode_base(), plain_OI) and packed.lowrank.decode().norm() > 0
     assert (packed.decode() - weight).norm() < (plain_OI - weight).norm()
@@ -110,8 +110,8 @@ def test_nothing_said_of_adapters_means_they_start_without_effect(weight):
         and adapted["row_scales"]
         and qlora.family(adapted) == qlora.family(adapted.without("rank"))
     )
-    with_adapters = qlora.compress(weight, None, SPEC, adapted, 0).packed
-    assert torch.equal(with_adapters.decode(), nf.compress(weight, None, SPEC, plain, 0).packed.decode())
+    with_adapters = qlora.compress(LayerData(weight), SPEC, adapted).packed
+    assert torch.equal(with_adapters.decode(), nf.compress(LayerData(weight), SPEC, plain).packed.decode())
     bits = with_adapters.stored_bits()
     assert (
         bits.adapters == 8 * 9 * (576 + 576) + 2 * 16 * 9 and bits.scales == plain.stored_bits(SPEC).scales + 16 * 576

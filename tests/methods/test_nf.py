@@ -12,12 +12,13 @@ from kernels.formats.codebook import CodebookLinear
 from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.normal_float import NF4, dynamic_map, nf_levels
 from methods import parse_method
+from methods.base import LayerData
 
 
 def compress(weight: torch.Tensor, bits: int = 4, block: int = 64) -> CodebookLinear:
     config = LayerConfig.of("codebook", dim=1, index_bits=bits, block=block, scales="dynamic", table="nf")
     layer = LayerSpec("a", "a", *weight.shape, bias=False)
-    return parse_method("nf").compress(weight, None, layer, config, 0).packed
+    return parse_method("nf").compress(LayerData(weight), layer, config).packed
 
 
 def decode(weight: torch.Tensor, bits: int = 4, block: int = 64) -> torch.Tensor:

@@ -10,21 +10,21 @@ from kernels.formats.bitpack import packed_words
 from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.scales import ScaleForm
 from methods import parse_method
-from methods.base import Sensitivity
+from methods.base import LayerData, Sensitivity
 from methods.codecs.column_order import greedy_order
 from methods.codecs.conv_training import unlikeness
 from methods.codecs.error_feedback import layer_error, prepare
 from methods.codecs.kmeans import kmeans, nearest
 from methods.codecs.svd import svd_factors
 from methods.codecs.vector import absmax_scales, fit_codebook, from_vectors, refit_codebook, to_vectors
-from methods.reallm.calibrated import assign
+from methods.codecs.vector_feedback import assign
 from tests.helpers import decode_uniform, hessian_of
 
 
 def compress(method, weight, hessian=None, seed=0, **hyper):
     values = dict(dim=2, index_bits=6, block=64, scales="double", rank=4, adapter_bits=8) | hyper
     layer = LayerSpec("layer", "layer", *weight.shape, bias=False)
-    return parse_method(method).compress(weight, hessian, layer, LayerConfig.of("codebook", **values), seed)
+    return parse_method(method).compress(LayerData(weight, seed, hessian), layer, LayerConfig.of("codebook", **values))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_a_convolutional_decoder_is_on_offer_where_rows_are_alike(weights, weigh
     assert len(offers) == 3 and not any(config.format == "conv" for config in method.candidates(layer))
     config = next(c for c in offers if c["latent_channels"] == 2)
     flat = Sensitivity(torch.ones(192), torch.ones(576))
-    done = method.compress(alike, None, layer, config, seed=0)
+    done = method.compress(LayerData(alike), layer, config)
     error = alike - done.packed.decode()
     assert done.report["relative_error"] == pytest.approx(float(error.norm() / alike.norm()), rel=1e-4)
     assert method.expected_costs(alike, flat, layer, [config], seed=0) == [pytest.approx(flat.cost(error))]
@@ -172,14 +172,14 @@ def test_the_released_settings_decode_what_they_report(weight):
     layer = LayerSpec("layer", "layer", *weight.shape, bias=False)
     method = parse_method("reallm:released,rank=4,rounds=3")
     (config,) = method.candidates(layer)
-    done = method.compress(weight, None, layer, config, seed=0)
+    done = method.compress(LayerData(weight), layer, config)
     error = float((done.packed.decode() - weight).norm() / weight.norm())
     assert error == pytest.approx(done.report["relative_error"], rel=1e-4)
     bits = done.packed.stored_bits()
     assert bits.tables == 3 * 576 * 16 + 16 * 2 * 16 and bits.scales >= 16 * 192
     plain = parse_method("reallm:data-free,dim=2,index_bits=4,block=64,rank=4,adapter_bits=16,rounds=3")
     (config,) = plain.candidates(layer)
-    without = plain.compress(weight, None, layer, config, seed=0)
+    without = plain.compress(LayerData(weight), layer, config)
     assert done.report["relative_error"] < without.report["relative_error"]  # at a quarter of a bit more
 
 

@@ -2,8 +2,7 @@ import dataclasses
 
 import pytest
 
-from kernels.formats.layer import LayerConfig, LayerSpec
-from methods import REGISTRY, method_class, parse_method, split_methods
+from methods import METHODS, LayerConfig, LayerSpec, Track, parse_method, split_methods
 
 
 @pytest.mark.parametrize(
@@ -18,7 +17,7 @@ from methods import REGISTRY, method_class, parse_method, split_methods
         ("reallm:data_free", "did you mean 'data-free'"),
         ("reallm:dim=2", "give dim and index_bits together"),
         ("gptq:damp=nan", "must be a positive share"),
-        ("reallm:rounds=0", "rounds must be at least 1"),
+        ("reallm:data-free,rounds=0", "rounds must be at least 1"),
         ("rtn:grid=hessian", "needs data"),
         ("reallm:block=0", "block must be at least 1"),
     ],
@@ -32,7 +31,7 @@ def test_overrides_and_variants():
     assert parse_method("gptq:group=64,act_order=false") == dataclasses.replace(
         parse_method("gptq"), group=64, act_order=False
     )
-    assert parse_method("reallm:data-free,rank=3").calibrated is False
+    assert parse_method("reallm:data-free,rank=3").track == Track.DATA_FREE
     assert parse_method("reallm").variant == "calibrated" and parse_method("reallm:rank=3").variant == ""
     assert split_methods("reallm:data-free,rank=3,gptq:group=64,act_order=false,rtn") == [
         "reallm:data-free,rank=3",
@@ -41,14 +40,28 @@ def test_overrides_and_variants():
     ]
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_describes_itself(name):
-    method = method_class(name)()
-    data = method.to_json()
-    assert data["method"] == name and data["version"] >= 1
-    again = method_class(name)(**{k: v for k, v in data.items() if k not in ("method", "version")})
-    assert again == method
-    found = method.candidates(LayerSpec("a", "a", 192, 576, bias=False))
+    default = METHODS.get(name)()
+    assert default.text == name and default.version >= 1
+    for variant, method in default.variants().items():
+        assert parse_method(f"{name}:{variant}") == method and method.variant == variant
+        assert parse_method(method.text) == method
+    found = default.candidates(LayerSpec("a", "a", 192, 576, bias=False))
     assert found and len(set(found)) == len(found)
     for config in found[::7]:
         assert LayerConfig.from_json(config.to_json()) == config
+
+
+def test_an_option_of_another_variant_says_where_it_belongs():
+    with pytest.raises(ValueError, match="no option 'epochs': it belongs to reallm:blockwise and reallm:finetuned"):
+        parse_method("reallm:epochs=1")
+    with pytest.raises(ValueError, match="no option 'band': it belongs to reallm:released"):
+        parse_method("reallm:data-free,band=64")
+
+
+def test_the_vector_methods_share_a_base_and_none_inherits_the_other():
+    gptvq, reallm = (METHODS.get(name) for name in ("gptvq", "reallm"))
+    assert not issubclass(gptvq, reallm) and not issubclass(reallm, gptvq)
+    options = {field.name for field in dataclasses.fields(gptvq)}
+    assert options == {"dim", "index_bits", "block", "scales", "act_order", "damp", "refit"}

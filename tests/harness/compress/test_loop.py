@@ -19,7 +19,7 @@ from harness.plan.sensitivity import measure_sensitivities
 from kernels.cpu.build import library
 from kernels.formats.packed import PackedLinear
 from methods import parse_method
-from methods.base import Compressed
+from methods.base import Compressed, LayerData
 
 METHODS = ["fp16", "rtn", "rtn:offset=zero", "gptq", "gptq:static_groups=false", "gptvq", "reallm:data-free,rounds=2"]
 
@@ -36,7 +36,9 @@ def compress(folder, method, tokens, path, budget=Fraction(13, 4), seed=0):
     model = load_reference(path, "cpu", torch.float32)
     parsed = parse_method(method)
     allocation = uniform(parsed, inventory(model), budget)
-    return compress_model(model, parsed, allocation.layers, tokens, seed, folder / "blocks")[0], allocation
+    return compress_model(model, inventory(model), parsed, allocation.layers, tokens, seed, folder / "blocks")[
+        0
+    ], allocation
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -100,7 +102,7 @@ def test_true_sequential_inputs_are_those_of_the_packed_prefix(truncated, tokens
             x = seen[0].reshape(-1, got.shape[0])
             assert torch.allclose(got, x.T @ x, rtol=1e-4, atol=1e-4 * got.diagonal().max())
             for name in stage:
-                block.install(name, rtn.compress(block.weight(name), None, block.layers[name], plan[name], 0))
+                block.install(name, rtn.compress(LayerData(block.weight(name)), block.layers[name], plan[name]))
         behind = block.outputs()
     with torch.no_grad():
         assert torch.equal(behind, block._forward(inputs.hidden_NTH))
@@ -120,7 +122,7 @@ def test_a_method_that_looks_again_gets_a_fresh_pass(truncated, tokens):
         block.hessian(down)
         config = parse_method("rtn:bits=2,group=64,offset=symmetric").candidates(block.layers[q])[0]
         block.install(
-            q, Compressed(parse_method("rtn").compress(block.weight(q), None, block.layers[q], config, 0).packed)
+            q, Compressed(parse_method("rtn").compress(LayerData(block.weight(q)), block.layers[q], config).packed)
         )
         assert not torch.allclose(block.hessian(down), before)
 
@@ -186,7 +188,7 @@ def test_other_architectures_run_through(name, method, tmp_path):
     )
     assert budget - Fraction(1, 5) < Fraction(allocation.ledger.stored_bits, allocation.ledger.weights) <= budget
     assert len(set(allocation.layers.values())) > 1 and allocation.bound <= allocation.predicted
-    compressed, _ = compress_model(loaded, parsed, allocation.layers, tokens, 0, tmp_path / "blocks")
+    compressed, _ = compress_model(loaded, inventory(loaded), parsed, allocation.layers, tokens, 0, tmp_path / "blocks")
     compressed.save(tmp_path / "artifact")
     reloaded = CompressedModel.load(tmp_path / "artifact", "cpu", torch.float32)
     with torch.no_grad():
@@ -255,7 +257,9 @@ def test_the_rest_keeps_the_checkpoints_own_sixteen_bits(tmp_path):
     loaded = load_reference(tmp_path / "model", "cpu", torch.float32)
     plan = uniform(parse_method("rtn"), inventory(loaded), Fraction(6)).layers
     tokens = torch.randint(0, 512, (1, 8))
-    compressed, _ = compress_model(loaded, parse_method("rtn"), plan, tokens, 0, tmp_path / "blocks", half)
+    compressed, _ = compress_model(
+        loaded, inventory(loaded), parse_method("rtn"), plan, tokens, 0, tmp_path / "blocks", half
+    )
     compressed.save(tmp_path / "artifact")
     reloaded = CompressedModel.load(tmp_path / "artifact", "cpu", torch.float32)
     assert reloaded.model.model.norm.weight[0] == model.model.norm.weight[0].float()
@@ -273,4 +277,4 @@ def test_incomplete_or_broken_weights_are_refused(truncated, tokens, tmp_path):
         model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
     plan = uniform(parse_method("rtn"), inventory(model), Fraction(13, 4)).layers
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj holds weights that are not finite"):
-        compress_model(model, parse_method("rtn"), plan, tokens, 0, tmp_path / "blocks")
+        compress_model(model, inventory(model), parse_method("rtn"), plan, tokens, 0, tmp_path / "blocks")

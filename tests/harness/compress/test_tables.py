@@ -23,6 +23,7 @@ from harness.plan.allocation import mixed
 from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
 from kernels.formats.mlp_table import MlpTable
 from methods import parse_method
+from methods.base import LayerData
 from methods.reallm.calibrated import followed
 
 SHAPE = (4, 9)
@@ -52,12 +53,12 @@ def shared_plan(method, stock, rank=2):
 def compress(folder, text, tokens, path):
     model, method = load_reference(path, "cpu", torch.float32), parse_method(text)
     plan = shared_plan(method, inventory(model))
-    compressed, report = compress_model(model, method, plan, tokens, 0, folder)
+    compressed, report = compress_model(model, inventory(model), method, plan, tokens, 0, folder)
     return compressed, plan, report
 
 
 @pytest.mark.parametrize(
-    "text", ["reallm:epochs=1", "reallm:data-free,rounds=1", "reallm:data-free,rounds=1,decoder=mlp"]
+    "text", ["reallm:blockwise,epochs=1", "reallm:data-free,rounds=1", "reallm:data-free,rounds=1,decoder=mlp"]
 )
 def test_shared_tables_are_stored_and_counted_once(text, truncated, tokens, tmp_path):
     compressed, plan, report = compress(tmp_path / "blocks", text, tokens, truncated.path)
@@ -90,7 +91,7 @@ def test_shared_tables_are_stored_and_counted_once(text, truncated, tokens, tmp_
 
 
 def test_a_resumed_compression_stores_the_same_bytes(truncated, tokens, tmp_path):
-    text = "reallm:epochs=1"
+    text = "reallm:blockwise,epochs=1"
     whole, _, _ = compress(tmp_path / "whole", text, tokens, truncated.path)
     (tmp_path / "part").mkdir()
     for name in ("tables.safetensors", "block_0000.safetensors", "block_0001.safetensors"):
@@ -106,7 +107,8 @@ def test_the_tables_of_a_plan_do_not_depend_on_how_far_it_came(truncated, tokens
     files = []
     for attempt in ("one", "two"):
         model, method = load_reference(truncated.path, "cpu", torch.float32), parse_method("reallm:data-free,rounds=1")
-        compress_model(model, method, shared_plan(method, inventory(model)), None, 0, tmp_path / attempt)
+        stock = inventory(model)
+        compress_model(model, stock, method, shared_plan(method, stock), None, 0, tmp_path / attempt)
         files.append(load_file(tmp_path / attempt / "tables.safetensors"))
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
@@ -131,7 +133,7 @@ def test_drift_is_the_difference_of_two_models(truncated, tokens):
                     expected = (clean - packed).T @ packed
                     assert torch.allclose(got, expected, atol=1e-3 * expected.abs().max()), name
                 for name in stage:
-                    block.install(name, rtn.compress(block.weight(name), None, block.layers[name], config[name], 0))
+                    block.install(name, rtn.compress(LayerData(block.weight(name)), block.layers[name], config[name]))
             hidden_NTH, original_NTH = block.outputs(), block.original_outputs()
     with torch.no_grad():
         expected = original.model(tokens, output_hidden_states=True).hidden_states[2]
@@ -144,7 +146,7 @@ def test_a_restored_block_is_the_original_until_it_is_packed_again(truncated, to
     stock, inputs, (_, modules) = inventory(model), BlockInputs(model, tokens[:2]), decoder_blocks(model)
     with BlockRun(model, stock.blocks[0], modules[0], inputs.hidden_NTH, inputs.kwargs[0], inputs.hidden_NTH) as block:
         packed = {
-            name: rtn.compress(block.weight(name), None, layer, rtn.candidates(layer)[0], 0)
+            name: rtn.compress(LayerData(block.weight(name)), layer, rtn.candidates(layer)[0])
             for name, layer in block.layers.items()
         }
         original = block.original_outputs()

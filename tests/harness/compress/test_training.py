@@ -20,7 +20,7 @@ from harness.plan.allocation import uniform
 from harness.plan.sensitivity import measure_fisher
 from harness.report.baseline import read_rows
 from methods import parse_method
-from tests.helpers import run_harness
+from tests.helpers import SMALL, run_harness
 
 METHODS = (
     "qlora",
@@ -43,7 +43,9 @@ def packed_model(text, path, tokens, folder):
     method = parse_method(text)
     plan = uniform(method, inventory(model), Fraction(7, 2)).layers
     fisher = measure_fisher(model, tokens[:4]) if method.needs.fisher else None
-    return compress_model(model, method, plan, tokens[:4], 0, folder / "blocks", fisher=fisher)[0], method.adaptation
+    return compress_model(model, inventory(model), method, plan, tokens[:4], 0, folder / "blocks", fisher=fisher)[
+        0
+    ], method.adaptation
 
 
 @torch.no_grad()
@@ -156,7 +158,7 @@ def test_a_plan_without_adapters_and_a_loss_that_is_none(truncated, tokens, tmp_
         finetune(compressed, adaptation, tokens[:2], 1, 0, tmp_path)
     model = load_reference(truncated.path, "cpu", torch.float32)
     plan = uniform(parse_method("nf"), inventory(model), Fraction(4)).layers
-    plain = compress_model(model, parse_method("nf"), plan, None, 0, tmp_path / "plain")[0]
+    plain = compress_model(model, inventory(model), parse_method("nf"), plan, None, 0, tmp_path / "plain")[0]
     with pytest.raises(ValueError, match="no layer of this plan has a low-rank part"):
         finetune(plain, adaptation, tokens[:2], 1, 0, tmp_path)
 
@@ -178,18 +180,10 @@ def test_the_fisher_information_is_the_mean_squared_gradient(truncated, tokens):
     assert len(measured) == 4 * 7
 
 
-def test_a_run_trains_and_counts(truncated, cache, tmp_path):
-    arguments = ("run", "--model", str(truncated.path), "--methods", "qlora,fp16-lora", "--bits", "3.25")
-    small = (
-        "--calibration",
-        "c4-mini@128x4",
-        "--protocols",
-        "c4-mini@128/4",
-        "--no-bench",
-        "--training",
-        "c4-mini@128x6/2",
-    )
-    done = run_harness(*arguments, *small, "--out", str(tmp_path / "out"))
+def test_a_run_trains_and_counts(truncated, finished_cache, tmp_path):
+    run = ("run", "--model", str(truncated.path), "--bits", "3.25", *SMALL)
+    trained = ("--methods", "qlora,fp16-lora", "--training", "c4-mini@128x6/2")
+    done = run_harness(*run, *trained, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path / "out")
     assert set(rows) == {"fp16", "fp16-lora", "qlora 3.25"}
@@ -201,10 +195,11 @@ def test_a_run_trains_and_counts(truncated, cache, tmp_path):
             record["artifact"]["ledger"]["bpw_by_part"]["adapters"] > 0.1
             and len(record["artifact"]["training"]["losses"]) == 3
         )
-        assert (cache / "cells" / row["cell"] / "adapter" / "adapter_model.safetensors").exists()
+        assert (finished_cache / "cells" / row["cell"] / "adapter" / "adapter_model.safetensors").exists()
     assert float(rows["qlora 3.25"]["stored_bpw"]) <= 3.25 < 16 < float(rows["fp16-lora"]["stored_bpw"])
     assert rows["fp16"]["training_steps"] == ""
-    other = run_harness(*arguments, *small[:-1], "c4-mini@128x6/3", "--out", str(tmp_path / "other"))
+    steps = ("--methods", "qlora", "--training", "c4-mini@128x6/3")
+    other = run_harness(*run, *steps, "--out", str(tmp_path / "other"))
     assert other.stderr.count("found, not repeated") == 1  # other steps are other cells; the reference is not
 
 

@@ -99,8 +99,8 @@ def test_estimated_costs_are_those_of_the_packed_layer(method, reference, tokens
         estimates = parsed.expected_costs(weight, measured[name], layer, configs, seed=0)
         for config, estimate in zip(configs, estimates, strict=True):
             tables = parsed.fit_tables({name: config}, [layer], lambda _, weight=weight: weight, seed=0)
-            shared = {"table": tables[config.table_key]} if config.table_key else {}
-            error = weight - parsed.compress(weight, hessian, layer, config, seed=0, **shared).packed.decode()
+            data = LayerData(weight, hessian_II=hessian, table=tables.get(config.table_key))
+            error = weight - parsed.compress(data, layer, config).packed.decode()
             real = (
                 0.5 * float(measured[name].row_O @ ((error @ hessian) * error).sum(dim=1))
                 if feedback

@@ -8,6 +8,7 @@ from kernels.formats.conv import ConvLinear, draw
 from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.packed import PackedLinear
 from methods import parse_method
+from methods.base import LayerData
 from methods.codecs import conv_training as conv
 from methods.codecs.conv_training import (
     chain_order,
@@ -92,7 +93,7 @@ def test_an_image_is_where_it_wins():
     packed, _ = fit(matrix, 600, patch=64, latent_channels=1, latent_bits=4, stages=2)
     layer = LayerSpec("layer", "layer", *matrix.shape, bias=False)
     config = LayerConfig.of("codebook", dim=8, index_bits=3, block=64, scales="double", rank=0, adapter_bits=8)
-    vectors = parse_method("reallm:data-free").compress(matrix, None, layer, config, seed=0).packed
+    vectors = parse_method("reallm:data-free").compress(LayerData(matrix), layer, config).packed
     assert packed.stored_bits().total < vectors.stored_bits().total
     assert relative(matrix, packed) ** 2 < 0.25 * relative(matrix, vectors) ** 2
 

@@ -12,21 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.formats.bitpack import pack
 from kernels.formats.scales import per_column
 
 SEARCHES = ("minmax", "mse", "hessian")
 COARSE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the min-max range, tried for every group alike ...
 FINE = (0.05, -0.05, 0.025, -0.025)  # ... and then steps from each group's own best
-MSE_NORM = (
-    2.4  # GPTQ's released code; squares when the error is Hessian-weighted, where the weight already says what matters
-)
+# GPTQ's released code; squares when the error is Hessian-weighted, where the weight already says what matters
+MSE_NORM = 2.4
 
 
 @dataclass(frozen=True)
 class Grid:
-    """`scale_OG` and `base_OG` are fp32 values of stored numbers; `stored` holds the buffers of `UniformLinear` but the
-    codes."""
+    """`scale_OG` and `base_OG` are fp32 values of stored numbers; `stored` is what
+    `UniformLinear.tensors` takes beside the codes, by name."""
 
     bits: int
     group: int
@@ -36,8 +34,8 @@ class Grid:
 
     def columns(self, count: int) -> tuple[Tensor, Tensor]:
         """(scale, base) of every column, each [count, O]: a column is a contiguous row."""
-        # Type: ignore[return-value]
-        return tuple(per_column(p, self.group, count).t().contiguous() for p in (self.scale_OG, self.base_OG))
+        scale_IO, base_IO = (per_column(p, self.group, count).t().contiguous() for p in (self.scale_OG, self.base_OG))
+        return scale_IO, base_IO
 
     def round(self, weight_OI: Tensor) -> Tensor:
         """Codes of the nearest levels, int32 [O, I]."""
@@ -107,14 +105,6 @@ def _error(weight_OGS: Tensor, grid: Grid, norm: float, importance_GS: Tensor) -
     return torch.einsum("ogs,gs->og", error_OGS, importance_GS)
 
 
-def uniform_tensors(codes_OI: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """The buffers of a `UniformLinear`: packed codes, scales, and packed zeros or minima."""
-    stored = dict(grid.stored)
-    if "zeros" in stored:
-        stored["zeros"] = pack(stored["zeros"].reshape(1, -1), grid.bits)
-    return {"codes": pack(codes_OI, grid.bits), **stored}
-
-
 def _grid(low_OG: Tensor, high_OG: Tensor, bits: int, group: int, offset: str, shrink_OG: Tensor) -> Grid:
     """The grid that spans `shrink` times the range of every group; a negative share is a negated scale."""
     top = 2**bits - 1
@@ -131,12 +121,14 @@ def _grid(low_OG: Tensor, high_OG: Tensor, bits: int, group: int, offset: str, s
     half_OG = (span_OG * shrink_OG.abs() / top).clamp(2.0**-24, 65504.0).copysign(shrink_OG).half()
     scale_OG = half_OG.float()
     if offset == "symmetric":
-        return Grid(bits, group, scale_OG, -(2 ** (bits - 1)) * scale_OG, {"scales": half_OG})
+        return Grid(bits, group, scale_OG, -(2 ** (bits - 1)) * scale_OG, {"scale_OG": half_OG})
     if offset == "zero":
         zero_OG = torch.round(-low_OG * shrink_OG / scale_OG).clamp_(0, top)
-        return Grid(bits, group, scale_OG, -zero_OG * scale_OG, {"scales": half_OG, "zeros": zero_OG.to(torch.int32)})
+        return Grid(
+            bits, group, scale_OG, -zero_OG * scale_OG, {"scale_OG": half_OG, "zero_OG": zero_OG.to(torch.int32)}
+        )
     minimum_OG = (low_OG * shrink_OG).half()
-    return Grid(bits, group, scale_OG, minimum_OG.float(), {"scales": half_OG, "minima": minimum_OG})
+    return Grid(bits, group, scale_OG, minimum_OG.float(), {"scale_OG": half_OG, "minimum_OG": minimum_OG})
 
 
 def _merge(take_OG: Tensor, new: Grid, old: Grid) -> Grid:
