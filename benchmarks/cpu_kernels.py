@@ -13,8 +13,8 @@ import argparse
 import torch
 
 from harness.measure import machine
-from harness.measure.layers import BATCHES, layer_times, random_group, vendor_group
-from harness.report.sheet import markdown
+from harness.measure.layers import BATCHES, product_times, random_group, vendor_group
+from harness.report.sheet import Sheet
 from kernels.synthetic import TYPICAL
 
 FORMATS = TYPICAL | {
@@ -39,13 +39,13 @@ def main() -> None:
     vendor = {(rows, columns): vendor_group(rows, columns, "cpu", torch.float32)}
     with machine.quiet(lambda: print("waiting until nothing else of ours runs on this machine")):
         before = machine.bandwidth("cpu")
-        records = layer_times(groups, vendor, "cpu", torch.float32, arguments.seconds)
+        records = product_times(groups, vendor, "cpu", torch.float32, arguments.seconds)
         bandwidth = max(before, machine.bandwidth("cpu"))
-    print(
-        f"{rows}x{columns}, {machine.identity('cpu')['processor']}, {arguments.threads} threads, {bandwidth / 1e9:.0f} GB/s; fp32 takes"
-    )
+    processor = machine.identity("cpu", arguments.threads).processor
+    print(f"{rows}x{columns}, {processor}, {arguments.threads} threads, {bandwidth / 1e9:.0f} GB/s; fp32 takes")
     for batch, record in zip(BATCHES, records[:: len(groups)], strict=True):
-        print(f"* {record['vendor_microseconds']['median']:.0f} us for {batch} inputs at once")
+        assert record.vendor_microseconds is not None
+        print(f"* {record.vendor_microseconds.median:.0f} us for {batch} inputs at once")
     header = [
         "format",
         "stored bits",
@@ -57,13 +57,11 @@ def main() -> None:
     cells = []
     for index, name in enumerate(FORMATS):
         first, *_ = every = records[index :: len(groups)]
-        rate = first["gb_per_s"]["median"]
-        time = [f"{first['microseconds']['median']:.0f}", f"{rate:.1f}", f"{1e11 * rate / bandwidth:.0f}"]
-        ratios = [
-            f"{s['median']:.1f} [{s['p10']:.1f}, {s['p90']:.1f}]" for s in (record["speed_up"] for record in every)
-        ]
-        cells.append([name, f"{first['stored_bpw']:.3f}", *time, *ratios])
-    print("\n" + markdown(header, cells))
+        rate = first.gb_per_s.median
+        time = [f"{first.microseconds.median:.0f}", f"{rate:.1f}", f"{1e11 * rate / bandwidth:.0f}"]
+        ratios = [f"{s.median:.1f} [{s.p10:.1f}, {s.p90:.1f}]" for s in (record.speed_up for record in every) if s]
+        cells.append([name, f"{first.stored_bpw:.3f}", *time, *ratios])
+    print("\n" + Sheet(header, cells).markdown())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Correctness of the GPU kernels, then the kernel table. Needs a checkout of this repository and a Python with torch and triton, nothing
-# else; under eight minutes. What follows the command goes to benchmarks/gpu_kernels.py.
+# Correctness of the GPU kernels, then the kernel table. Needs a checkout of this repository and a Python with torch and
+# triton, nothing else; under eight minutes. What follows the command goes to benchmarks/gpu_kernels.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

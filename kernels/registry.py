@@ -37,6 +37,9 @@ class Registry(Generic[Entry]):
         yield from self._entries
         yield from self._foreign
 
+    def __len__(self) -> int:
+        return len(self._entries) + len(self._foreign)
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries or name in self._foreign
 

@@ -1,4 +1,4 @@
-"""Layers of random stored bits, for tests and for timing shapes without weights: any bits are a layer."""
+"""Layers of random stored bits, for tests and for timing shapes without weights: almost any bits are a layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.formats.codebook import table_spec
+from kernels.formats.bitpack import pack
+from kernels.formats.codebook import CodebookLinear, table_spec
+from kernels.formats.conv import ConvLinear, weight_levels
+from kernels.formats.order import index_bits
 from kernels.formats.packed import PackedLinear
 from kernels.formats.stored import StoredModule
 from kernels.formats.tables import Table
@@ -27,22 +30,44 @@ TYPICAL = {  # what benchmarks and tuners measure: the formats as methods store 
 
 def random_layer(spec: dict[str, Any], rows: int, columns: int, bias: bool = False, seed: int = 0) -> PackedLinear:
     """A layer of this configuration on the CPU, with a table of its own where it decodes from a shared one. Scales and
-    entries are small positive numbers, an order of columns is a permutation, everything else (padding too) is uniformly
-    random bits."""
+    entries are small positive numbers, orders of rows and columns are permutations, everything else (padding too) is
+    uniformly random bits."""
     generator = torch.Generator().manual_seed(seed)
     layer = PackedLinear.from_spec({**spec, "in_features": columns, "out_features": rows, "bias": bias}, "cpu")
     if layer.table_key:
         layer.attach(random_table(table_spec(layer.spec()), seed))
-    layer.fill(**_random(layer, generator))
+    layer.fill(**_random(layer, generator) | _valid(layer, generator))
     if bias:
         layer.set_bias(torch.randn(rows, generator=generator))
     return layer
 
 
 def random_table(spec: dict[str, Any], seed: int = 0) -> Table:
+    """A table of this description on the CPU, of random bits like a layer's."""
     table = Table.from_spec(spec, "cpu")
     table.fill(**_random(table, torch.Generator().manual_seed(seed)))
     return table
+
+
+def _valid(layer: PackedLinear, generator: torch.Generator) -> dict[str, Tensor]:
+    """Buffers in which not any bits would be a layer: packed permutations, and codes of fewer levels than they could
+    tell apart."""
+    if isinstance(layer, CodebookLinear) and layer.order is not None:
+        bands = len(layer.order.packed)
+        order_ZI = torch.stack([torch.randperm(layer.in_features, generator=generator) for _ in range(bands)])
+        return {f"order.{name}": tensor for name, tensor in layer.order.store(order_ZI).items()}
+    if not isinstance(layer, ConvLinear):
+        return {}
+    stored = {}
+    if layer.weight_bits < 16:
+        weights, levels = sum(o * i * k * k for o, i, k in layer.shapes), weight_levels(layer.weight_bits, layer.levels)
+        codes_N = torch.randint(len(levels), (1, weights), generator=generator)
+        stored["weights"] = pack(codes_N, layer.weight_bits)[0]
+    if layer.reorder:
+        for name, count in (("row_order", layer.out_features), ("column_order", layer.in_features)):
+            order_N = torch.randperm(count, generator=generator)
+            stored[name] = pack(order_N[None], index_bits(count))[0]
+    return stored
 
 
 def _random(module: StoredModule, generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Memory and latency, on the stored tensors that were scored.
 
 machine   which one it is, how fast its memory is read, and that nothing else of ours runs meanwhile
-timing    rounds of the things compared, in turn
 runner    one model runner for all: a static cache, a token at a time
 layers    single products, on copies beyond the last cache
 bench     all of it on one cell, in a process of its own

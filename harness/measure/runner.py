@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from harness.compressed import CompressedModel
-from harness.measure.timing import Call, graphed
 from kernels.formats.packed import PackedLinear
 from kernels.formats.stored import StoredModule
+from kernels.timing import Call, graphed
 from kernels.views import Kept
 
 CONTEXT = 128  # tokens in front of the first that is timed

@@ -36,6 +36,7 @@ from kernels.formats.normal_float import nf_levels
 from kernels.formats.order import index_bits
 from kernels.formats.packed import PackedLinear
 from kernels.formats.scales import BlockScales, ScaleForm, per_column
+from kernels.timing import synchronize
 
 SHRINK, FLOOR = 1.2, 4  # channels of a stage: those of the one before over SHRINK, no fewer than FLOOR
 CHUNK = 1 << 20  # weights drawn at once
@@ -177,11 +178,11 @@ class ConvLinear(PackedLinear):
     def loaded(self, dtype: torch.dtype) -> Tensor:
         """The weight in the dtype of a product, decoded when it is first asked for."""
         if self._loaded is None or self._loaded.dtype != dtype:
-            _wait(self.biases.device)
+            synchronize(self.biases.device)
             start = time.perf_counter()
             with torch.inference_mode(False):  # what is kept must serve every later caller
                 self._loaded = self.decode().to(dtype)
-            _wait(self.biases.device)
+            synchronize(self.biases.device)
             self.decode_seconds = time.perf_counter() - start
         return self._loaded
 
@@ -266,8 +267,3 @@ def _stream(count: int, bits: int) -> Tensor:
     if bits == 16:
         return torch.empty(count, dtype=torch.float16)
     return torch.empty(packed_words(count, bits), dtype=torch.int32)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -3,28 +3,36 @@
     python -m kernels.triton.tune [--shapes 4096x4096,...] [--formats 4-bit,...] [--batches 1,16] [--seconds 480]
 
 Every candidate is compiled, checked against the default's result and timed with weights that come from memory
-(kernels.triton.timing). What is faster than the default by more than noise is kept; a case that time ran out for keeps
+(kernels.timing). What is faster than the default by more than noise is kept; a case that time ran out for keeps
 what it had."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import time
 from collections.abc import Iterator
+from functools import partial
+from statistics import median
 
 import torch
 import triton
 
 from kernels.formats.packed import PackedLinear
 from kernels.synthetic import TYPICAL, random_layer
+from kernels.timing import copies, in_succession, interleaved
 from kernels.triton import fused, launch
 from kernels.triton.decode import Form
-from kernels.triton.timing import Replay, in_turn, layers
 from kernels.triton.view import view
 
 SHAPES = ((28672, 8192), (11008, 4096), (4096, 4096))
 NOISE = 0.98
+ROUNDS = 15
+DEVICE = "cuda"
+CACHES = (
+    4  # last caches that copies of one layer take: nothing else runs in between, and a GPU's is not emptied in order
+)
 
 
 def candidates(form: Form, batch: int) -> Iterator[launch.Launch]:
@@ -48,18 +56,24 @@ def candidates(form: Form, batch: int) -> Iterator[launch.Launch]:
             yield launch.Launch("gemm", rows // form.dim, columns // form.lanes, warps, stages, splits)
 
 
+def cold_layers(layer: PackedLinear) -> list[PackedLinear]:
+    """Copies of the layer, so many that none is read from the cache when they take turns."""
+    return [copy.deepcopy(layer) for _ in range(copies(layer.stored_bits().total / 8, DEVICE, CACHES))]
+
+
 def best(layer: PackedLinear, batch: int, until: float) -> tuple[launch.Launch, float, float]:
     """The fastest configuration for fp16 inputs, its time and the default's, microseconds."""
-    every = layers(layer)
-    x = torch.randn(batch, layer.in_features, device="cuda", dtype=torch.float16)
+    every = cold_layers(layer)
+    x = torch.randn(batch, layer.in_features, device=DEVICE, dtype=torch.float16)
     form = view(layer).form
     default = launch.default(form, batch, torch.cuda.get_device_properties(0).multi_processor_count)
     expected = fused(view(every[0]), x, x, default)
 
-    def replay(how: launch.Launch) -> Replay:
-        return Replay([lambda one=one: fused(view(one), x, x, how) for one in every])
+    def microseconds(how: launch.Launch) -> float:
+        call = in_succession([partial(fused, view(one), x, x, how) for one in every], DEVICE)
+        return 1e6 * median(interleaved({"": call}, DEVICE, 0, ROUNDS, ROUNDS)[""]) / len(every)
 
-    found, default_us = default, in_turn([replay(default)], 15)[0]
+    found, default_us = default, microseconds(default)
     found_us = NOISE * default_us
     for how in candidates(form, batch):
         if time.monotonic() > until:
@@ -67,7 +81,7 @@ def best(layer: PackedLinear, batch: int, until: float) -> tuple[launch.Launch, 
         try:
             result = fused(view(every[0]), x, x, how)
             assert torch.allclose(result, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()), how
-            took_us = in_turn([replay(how)], 15)[0]
+            took_us = microseconds(how)
         except triton.runtime.errors.OutOfResources:
             continue
         if took_us < found_us:
@@ -85,14 +99,15 @@ def main() -> None:
     name, started = torch.cuda.get_device_name(), time.monotonic()
     shapes = [tuple(map(int, shape.split("x"))) for shape in asked.shapes.split(",")]
     cases = list(itertools.product(map(int, asked.batches.split(",")), shapes, asked.formats.split(",")))
-    for number, (batch, (rows, columns), kind) in enumerate(cases):
+    for number, (batch, (rows, columns), format_name) in enumerate(cases):
         left = started + asked.seconds - time.monotonic()
         if left <= 0:
             print(f"out of time: {len(cases) - number} of {len(cases)} cases keep what they have")
             break
-        layer = random_layer(TYPICAL[kind], rows, columns, bias=False).to("cuda")
+        layer = random_layer(TYPICAL[format_name], rows, columns, bias=False).to(DEVICE)
         found, took_us, default_us = best(layer, batch, time.monotonic() + left / (len(cases) - number))
-        print(f"{rows}x{columns} {kind} batch {batch}: {took_us:.2f} us (default {default_us:.2f}) {found}", flush=True)
+        case = f"{rows}x{columns} {format_name} batch {batch}"
+        print(f"{case}: {took_us:.2f} us (default {default_us:.2f}) {found}", flush=True)
         launch.save(name, {launch.key(view(layer).form, batch): found})
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kernels.synthetic import random_layer
-from tests.kernels.layers import ADDED, VECTOR
+from tests.kernels.served import ADDED, VECTOR
 
 triton_installed = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install '.[gpu]'"

@@ -21,7 +21,7 @@ from kernels.formats.packed import PackedLinear
 from kernels.synthetic import random_layer
 from kernels.triton import fused, launch, product
 from kernels.triton.view import view
-from tests.kernels.layers import ADDED, SCALAR, UNIFORM, VECTOR
+from tests.kernels.served import ADDED, SCALAR, UNIFORM, VECTOR
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -1,0 +1,162 @@
+"""What holds for every layout there is: codes come back, a layout says the same bits wherever it is laid out, and what
+is saved is what is counted and what is decoded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from kernels.formats.bitpack import pack, packed_words, unpack
+from kernels.formats.codebook import CodebookLinear
+from kernels.formats.packed import FORMATS, PackedLinear
+from kernels.formats.scales import SCHEMES, STEP_DTYPES
+from kernels.formats.tables import TABLES
+from kernels.formats.uniform import OFFSETS, UniformLinear
+from kernels.synthetic import random_layer
+
+Spec = dict[str, Any]
+brief = settings(deadline=None, max_examples=100, derandomize=True)  # what breaks a test is a change, not a draw
+SIZES = st.integers(1, 40)
+
+
+@st.composite
+def dense(draw: st.DrawFn, rows: int, columns: int) -> Spec:
+    return dict(dtype=draw(st.sampled_from(["float16", "bfloat16"])))
+
+
+@st.composite
+def uniform(draw: st.DrawFn, rows: int, columns: int) -> Spec:
+    return dict(
+        bits=draw(st.integers(1, 16)),
+        group=draw(st.integers(0, columns + 1)),
+        offset=draw(st.sampled_from(OFFSETS)),
+        permuted=draw(st.booleans()),
+    )
+
+
+@st.composite
+def codebook(draw: st.DrawFn, rows: int, columns: int) -> Spec:
+    table = draw(st.sampled_from(["learnt", "nf", *TABLES]))
+    dim = 1 if table == "nf" else draw(st.sampled_from([1, 2, 4, 8]))
+    spec = dict(dim=dim, table=table, share="one" if table in TABLES else "", block=draw(st.integers(0, columns + 1)))
+    # As many digits as a small decoder has by default must find a bit each; NormalFloat has a zero between two sides.
+    spec["index_bits"] = draw(st.integers(8 if table == "mlp" else 2 if table == "nf" else 1, 9))
+    spec["scales"] = draw(st.sampled_from(SCHEMES))
+    if spec["scales"] == "double":
+        spec["scale_bits"] = draw(st.integers(1, 8))
+        spec["scale_group"] = draw(st.integers(1, 70))
+        spec["scale_dtype"] = draw(st.sampled_from(list(STEP_DTYPES)))
+    spec["along"] = draw(st.sampled_from(["rows", "columns"]))
+    if draw(st.booleans()):
+        spec["band"] = dim * draw(st.integers(1, 5))
+    return spec
+
+
+@st.composite
+def conv(draw: st.DrawFn, rows: int, columns: int) -> Spec:
+    stages = draw(st.integers(0, 2))
+    return dict(
+        patch=2**stages * draw(st.integers(1, 4)),
+        stages=stages,
+        latent_channels=draw(st.integers(1, 3)),
+        latent_bits=draw(st.sampled_from([*range(1, 9), 16])),
+        width=draw(st.integers(1, 6)),
+        kernel=draw(st.sampled_from([1, 3])),
+        weight_bits=draw(st.sampled_from([*range(2, 9), 16])),
+        levels=draw(st.sampled_from(["nf", "uniform"])),
+        block=draw(st.integers(0, columns + 1)),
+        scales=draw(st.sampled_from(["none", "half", "double"])),
+        reorder=draw(st.booleans()),
+    )
+
+
+OF_FORMAT = {"dense": dense, "uniform": uniform, "codebook": codebook, "conv": conv}
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[Spec, int, int, bool]:
+    """A configuration of any format, rows, columns, and whether there is a bias."""
+    rows, columns = draw(SIZES), draw(SIZES)
+    name = draw(st.sampled_from(sorted(OF_FORMAT)))
+    spec = {"format": name, **draw(OF_FORMAT[name](rows, columns))}
+    spec |= dict(rank=draw(st.integers(0, 3)), adapter_bits=draw(st.sampled_from([8, 16])))
+    spec["row_scales"] = draw(st.booleans())
+    return spec, rows, columns, draw(st.booleans())
+
+
+def laid_out(layout: tuple[Spec, int, int, bool], device: str) -> PackedLinear:
+    spec, rows, columns, bias = layout
+    return PackedLinear.from_spec({**spec, "out_features": rows, "in_features": columns, "bias": bias}, device)
+
+
+def test_every_format_is_tried():
+    assert set(OF_FORMAT) == set(FORMATS)
+
+
+@brief
+@given(st.data(), st.integers(1, 16), st.integers(1, 4), st.integers(1, 100))
+def test_packed_codes_come_back(data: st.DataObject, bits: int, rows: int, count: int):
+    number = st.integers(0, 2**bits - 1)
+    codes = torch.tensor(data.draw(st.lists(number, min_size=rows * count, max_size=rows * count))).view(rows, count)
+    words = pack(codes, bits)
+    assert words.shape == (rows, packed_words(count, bits)) and 0 <= 32 * words.shape[1] - bits * count < 32
+    assert torch.equal(unpack(words, bits, count), codes.int())
+
+
+@brief
+@given(layouts(), st.integers(0, 2**31 - 1))
+def test_what_is_encoded_decodes_to_the_same_weights(layout, seed: int):
+    spec, rows, columns, bias = layout
+    layer = random_layer(spec, rows, columns, bias, seed)
+    if isinstance(layer, UniformLinear):
+        codes_OI = unpack(layer.codes, layer.bits, columns)
+        zero_OG = None if layer.zeros is None else unpack(layer.zeros, layer.bits, layer.scales.numel())
+        order_I = None if layer.order is None else layer.order.long() & 0xFFFF
+        tensors = layer.tensors(codes_OI, layer.scales, zero_OG, layer.minima, order_I)
+    elif isinstance(layer, CodebookLinear):
+        tensors = layer.tensors(layer.indices(), dict(layer.scales.named_buffers()), layer.entries())
+        if layer.order is not None:
+            tensors["order.packed"] = layer.order.store(layer.order.per_row()[:: layer.order.band])["packed"]
+    else:
+        return
+    again = laid_out(layout, "cpu")
+    again.fill(**tensors)  # low-rank part and row scales without effect
+    if again.table_key:
+        again.attach(layer.shared)
+    assert torch.equal(again.decode(), layer.decode_base())
+
+
+@brief
+@given(layouts())
+def test_a_layout_takes_the_same_bits_wherever_it_is_laid_out(layout):
+    planned, real = laid_out(layout, "meta"), laid_out(layout, "cpu")
+    assert planned.stored_bits() == real.stored_bits() and planned.spec() == real.spec()
+    assert {n: (b.shape, b.dtype) for n, b in planned.named_buffers()} == {
+        n: (b.shape, b.dtype) for n, b in real.named_buffers()
+    }
+    assert PackedLinear.from_spec(planned.spec()).stored_bits() == planned.stored_bits()
+
+
+@brief
+@given(layouts(), st.integers(0, 2**31 - 1))
+def test_what_is_saved_is_what_is_counted_and_decoded(layout, seed: int):
+    spec, rows, columns, bias = layout
+    layer = random_layer(spec, rows, columns, bias, seed)
+    state = layer.state_dict()
+    assert layer.stored_bits().total == 8 * sum(t.numel() * t.element_size() for n, t in state.items() if n != "bias")
+    again = laid_out(layout, "cpu")
+    if again.table_key:
+        again.attach(layer.shared)
+    again.load_state_dict(load(save(state)))
+    assert all(torch.equal(bits(b), bits(again.get_buffer(n))) for n, b in layer.named_buffers())
+    decoded = layer.decode()
+    assert decoded.shape == (rows, columns) and torch.equal(bits(decoded), bits(again.decode()))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor: random bits decode to NaN where they like, and NaN is not equal to itself."""
+    return tensor.contiguous().view(torch.uint8)
