@@ -1,8 +1,8 @@
-"""Compression methods. Adding one is adding a file or folder here and one line to METHODS, or an entry point of the group
-`ptq_harness.methods` in another package.
+"""Compression methods. Adding one is adding a file or folder here and one line to METHODS, or an entry point of the
+group `ptq_harness.methods` in another package.
 
-A package outside imports what it needs from here and from `methods.base`: in an installed wheel our kernels have another name.
-"""
+A package outside imports what it needs from here and from `methods.base`: in an installed wheel our kernels have
+another name."""
 
 from __future__ import annotations
 

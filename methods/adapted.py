@@ -37,7 +37,8 @@ class Adapted(Method):
         return Adaptation(self.lora_rate, self.dora)
 
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
-        return [config.plus(**self.adapters(layer)) for config in super().candidates(layer)]
+        base = super().candidates(layer)  # type: ignore[safe-super]  # the method that this class is combined with
+        return [config.plus(**self.adapters(layer)) for config in base]
 
     def family(self, config: LayerConfig) -> LayerConfig:
         return config.without("rank")  # every shape has its own

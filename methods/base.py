@@ -1,4 +1,5 @@
-"""What a method is: a frozen configuration, candidates with exact bits, and a rule that turns a weight into a packed layer.
+"""What a method is: a frozen configuration, candidates with exact bits, and a rule that turns a weight into a packed
+layer.
 
 The contract, in the order the harness calls it:
 
@@ -164,11 +165,12 @@ class Compressed:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A method and its configuration: subclasses are frozen dataclasses, their fields the options, None meaning "the budget decides".
+    """A method and its configuration: subclasses are frozen dataclasses, their fields the options, None meaning "the
+    budget decides".
 
     `version` is part of every key, as are the `VERSION`s of the codecs a method uses (`codec_versions`): bump whichever
-    changed when the same configuration would store other bytes. An option that is added with its default changes no key.
-    """
+    changed when the same configuration would store other bytes. An option that is added with its default changes no
+    key."""
 
     name: ClassVar[str]
     version: ClassVar[int]
@@ -208,7 +210,8 @@ class Method(ABC):
         return ":".join(filter(None, (self.name, ",".join(filter(None, (self.algorithm, *options))))))
 
     def identity(self, without: Sequence[str] = ()) -> dict[str, Any]:
-        """Everything about the method that can change a stored byte, as JSON for a key; `without` leaves options out."""
+        """Everything about the method that can change a stored byte, as JSON for a key; `without` leaves options
+        out."""
         left_out = {name: getattr(type(self)(), name) for name in without if hasattr(self, name)}
         codecs = codec_versions(type(self))
         identity = {"method": dataclasses.replace(self, **left_out).text, "version": self.version}
@@ -232,11 +235,13 @@ class Method(ABC):
         return config
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
-        """Those of `candidates` worth mixing over the layers of one model; fine steps in between are what mixing is for."""
+        """Those of `candidates` worth mixing over the layers of one model; fine steps in between are what mixing is
+        for."""
         return self.candidates(layer)
 
     def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
-        """Order among configurations that serve a whole model of `weights` weights with `bits`: index bits, then all bits."""
+        """Order among configurations that serve a whole model of `weights` weights with `bits`: index bits, then all
+        bits."""
         return (bits.codes / weights, bits.total / weights)
 
     def expected_costs(
@@ -267,8 +272,8 @@ class Method(ABC):
         """Pack one matrix. Raises ValueError when its statistics are of no use (not finite, not definite)."""
 
     def tune_block(self, block: Block, packed: Mapping[str, PackedLinear], seed: int) -> dict[str, float]:
-        """Train the stored numbers of a packed block in place; returns what is to be added to every layer's report. Called only
-        with `needs.outputs`."""
+        """Train the stored numbers of a packed block in place; returns what is to be added to every layer's report.
+        Called only with `needs.outputs`."""
         raise AssertionError(f"{type(self).__name__} needs outputs and must define tune_block()")
 
 
@@ -284,8 +289,8 @@ def layer_seed(seed: int, name: str) -> int:
 
 @cache
 def codec_versions(method: type[Method]) -> dict[str, int]:
-    """The `VERSION`s above 1 of all modules that decide what `method` stores, by name: a change of shared code reaches every
-    method that uses it, whoever forgot to say so.
+    """The `VERSION`s above 1 of all modules that decide what `method` stores, by name: a change of shared code reaches
+    every method that uses it, whoever forgot to say so.
 
     Those are its own modules and what they import, at module level, from `methods` and the formats. A module without
     a `VERSION` is at 1, and one at 1 is left out: a codec's first change does not touch the keys of methods without it.

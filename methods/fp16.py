@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from kernels.formats.dense import HALF_DTYPES
+from kernels.formats.dense import HALF_DTYPES, DenseLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Track
 
 
@@ -33,9 +33,11 @@ class Half(Method):
 
     def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
         packed = config.layout(layer, data.weight_OI.device)
+        assert isinstance(packed, DenseLinear)
         packed.fill(weight=data.weight_OI.to(HALF_DTYPES[config["dtype"]]))
         if not bool(torch.isfinite(packed.weight).all()):
             raise ValueError(
-                f"{layer.name} has weights beyond {config['dtype']}: save the model as bfloat16, and its reference will be that"
+                f"{layer.name} has weights beyond {config['dtype']}: save the model as bfloat16, "
+                "and its reference will be that"
             )
         return Compressed(packed)

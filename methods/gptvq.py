@@ -4,8 +4,8 @@
     codebooks by k-means weighted with the Hessian, under block scales         methods.codecs.vector.fit_codebook
     the codebook again, on the true objective tr(E H E^T)                      methods.codecs.vector.refit_codebook
 
-`reallm:calibrated` quantises by the same codec, so the two differ in exactly what ReALLM adds: here no low-rank part, no
-codebook shared between matrices, and weights that do not follow the drift of their inputs.
+`reallm:calibrated` quantises by the same codec, so the two differ in exactly what ReALLM adds: here no low-rank part,
+no codebook shared between matrices, and weights that do not follow the drift of their inputs.
 
 Divergences: d rows of one column make a vector, where the paper takes d columns of a row; one fp16 codebook per matrix,
 not one of 8 bits per group of columns; scales in 8 bits on a linear grid; conjugate gradients for the paper's gradient

@@ -1,4 +1,5 @@
-"""The base of methods that store vector codebooks (`gptvq`, `reallm`): their common options, candidates and estimates."""
+"""The base of methods that store vector codebooks (`gptvq`, `reallm`): their common options, candidates and
+estimates."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ class VectorQuantised(Method):
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
     ) -> list[float]:
-        """The low-rank part for real (diagonally whitened), the codebook by what it leaves of normal weights of that scale."""
+        """The low-rank part for real (diagonally whitened), the codebook by what it leaves of normal weights of that
+        scale."""
         ranks, blocks = ({config[key] for config in configs} for key in ("rank", "block"))
         scale_cost: dict[tuple[int, int], float] = {}
         other: dict[LayerConfig, float] = {}
@@ -94,7 +96,8 @@ class VectorQuantised(Method):
         configs: Sequence[LayerConfig],
         seed: int,
     ) -> dict[LayerConfig, float]:
-        """`expected_costs` of configurations of another format than codebooks; `rest_OI` is what their low-rank part leaves."""
+        """`expected_costs` of configurations of another format than codebooks; `rest_OI` is what their low-rank part
+        leaves."""
         assert not configs, f"{self.name} has no estimate for {configs[0]}"
         return {}
 
@@ -105,7 +108,8 @@ class VectorQuantised(Method):
 
 
 def rests(weight_OI: Tensor, column_I: Tensor, ranks: set[int], seed: int) -> Iterator[tuple[int, Tensor]]:
-    """(rank, what the best low-rank part of that rank leaves of the weight [O, I]) for each of `ranks`, errors weighed by column."""
+    """(rank, what the best low-rank part of that rank leaves of the weight [O, I]) for each of `ranks`, errors weighed
+    by column."""
     root_I = column_I.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     left_OR, right_RI = svd_factors(weight_OI * root_I, max(ranks), None, seed)
     for rank in ranks:

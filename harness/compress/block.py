@@ -27,8 +27,12 @@ class _Slot(nn.Module):
     """Stands where a linear layer stood; runs whatever is installed (in an original's pass the original), after letting
     the block pause."""
 
+    layer: nn.Module
+    original: nn.Linear
+
     def __init__(self, layer: nn.Module, reached: Callable[[Tensor], bool]) -> None:
         super().__init__()
+        assert isinstance(layer, nn.Linear)
         self.layer, self.original, self.reached = layer, layer, reached
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +99,7 @@ class BlockRun:
         hessian_II = torch.zeros(size, size, device=self.hidden_NTH.device)
         if name not in self._uncalled:
             for paused in self._advance_to(self._stage_of[name]):
-                add_gram(hessian_II, paused.input.reshape(-1, size).float())
+                add_gram(hessian_II, paused.stage_input.reshape(-1, size).float())
             hessian_II = completed(hessian_II)
         return hessian_II
 
@@ -108,7 +112,7 @@ class BlockRun:
         if name not in self._uncalled:
             stage = self._stage_of[name]
             for paused, original in zip(self._advance_to(stage), self._originals_to(stage), strict=True):
-                x_NI, original_NI = (p.input.reshape(-1, size).float() for p in (paused, original))
+                x_NI, original_NI = (p.stage_input.reshape(-1, size).float() for p in (paused, original))
                 drift_II.addmm_((original_NI - x_NI).t(), x_NI)
         return drift_II
 
@@ -143,12 +147,12 @@ class BlockRun:
     @torch.no_grad()
     def outputs(self) -> Tensor:
         """Hidden states behind the block as it is now: the inputs of the next one."""
-        return torch.cat([paused.output for paused in self._advance_to(len(self._stages))])
+        return torch.cat([paused.result for paused in self._advance_to(len(self._stages))])
 
     @torch.no_grad()
     def original_outputs(self) -> Tensor:
         """Hidden states behind the uncompressed block."""
-        return torch.cat([paused.output for paused in self._originals_to(len(self._stages))])
+        return torch.cat([paused.result for paused in self._originals_to(len(self._stages))])
 
     def _advance_to(self, stage: int) -> Iterator[PausedForward]:
         """The pass of every batch, standing in front of `stage` (beyond the last one: finished)."""

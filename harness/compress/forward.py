@@ -103,6 +103,18 @@ class PausedForward:
         self.thread = threading.Thread(target=self._run, args=(forward, hidden_NTH), daemon=True)
         self.thread.start()
 
+    @property
+    def stage_input(self) -> Tensor:
+        """The input of the stage it stands in front of."""
+        assert self.input is not None
+        return self.input
+
+    @property
+    def result(self) -> Tensor:
+        """The block's output, once it has run through."""
+        assert self.output is not None
+        return self.output
+
     @torch.no_grad()
     def _run(self, forward: Callable[[Tensor], Tensor], hidden_NTH: Tensor) -> None:
         self._turn.acquire()

@@ -53,7 +53,10 @@ def compress_model(
     _, modules = decoder_blocks(model)
     # A data-free method sees no activation, but runs through the same loop on a single short window of nothing.
     needs_data = method.needs.hessian or method.needs.original
-    inputs = BlockInputs(model, tokens_NT if needs_data else torch.zeros(1, 8, dtype=torch.long))
+    assert tokens_NT is not None or not needs_data
+    inputs = BlockInputs(
+        model, tokens_NT if tokens_NT is not None and needs_data else torch.zeros(1, 8, dtype=torch.long)
+    )
     hidden_NTH = inputs.hidden_NTH
     original_NTH = hidden_NTH if method.needs.original else None
     reports: dict[str, Any] = {}
@@ -80,8 +83,8 @@ def compress_model(
 
 
 def pack_block(block: BlockRun, method: Method, configs: Mapping[str, LayerConfig], seed: int) -> None:
-    """Pack every layer of a block: statistics are measured stage by stage, each layer is compressed with its own, and what is
-    packed takes the layer's place at once, so that (in true-sequential order) later stages see it."""
+    """Pack every layer of a block: statistics are measured stage by stage, each layer is compressed with its own, and
+    what is packed takes the layer's place at once, so that (in true-sequential order) later stages see it."""
     needs, stages = method.needs, block.stages()
     original = {} if needs.true_sequential else {stage[0]: _statistics(block, needs, stage[0]) for stage in stages}
     packed: dict[str, PackedLinear] = {}
@@ -106,21 +109,23 @@ def pack_block(block: BlockRun, method: Method, configs: Mapping[str, LayerConfi
 
 
 def _statistics(block: BlockRun, needs: Needs, name: str) -> tuple[Tensor | None, Tensor | None]:
-    """(Hessian, drift) of the input of the layer `name`, which the layers of its stage share; None for what is not needed."""
+    """(Hessian, drift) of the input of the layer `name`, which the layers of its stage share; None for what is not
+    needed."""
     return block.hessian(name) if needs.hessian else None, block.drift(name) if needs.drift else None
 
 
-def _save_block(model: PreTrainedModel, layers: tuple, file: Path, done: dict[str, Any]) -> None:
-    packed = {layer.name: model.get_submodule(layer.name) for layer in layers}
-    assert all(isinstance(layer, PackedLinear) for layer in packed.values()), (
-        "a method must pack every layer of its block"
-    )
+def _save_block(model: PreTrainedModel, layers: Sequence[LayerSpec], file: Path, done: dict[str, Any]) -> None:
+    packed: dict[str, PackedLinear] = {}
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        assert isinstance(module, PackedLinear), f"a method must pack every layer of its block, {layer.name} too"
+        packed[layer.name] = module
     tensors = {
-        f"{n}.{leaf}": layer.get_buffer(leaf).contiguous().cpu()
-        for n, layer in packed.items()
-        for leaf in layer.stored_parts()
+        f"{n}.{leaf}": module.get_buffer(leaf).contiguous().cpu()
+        for n, module in packed.items()
+        for leaf in module.stored_parts()
     }
-    metadata = {"specs": json.dumps({n: layer.spec() for n, layer in packed.items()}), "done": json.dumps(done)}
+    metadata = {"specs": json.dumps({n: module.spec() for n, module in packed.items()}), "done": json.dumps(done)}
     with atomic_path(file) as path:
         save_file(tensors, path, metadata=metadata)
 
@@ -138,7 +143,6 @@ def _load_block(block: BlockRun, file: Path, device: torch.device) -> dict[str, 
 
 def _tables(
     model: PreTrainedModel,
-    stock: Inventory,
     method: Method,
     configs: Mapping[str, LayerConfig],
     layers: Sequence[LayerSpec],
@@ -151,7 +155,7 @@ def _tables(
         return {}
     if not file.exists():
         fitted = method.fit_tables(
-            configs, layers, lambda name: model.get_submodule(name).weight.detach().float(), seed
+            configs, layers, lambda name: model.get_parameter(f"{name}.weight").detach().float(), seed
         )
         stored = {
             f"{key}/{leaf}": table.get_buffer(leaf) for key, table in fitted.items() for leaf in table.stored_parts()

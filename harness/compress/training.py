@@ -51,17 +51,19 @@ class FrozenLinear(nn.Linear):
     """A packed layer without its low-rank part and row scales, as peft wants a layer: `weight` is decoded at every use
     and never kept."""
 
+    packed: PackedLinear
+
     def __init__(self, packed: PackedLinear) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: there is no parameter
         self.in_features, self.out_features = packed.in_features, packed.out_features
         object.__setattr__(self, "packed", packed)  # its buffers are not this module's
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]  # decoded, where nn.Linear keeps a parameter
         return self.packed.decode_base()
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:  # type: ignore[override]
         return self.packed.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ def finetune(
                 _checkpoint(file, parameters, optimiser, losses, before + time.perf_counter() - start)
                 saved = time.monotonic()
             progress(index + 1, len(steps))
-        _store(compressed, adapted, adaptation)
+        _store(adapted)
     seconds = before + time.perf_counter() - start
     return {"steps": len(steps), "tokens": tokens_NT.numel(), "seconds": seconds, "losses": losses}
 
@@ -131,7 +133,7 @@ def frozen_bases(compressed: CompressedModel) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _adapted(compressed: CompressedModel, adaptation: Adaptation, seed: int) -> Iterator[nn.Module]:
+def _adapted(compressed: CompressedModel, adaptation: Adaptation, seed: int) -> Iterator[Any]:
     """The model under peft, its adapters set to the stored low-rank parts; on leaving, the packed layers are back in
     their places."""
     from peft import LoraConfig, get_peft_model
@@ -167,9 +169,10 @@ def _adapted(compressed: CompressedModel, adaptation: Adaptation, seed: int) -> 
 
 
 @torch.no_grad()
-def _load(adapted: nn.Module, packed: dict[str, PackedLinear]) -> None:
+def _load(adapted: Any, packed: dict[str, PackedLinear]) -> None:
     for name, layer in packed.items():
         module = adapted.base_model.model.get_submodule(name)
+        assert layer.lowrank is not None
         left_OR, right_RI = layer.lowrank.factors()
         if left_OR.any() and right_RI.any():
             # How a method splits a component between its factors is of no matter to it, but all the difference to a
@@ -191,11 +194,12 @@ def _load(adapted: nn.Module, packed: dict[str, PackedLinear]) -> None:
 
 
 @torch.no_grad()
-def _store(compressed: CompressedModel, adapted: nn.Module, adaptation: Adaptation) -> None:
+def _store(adapted: Any) -> None:
     """Round what was trained to its stored form."""
     for name in adapted.targeted_module_names:
         module = adapted.base_model.model.get_submodule(name)
         layer: PackedLinear = module.base_layer.packed
+        assert layer.lowrank is not None
         left_OR, right_RI = module.lora_B[ADAPTER].weight.float(), module.lora_A[ADAPTER].weight.float()
         layer.refill(**{f"lowrank.{k}": v for k, v in quantise_lowrank(left_OR, right_RI, layer.lowrank.bits).items()})
         if layer.row_scale is not None:

@@ -11,7 +11,7 @@ and the Lagrangian dual, computed here without it (Kellerer, Pferschy, Pisinger,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -128,10 +128,7 @@ def _without_idle_tables(
 
     A table is a fixed charge. At the price of a bit (the Lagrange multiplier) it is worth what its users save on their
     own best choices without it; the least worth is dropped first, until all that are left save more than they take."""
-    configs = [
-        sorted(own, key=lambda c, layer=layer: c.stored_bits(layer).total)
-        for layer, own in zip(layers, costs, strict=True)
-    ]
+    configs = [_by_size(own, layer) for layer, own in zip(layers, costs, strict=True)]
     keys = [[config.table_key for config in own] for own in configs]
     charge = {c.table_key: shared_bits([c]).total for own in configs for c in own if c.table_key}
     if not charge:
@@ -148,8 +145,8 @@ def _without_idle_tables(
         if sum(int(b[~g].min()) for b, g in zip(bits, gone, strict=True)) > spare:
             worst = max(charge, key=charge.__getitem__)
         else:
-            left = [[values[~g] for values, g in zip(rows, gone, strict=True)] for rows in (bits, cost)]
-            price = lagrangian(*left, spare)[2]
+            left = ([values[~g] for values, g in zip(rows, gone, strict=True)] for rows in (bits, cost))
+            price = lagrangian(next(left), next(left), spare)[2]
             reduced = [np.where(g, np.inf, c + price * b) for b, c, g in zip(bits, cost, gone, strict=True)]
             # What its users save on their best choice without it, less its own bits.
             worth = {
@@ -167,6 +164,11 @@ def _without_idle_tables(
         del charge[worst]
         gone = [g | use for g, use in zip(gone, uses[worst], strict=True)]
     return [[c for c, out in zip(own, g, strict=True) if not out] for own, g in zip(configs, gone, strict=True)], floor
+
+
+def _by_size(configs: Iterable[LayerConfig], layer: LayerSpec) -> list[LayerConfig]:
+    """The smallest first."""
+    return sorted(configs, key=lambda config: config.stored_bits(layer).total)
 
 
 def sort_of(layer: LayerSpec) -> tuple[str, int, int]:

@@ -1,7 +1,7 @@
 """What a run is: cells, each keyed by everything that decides its bytes, and the protocols they are scored by.
 
-artifact key   method with its configuration and version, model, budget, way of allocation, calibration, seed, compute dtype, kind
-               of device
+artifact key   method with its configuration and versions, model, budget, way of allocation, calibration, seed,
+               compute dtype, type of device
 result key     artifact key + protocol, or artifact key + zero-shot task
 """
 

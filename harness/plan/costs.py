@@ -30,9 +30,11 @@ def considered(method: Method, layer: LayerSpec, room: Fraction) -> list[LayerCo
     """Configurations worth an estimate for layers of this kind and shape: near `room` bits per weight, or near the most
     the method mixes if that is less, and always the smallest."""
     mixable = list(dict.fromkeys(method.mixed_candidates(layer)))
-    size = {config: config.stored_bits(layer).total for config in (*mixable, *method.candidates(layer))}
+    every = (*mixable, *method.candidates(layer))
+    size: dict[LayerConfig, int] = {config: config.stored_bits(layer).total for config in every}
     least = min((config for config in size if not config.table_key), key=size.__getitem__)
-    centre = min(room * layer.weights, max((size[config] for config in mixable), default=size[least]))
+    largest = max((size[config] for config in mixable), default=size[least])
+    centre = min(room * layer.weights, Fraction(largest))
     near = [config for config in mixable if abs(size[config] - centre) <= REACH * layer.weights]
     return near if least in near else [*near, least]
 
@@ -55,7 +57,7 @@ def expected_costs(
     room = (budget * stock.weights - stock.uncovered_bits) / sum(layer.weights for layer in stock.layers)
     configs_of = {key: considered(method, layer, room) for key, layer in alike(stock).items()}
     for index, layer in enumerate(stock.layers):
-        weight_OI = model.get_submodule(layer.name).weight.detach().float()
+        weight_OI = model.get_parameter(f"{layer.name}.weight").detach().float()
         sensitivity = measured.get(layer.name) or _median(measured, weight_OI)
         configs = configs_of[sort_of(layer)]
         estimate = partial(method.expected_costs, weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))

@@ -1,8 +1,7 @@
 """The keys that cells had before keys left out defaults, so that results in older caches are found again.
 
-A key then held every option of a method's class, ReALLM's five algorithms and GPTVQ being one class. What a method stores has
-not changed since as long as its version, and that of every codec it uses, is the one listed here.
-"""
+A key then held every option of a method's class, ReALLM's five algorithms and GPTVQ being one class. What a method
+stores has not changed since as long as its version, and that of every codec it uses, is the one listed here."""
 
 from __future__ import annotations
 
@@ -71,7 +70,8 @@ _VALUES = {("share", "role"): "kind"}  # what a value was called
 
 
 def earlier_key(cell: Cell) -> str | None:
-    """The key of the same cell in an older cache; None where it would have stored other bytes, or could not be asked for."""
+    """The key of the same cell in an older cache; None where it would have stored other bytes, or could not be asked
+    for."""
     identity = earlier_identity(cell.method)
     return None if identity is None else cell.key_with(identity)
 

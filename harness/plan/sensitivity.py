@@ -7,7 +7,8 @@ predictions (the Fisher information is the Hessian of the divergence). With inpu
 outputs as uncorrelated, and each column's error counted after error feedback, two vectors per layer are left (KFAC,
 Martens & Grosse, arXiv 1503.05671, cut down):
 
-    divergence ~ 1/2 sum_o row_o sum_i column_i E_oi^2       row_o = mean g_o^2,   column_i = 1 / [H^-1]_ii given later columns
+    divergence ~ 1/2 sum_o row_o sum_i column_i E_oi^2
+    row_o = mean g_o^2,   column_i = 1 / [H^-1]_ii given later columns
 
 The forward pass collects H; on the way back each block is run once more with gradients, from the states kept in front
 of it. Measured on the original model, so that a plan does not depend on itself.
@@ -169,12 +170,13 @@ def _head_gradient(
         for part_TH, out_TH in zip(
             *(x.view(-1, width).split(HEAD_TOKENS) for x in (hidden_NTH, gradient_NTH)), strict=True
         ):
-            stubs[-1].replay = part_TH[None].detach().requires_grad_()
+            given_NTH = stubs[-1].replay = part_TH[None].detach().requires_grad_()
             tokens_BT = torch.zeros(1, len(part_TH), dtype=torch.long, device=part_TH.device)
             log_p_TV = model(input_ids=tokens_BT, use_cache=False).logits[0].float().log_softmax(dim=-1)
             target_T = _drawn(log_p_TV.detach(), generator) if targets_NT is None else next(targets)
             torch.nn.functional.nll_loss(log_p_TV, target_T, ignore_index=NOTHING, reduction="sum").backward()
-            out_TH.copy_(stubs[-1].replay.grad[0])
+            assert given_NTH.grad is not None
+            out_TH.copy_(given_NTH.grad[0])
     return gradient_NTH
 
 

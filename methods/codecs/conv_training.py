@@ -211,7 +211,11 @@ def _train(
 
     def searched() -> Tensor:
         with torch.no_grad():
-            start_NCYX = round_latents(free_NCYX, layout.latent_bits)[1] if code_NCYX is None else code_NCYX
+            if code_NCYX is not None:
+                start_NCYX = code_NCYX
+            else:
+                assert free_NCYX is not None  # sweeps come after the encoder's share of the steps
+                start_NCYX = round_latents(free_NCYX, layout.latent_bits)[1]
             rounded = [round_layer(layer, layout)[0] for layer in network]
             parts = zip(*(whole.split(per_batch) for whole in (start_NCYX, target_NYX, cost_NYX)), strict=True)
             return torch.cat([search_latents(code, rounded, target, cost, layout) for code, target, cost in parts])

@@ -52,7 +52,8 @@ def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
     )
     if not bool(torch.isfinite(hessian_II).all()):
         raise ValueError(
-            "the Hessian of this layer is not finite: the model or an earlier packed layer overflows on the calibration text"
+            "the Hessian of this layer is not finite: the model or an earlier packed layer overflows "
+            "on the calibration text"
         )
     for attempt in range(DAMP_LADDER):
         used = damp * 10**attempt

@@ -31,6 +31,7 @@ def svd_factors(
 
 def stored_lowrank(left_OR: Tensor, right_RI: Tensor, packed: PackedLinear) -> tuple[dict[str, Tensor], Tensor]:
     """The factors as the low-rank part of `packed` stores them, and what they then decode to [O, I]."""
+    assert packed.lowrank is not None
     stored = quantise_lowrank(left_OR, right_RI, packed.lowrank.bits)
     decoder = LowRank(packed.in_features, packed.out_features, packed.rank, packed.lowrank.bits)
     for name, tensor in stored.items():

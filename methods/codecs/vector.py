@@ -53,7 +53,8 @@ def absmax_scales(weight_OI: Tensor, block: int, form: ScaleForm) -> Scales:
     """Absmax block scales, rounded to their stored form."""
     absmax_OG = block_absmax(weight_OI, block)
     stored = quantise_scales(absmax_OG, form)
-    decoder = BlockScales(*absmax_OG.shape, form).to(weight_OI.device)
+    rows, blocks = absmax_OG.shape
+    decoder = BlockScales(rows, blocks, form).to(weight_OI.device)
     for name, tensor in stored.items():
         setattr(decoder, name, tensor)
     return Scales(stored, per_column(decoder.decode(), block, weight_OI.shape[1]))

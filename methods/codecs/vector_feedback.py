@@ -1,13 +1,12 @@
 """A vector codebook fitted and assigned under a layer's Hessian: every choice against tr(E H E^T).
 
     1  scales            absmax per block of columns, double-quantised
-    2  codebook          k-means weighted by scale^2 / [H^-1]_ii: what an error costs once later columns have reacted to it
+    2  codebook          k-means weighted by scale^2 / [H^-1]_ii: an error's cost once later columns have reacted to it
     3  codes             column by column with GPTQ's error feedback, whole vectors at a time
     4  codebook again    least squares on the true objective for the codes found
 
-Steps 2 to 4 are GPTVQ's (van Baalen et al., arXiv 2402.15319, algorithm 1), which quantises d columns at a time where this takes
-d rows of one column: the rows of a column are independent under H, so no vector has to look ahead.
-"""
+Steps 2 to 4 are GPTVQ's (van Baalen et al., arXiv 2402.15319, algorithm 1), which quantises d columns at a time where
+this takes d rows of one column: the rows of a column are independent under H, so no vector has to look ahead."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ file lists the divergences."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from methods.adapted import Adapted
@@ -22,5 +22,5 @@ class GPTQLoRA(Adapted, GPTQ):
     @classmethod
     def variants(cls) -> dict[str, Method]:
         # Groups of 128 with an integer zero point: 3 + 19/128 = 3.148 bits, LQ-LoRA's table.
-        base = {"bits": 3, "group": 128, "offset": "zero", "damp": 0.1, "act_order": False, "grid": "minmax"}
-        return {"published": cls(**base, rank=64, adapter_bits=16)}
+        base = cls(bits=3, group=128, offset="zero", damp=0.1, act_order=False, grid="minmax")
+        return {"published": replace(base, rank=64, adapter_bits=16)}

@@ -1,10 +1,10 @@
 """LQ-LoRA (Guo, Greengard, Xing, Kim; ICLR 2024, arXiv 2311.12023): W ~ Q + L1 L2, L fitted together with Q and then
 trained.
 
-    sec. 3.1   alternate L1, L2 = SVD_r(W - Q) and Q = NF(W - L1 L2)                      `decompose`
-    sec. 3.2   NormalFloat with scales of b0 bits in groups of B1, steps in b1            kernels.formats.scales, kind "double"
-    sec. 3.2   which (b, b0, b1, B0, B1) for which matrix: an integer programme           harness.plan.allocation
-    sec. 3.3   errors weighted with the Fisher information, F ~ rows x columns            `Weighting`
+    sec. 3.1   alternate L1, L2 = SVD_r(W - Q) and Q = NF(W - L1 L2)                 `decompose`
+    sec. 3.2   NormalFloat with scales of b0 bits in groups of B1, steps in b1       kernels.formats.scales, "double"
+    sec. 3.2   which (b, b0, b1, B0, B1) for which matrix: an integer programme      harness.plan.allocation
+    sec. 3.3   errors weighted with the Fisher information, F ~ rows x columns       `Weighting`
 
 LoftQ (Li et al., arXiv 2310.08659) is the same alternation, begun with Q, unweighted, for a fixed number of rounds:
 variant `loftq`. `README.md` beside this file lists the divergences."""

@@ -49,7 +49,7 @@ def alternate(
         else:
             unit_OI = rest_OI / scales.scale_OI
             codebook_KD = fit_codebook(
-                *map(turn, (unit_OI, square_OI)), packed.dim, 2**packed.index_bits, seed, codebook_KD
+                turn(unit_OI), turn(square_OI), packed.dim, 2**packed.index_bits, seed, codebook_KD
             )
         square_JID, cross_JID = (
             to_vectors(turn(matrix_OI), packed.dim) for matrix_OI in (square_OI, scales.scale_OI * rest_OI)

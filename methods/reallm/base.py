@@ -1,8 +1,8 @@
-"""What the algorithms of ReALLM share: the stored form W ~ Q + L1 L2, its options, and the codebooks that matrices share.
+"""What the algorithms of ReALLM share: the stored form W ~ Q + L1 L2, its options, and the codebooks that matrices
+share.
 
-`ReALLM` adds a low-rank part to vector quantisation. `SharedCodebooks` offers long codebooks, one for all matrices of a role or
-of the model, plain or drawn by a small perceptron, which the plan buys where they are worth their bits.
-"""
+`ReALLM` adds a low-rank part to vector quantisation. `SharedCodebooks` offers long codebooks, one for all matrices of a
+role or of the model, plain or drawn by a small perceptron, which the plan buys where they are worth their bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`reallm:blockwise`: calibrated, and then the real numbers that each packed block stores are trained (methods.reallm.tuning)."""
+"""`reallm:blockwise`: calibrated, and then the real numbers that each packed block stores are trained
+(methods.reallm.tuning)."""
 
 from __future__ import annotations
 

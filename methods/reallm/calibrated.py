@@ -1,8 +1,9 @@
-"""`reallm:calibrated`, the default: the stored form of the paper, every choice made against the layer objective tr(E H E^T).
+"""`reallm:calibrated`, the default: the stored form of the paper, every choice made against the layer objective tr(E H
+E^T).
 
-    0  target            the weight moved against the drift of its inputs, half way                    `followed`
-    1  low-rank part     the best rank-R part of W as the inputs see it: SVD of W C, H = C C^T         methods.codecs.svd
-    2  the rest          scales, codebook, codes and codebook again under H                            methods.codecs.vector_feedback
+    0  target            the weight moved against the drift of its inputs, half way      `followed`
+    1  low-rank part     the best one as the inputs see it: SVD of W C, H = C C^T        methods.codecs.svd
+    2  the rest          scales, codebook, codes and codebook again under H             methods.codecs.vector_feedback
 
 None of this is in the ReALLM paper, whose quantisation is data-free; step 2 is close kin to GPTVQ (van Baalen et al.,
 arXiv 2402.15319), and `gptvq` is this method without steps 0 and 1.

@@ -90,8 +90,8 @@ class DataFree(SharedCodebooks):
 
 
 def draw_matrix(weight_OI: Tensor, packed: ConvLinear, *, seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Buffers of `packed`: the low-rank part once, a convolutional decoder trained on the rest; and {relative_error}, of the
-    weight."""
+    """Buffers of `packed`: the low-rank part once, a convolutional decoder trained on the rest; and {relative_error},
+    of the weight."""
     tensors, lowrank_OI = lowrank_part(weight_OI, packed, None, seed)
     rest_OI = weight_OI - lowrank_OI
     drawn, report = fit_conv(rest_OI, packed, steps=CONV_STEPS, sweeps=CONV_SWEEPS, seed=seed)

@@ -1,5 +1,5 @@
-"""`reallm:finetuned`: block-wise tuned, and then low-rank factors and row magnitudes (DoRA) trained end to end by the one loop
-that all methods of the track share (harness.compress.training)."""
+"""`reallm:finetuned`: block-wise tuned, and then low-rank factors and row magnitudes (DoRA) trained end to end by the
+one loop that all methods of the track share (harness.compress.training)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Finetuned(Blockwise):
         return Adaptation(self.lora_rate, dora=self.row_scales)
 
     def ranks(self, layer: LayerSpec) -> Iterable[int]:
-        # With training to come the budget cannot tell what a rank is worth: every matrix gets what other methods give it.
+        # With training to come the budget cannot tell what a rank is worth: every matrix gets what other methods give
+        # it.
         return (usual_rank(layer),) if self.rank is None else (self.rank,)
 
     def extras(self) -> dict[str, Any]:

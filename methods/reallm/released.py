@@ -1,8 +1,7 @@
 """`reallm:released`: the settings of the authors' code, 2 bits nominal, 2.78 stored on Llama-2-7B.
 
-The same alternation as `reallm:data-free`, with what that code adds: columns reordered inside bands of rows, and one scale per
-row (DoRA's magnitude). One configuration serves all matrices, and no codebook is shared.
-"""
+The same alternation as `reallm:data-free`, with what that code adds: columns reordered inside bands of rows, and one
+scale per row (DoRA's magnitude). One configuration serves all matrices, and no codebook is shared."""
 
 from __future__ import annotations
 

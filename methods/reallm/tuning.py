@@ -40,6 +40,8 @@ class TunedLinear(nn.Module):
     """A packed layer whose stored real numbers are trained: start * (1 + change) for scales, start + size * change for
     the others."""
 
+    packed: CodebookLinear
+
     def __init__(self, packed: CodebookLinear) -> None:
         super().__init__()
         object.__setattr__(self, "packed", packed)  # its buffers are not this module's
@@ -62,7 +64,7 @@ class TunedLinear(nn.Module):
         }
         if "entries" in self.start:
             tensors["codebook"] = self._now("entries").half()
-        if "left" in self.start:
+        if self.packed.lowrank is not None:
             stored = quantise_lowrank(self._now("left"), self._now("right"), self.packed.lowrank.bits)
             tensors |= {f"lowrank.{k}": v for k, v in stored.items()}
         return tensors
@@ -76,7 +78,7 @@ class TunedLinear(nn.Module):
         with torch.no_grad():
             self.packed.refill(**self.stored())
             stored_scale_OG = self.packed.scales.decode()
-            factors = self.packed.lowrank.factors() if "left" in self.start else None
+            factors = self.packed.lowrank.factors() if self.packed.lowrank is not None else None
         entry_KD = (
             _through(self._now("entries"), self.packed.entries()) if "entries" in self.start else self.packed.entries()
         )
