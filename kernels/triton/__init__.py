@@ -47,7 +47,7 @@ def fused(seen: View, x_NI: Tensor, ordered_NI: Tensor, how: launch.Launch | Non
     rank_tiles = -(-form.rank // launch.RANKS)
     constants = dict(
         F=form,
-        V=how.vectors,
+        J=how.vectors,
         U=how.units,
         PER_SPLIT=per_split,
         FINISH=not staged,
@@ -60,7 +60,7 @@ def fused(seen: View, x_NI: Tensor, ordered_NI: Tensor, how: launch.Launch | Non
     else:
         padded = max(16, triton.next_power_of_2(batch))
         programs.gemm[tiles + rank_tiles * batch, splits](
-            seen.stored, x_NI, ordered_NI, into, batch, B=padded, **constants
+            seen.stored, x_NI, ordered_NI, into, batch, N=padded, **constants
         )
     if staged:
         grid = (-(-form.rows // FINISH_ROWS), batch)
@@ -79,7 +79,7 @@ def _decoded(layer: PackedLinear, seen: View, x_NI: Tensor, ordered_NI: Tensor) 
     for first in range(0, form.rows, rows):
         last = min(first + rows, form.rows)
         grid = (-(-(last - first) // (form.dim * how.vectors)), -(-form.columns // (form.lanes * units)))
-        programs.decode[grid](seen.stored, base_OI, first, last, F=form, V=how.vectors, U=units, num_warps=how.warps)
+        programs.decode[grid](seen.stored, base_OI, first, last, F=form, J=how.vectors, U=units, num_warps=how.warps)
         torch.mm(ordered_NI, base_OI[: last - first].t(), out=out_NO[:, first:last])
     if layer.lowrank is not None:
         stored = layer.lowrank

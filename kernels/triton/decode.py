@@ -1,14 +1,15 @@
 """Load, unpack, decode: how a program turns stored bytes into a tile of weights. The only place that knows the layouts.
 
-A tile has four axes [U, V, L, D]: U units of columns, V vectors of rows, the L columns of a unit, the D rows of a
+A tile has four axes [U, J, S, D]: U units of columns, J vectors of rows, the S columns of a unit, the D rows of a
 vector (1 unless codes index vectors). A unit is as many columns as have their codes within 32 bits, so that a thread
 gets all of its codes from one window of the stream: one load where windows divide a word, else two (3 bits: eight
-columns, 24 bits of two words). L and D stay inside a thread: shifts by a lane are then constants, an entry of d numbers
+columns, 24 bits of two words). S and D stay inside a thread: shifts by a lane are then constants, an entry of d numbers
 is one load, and a scale is read and applied once a unit. Neighbouring threads hold neighbouring units, so that a warp
 reads consecutive words: U comes first because the compiler, which cannot see that addresses of windows are consecutive,
 deals the first axis to threads first.
 
-Shape suffixes are the axes above; bits are numbered as in kernels/bitpack.py.
+Shape suffixes are the axes above, N is inputs; the argument F is a layer's `Form`. Bits are numbered as in
+kernels/formats/bitpack.py.
 """
 
 from __future__ import annotations
@@ -91,50 +92,50 @@ def code_at(words, index, present, COUNT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def windows(stored, unit_U, vector_V, F: tl.constexpr):
-    """The codes of every unit side by side, uint32 [U, V]. Those of vectors or columns that do not exist are codes
+def windows(stored, unit_U, vector_J, F: tl.constexpr):
+    """The codes of every unit side by side, uint32 [U, J]. Those of vectors or columns that do not exist are codes
     without a meaning."""
     WORDS: tl.constexpr = (F.columns * F.bits + 31) // 32
     VECTORS: tl.constexpr = (F.rows + F.dim - 1) // F.dim
     WIDTH: tl.constexpr = F.lanes * F.bits
-    first_UV = (vector_V * WORDS)[None, :]
-    bit_UV = (unit_U * WIDTH)[:, None]
-    present_UV = (vector_V < VECTORS)[None, :] & (bit_UV < F.columns * F.bits)
-    return window(stored.codes, first_UV, bit_UV, first_UV + WORDS, present_UV, WIDTH)
+    first_UJ = (vector_J * WORDS)[None, :]
+    bit_UJ = (unit_U * WIDTH)[:, None]
+    present_UJ = (vector_J < VECTORS)[None, :] & (bit_UJ < F.columns * F.bits)
+    return window(stored.codes, first_UJ, bit_UJ, first_UJ + WORDS, present_UJ, WIDTH)
 
 
 @triton.jit
 def places(F: tl.constexpr, IN_PLACE: tl.constexpr):
-    """How far from the lowest bit a code is left standing when it becomes a number, int32 [L]. See `values`."""
+    """How far from the lowest bit a code is left standing when it becomes a number, int32 [S]. See `values`."""
     RUN: tl.constexpr = 23 // F.bits if IN_PLACE else 1
     return tl.arange(0, F.lanes) % RUN * F.bits
 
 
 @triton.jit
-def values(stored, unit_U, vector_V, F: tl.constexpr, IN_PLACE: tl.constexpr):
-    """What codes stand for under a scale of one, fp32 [U, V, L, D]: entries of the table; or themselves, less the zero
+def values(stored, unit_U, vector_J, F: tl.constexpr, IN_PLACE: tl.constexpr):
+    """What codes stand for under a scale of one, fp32 [U, J, S, D]: entries of the table; or themselves, less the zero
     point if that is the symmetric one.
 
     A code becomes a number without a conversion: as the low bits of the fp32 number 2**23, which is then subtracted,
     exactly. With IN_PLACE a code is masked out of its window but not shifted, so that value l is 2**places[l] times as
     large; the inputs are divided by that instead, once for all rows. 23 bits of mantissa hold 23 // bits codes, then
     the window is shifted."""
-    window_UVL = windows(stored, unit_U, vector_V, F)[:, :, None]
+    window_UJS = windows(stored, unit_U, vector_J, F)[:, :, None]
     MASK: tl.constexpr = (1 << F.bits) - 1
     if F.table:
-        shift_L = (tl.arange(0, F.lanes) * F.bits).to(tl.uint32)
-        entry_UVL = ((window_UVL >> shift_L[None, None, :]) & MASK).to(tl.int32) * F.dim
-        return tl.load(stored.table + entry_UVL[:, :, :, None] + tl.arange(0, F.dim)[None, None, None, :]).to(
+        shift_S = (tl.arange(0, F.lanes) * F.bits).to(tl.uint32)
+        entry_UJS = ((window_UJS >> shift_S[None, None, :]) & MASK).to(tl.int32) * F.dim
+        return tl.load(stored.table + entry_UJS[:, :, :, None] + tl.arange(0, F.dim)[None, None, None, :]).to(
             tl.float32
         )
     else:
-        place_L = places(F, IN_PLACE)
-        shift_L = (tl.arange(0, F.lanes) * F.bits - place_L).to(tl.uint32)
-        field_UVL = (window_UVL >> shift_L[None, None, :]) & (MASK << place_L).to(tl.uint32)[None, None, :]
-        number_UVL = (field_UVL | stored.exponent.to(tl.uint32)).to(tl.float32, bitcast=True)
+        place_S = places(F, IN_PLACE)
+        shift_S = (tl.arange(0, F.lanes) * F.bits - place_S).to(tl.uint32)
+        field_UJS = (window_UJS >> shift_S[None, None, :]) & (MASK << place_S).to(tl.uint32)[None, None, :]
+        number_UJS = (field_UJS | stored.exponent.to(tl.uint32)).to(tl.float32, bitcast=True)
         CENTRE: tl.constexpr = (1 << (F.bits - 1)) if F.offset == "symmetric" else 0
-        zero_L = ((CENTRE << place_L) + (1 << 23)).to(tl.float32)
-        return (number_UVL - zero_L[None, None, :])[:, :, :, None]
+        zero_S = ((CENTRE << place_S) + (1 << 23)).to(tl.float32)
+        return (number_UJS - zero_S[None, None, :])[:, :, :, None]
 
 
 @triton.jit
@@ -164,21 +165,21 @@ def shift_at(stored, scale, index, present, F: tl.constexpr):
 
 
 @triton.jit
-def scale_index(unit_U, vector_V, F: tl.constexpr):
-    """Numbers of the scales of a tile, and which of them exist. [U, V, 1, D] where a unit lies under one scale, else
-    [U, V, L, D]."""
-    row_VD = vector_V[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
-    lane_L = tl.zeros((1,), dtype=tl.int32) if F.one_scale else tl.arange(0, F.lanes)
-    column_UL = unit_U[:, None] * F.lanes + lane_L[None, :]
-    index = (row_VD * F.groups)[None, :, None, :] + (column_UL // F.group)[:, None, :, None]
-    return index, (row_VD < F.rows)[None, :, None, :] & (column_UL < F.columns)[:, None, :, None]
+def scale_index(unit_U, vector_J, F: tl.constexpr):
+    """Numbers of the scales of a tile, and which of them exist. [U, J, 1, D] where a unit lies under one scale, else
+    [U, J, S, D]."""
+    row_JD = vector_J[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
+    lane_S = tl.zeros((1,), dtype=tl.int32) if F.one_scale else tl.arange(0, F.lanes)
+    column_US = unit_U[:, None] * F.lanes + lane_S[None, :]
+    index = (row_JD * F.groups)[None, :, None, :] + (column_US // F.group)[:, None, :, None]
+    return index, (row_JD < F.rows)[None, :, None, :] & (column_US < F.columns)[:, None, :, None]
 
 
 @triton.jit
-def weights(stored, unit_U, vector_V, F: tl.constexpr):
-    """Weights of a tile without low-rank part and row scales, fp32 [U, V, L, D]."""
-    value = values(stored, unit_U, vector_V, F, False)
-    index, present = scale_index(unit_U, vector_V, F)
+def weights(stored, unit_U, vector_J, F: tl.constexpr):
+    """Weights of a tile without low-rank part and row scales, fp32 [U, J, S, D]."""
+    value = values(stored, unit_U, vector_J, F, False)
+    index, present = scale_index(unit_U, vector_J, F)
     scale = scale_at(stored, index, present, F)
     if F.shifted:
         return value * scale + shift_at(stored, scale, index, present, F)

@@ -51,58 +51,58 @@ def gemv(
     ordered_x,
     out,
     F: tl.constexpr,
-    V: tl.constexpr,
+    J: tl.constexpr,
     U: tl.constexpr,
     PER_SPLIT: tl.constexpr,
     FINISH: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """Grid (tiles of V vectors, then of RANKS components; splits; batch). A split is PER_SPLIT units, a multiple of U.
+    """Grid (tiles of J vectors, then of RANKS components; splits; batch). A split is PER_SPLIT units, a multiple of U.
 
     x, ordered_x [batch, columns]; `ordered_x` has its columns in the order of the codes. out: y [batch, rows], or the
     workspace."""
-    TILES: tl.constexpr = ((F.rows + F.dim - 1) // F.dim + V - 1) // V
+    TILES: tl.constexpr = ((F.rows + F.dim - 1) // F.dim + J - 1) // J
     DIM: tl.constexpr = F.dim
     tile = tl.program_id(0)
     split = tl.program_id(1)
     batch = tl.program_id(2)
     line = (split * tl.num_programs(2) + batch) * (F.rows + F.rank)  # of the workspace
     if tile < TILES:
-        vector_V = tile * V + tl.arange(0, V)
-        lane_L = tl.arange(0, F.lanes)
-        acc_UVD = tl.zeros((U, V, DIM), dtype=tl.float32)
+        vector_J = tile * J + tl.arange(0, J)
+        lane_S = tl.arange(0, F.lanes)
+        acc_UJD = tl.zeros((U, J, DIM), dtype=tl.float32)
         for at in tl.range(0, PER_SPLIT, U):
             unit_U = split * PER_SPLIT + at + tl.arange(0, U)
-            column_UL = unit_U[:, None] * F.lanes + lane_L[None, :]
-            x_UL = tl.load(ordered_x + batch * F.columns + column_UL, mask=column_UL < F.columns, other=0.0).to(
+            column_US = unit_U[:, None] * F.lanes + lane_S[None, :]
+            x_US = tl.load(ordered_x + batch * F.columns + column_US, mask=column_US < F.columns, other=0.0).to(
                 tl.float32
             )
             # Tables ask for plain inputs; numbers stand some bits up (decode.values).
-            placed_UL = (
-                x_UL if F.table else x_UL * ((127 - places(F, True)) << 23).to(tl.float32, bitcast=True)[None, :]
+            placed_US = (
+                x_US if F.table else x_US * ((127 - places(F, True)) << 23).to(tl.float32, bitcast=True)[None, :]
             )
-            value_UVLD = values(stored, unit_U, vector_V, F, True)
-            index, present = scale_index(unit_U, vector_V, F)
+            value_UJSD = values(stored, unit_U, vector_J, F, True)
+            index, present = scale_index(unit_U, vector_J, F)
             scale = scale_at(stored, index, present, F)
             if F.one_scale:  # it multiplies the sum of a unit
-                sum_UVD = tl.sum(value_UVLD * placed_UL[:, None, :, None], axis=2) * tl.sum(scale, axis=2)
+                sum_UJD = tl.sum(value_UJSD * placed_US[:, None, :, None], axis=2) * tl.sum(scale, axis=2)
                 if F.shifted:
                     shift = shift_at(stored, scale, index, present, F)
-                    sum_UVD += tl.sum(shift, axis=2) * tl.sum(x_UL, axis=1)[:, None, None]
-                acc_UVD += sum_UVD
+                    sum_UJD += tl.sum(shift, axis=2) * tl.sum(x_US, axis=1)[:, None, None]
+                acc_UJD += sum_UJD
             else:
-                sum_UVLD = value_UVLD * scale * placed_UL[:, None, :, None]
+                sum_UJSD = value_UJSD * scale * placed_US[:, None, :, None]
                 if F.shifted:
-                    sum_UVLD += shift_at(stored, scale, index, present, F) * x_UL[:, None, :, None]
-                acc_UVD += tl.sum(sum_UVLD, axis=2)
-        y_VD = tl.sum(acc_UVD, axis=0)
-        row_VD = vector_V[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
-        present_VD = row_VD < F.rows
+                    sum_UJSD += shift_at(stored, scale, index, present, F) * x_US[:, None, :, None]
+                acc_UJD += tl.sum(sum_UJSD, axis=2)
+        y_JD = tl.sum(acc_UJD, axis=0)
+        row_JD = vector_J[:, None] * F.dim + tl.arange(0, F.dim)[None, :]
+        present_JD = row_JD < F.rows
         if FINISH:
-            y_VD = finished(stored, y_VD, row_VD, present_VD, F)
-            tl.store(out + batch * F.rows + row_VD, y_VD.to(out.dtype.element_ty), mask=present_VD)
+            y_JD = finished(stored, y_JD, row_JD, present_JD, F)
+            tl.store(out + batch * F.rows + row_JD, y_JD.to(out.dtype.element_ty), mask=present_JD)
         else:
-            tl.store(out + line + row_VD, y_VD, mask=present_VD)
+            tl.store(out + line + row_JD, y_JD, mask=present_JD)
     elif F.rank > 0:
         SPAN: tl.constexpr = PER_SPLIT * F.lanes
         right_rows(
@@ -126,42 +126,41 @@ def gemm(
     out,
     batch,
     F: tl.constexpr,
-    B: tl.constexpr,
-    V: tl.constexpr,
+    N: tl.constexpr,
+    J: tl.constexpr,
     U: tl.constexpr,
     PER_SPLIT: tl.constexpr,
     FINISH: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """Grid (tiles of V vectors, then of RANKS components of one input after the other; splits). B: `batch` up to a
+    """Grid (tiles of J vectors, then of RANKS components of one input after the other; splits). N: `batch` up to a
     power of two of at least 16, the least that tensor cores take. Weights are rounded to the dtype of x, as the
     reference's are."""
-    TILES: tl.constexpr = ((F.rows + F.dim - 1) // F.dim + V - 1) // V
+    TILES: tl.constexpr = ((F.rows + F.dim - 1) // F.dim + J - 1) // J
     COLUMNS: tl.constexpr = U * F.lanes
-    ROWS: tl.constexpr = V * F.dim
+    ROWS: tl.constexpr = J * F.dim
     tile = tl.program_id(0)
     split = tl.program_id(1)
     if tile < TILES:
-        b_B = tl.arange(0, B)
-        vector_V = tile * V + tl.arange(0, V)
-        acc_NB = tl.zeros((ROWS, B), dtype=tl.float32)
+        n_N = tl.arange(0, N)
+        vector_J = tile * J + tl.arange(0, J)
+        acc_ON = tl.zeros((ROWS, N), dtype=tl.float32)
         for at in tl.range(0, PER_SPLIT, U):
             first = split * PER_SPLIT + at
             column_I = first * F.lanes + tl.arange(0, COLUMNS)
-            present_BI = (b_B < batch)[:, None] & (column_I < F.columns)[None, :]
-            x_BI = tl.load(ordered_x + b_B[:, None] * F.columns + column_I[None, :], mask=present_BI, other=0.0)
-            weight_UVLD = weights(stored, first + tl.arange(0, U), vector_V, F).to(x_BI.dtype)
-            weight_NI = tl.reshape(
-                tl.permute(weight_UVLD, (1, 3, 0, 2)), (ROWS, COLUMNS)
-            )  # rows first: a thread's columns stay together
-            acc_NB = tl.dot(weight_NI, tl.trans(x_BI), acc_NB, input_precision="ieee")
-        row_N1 = (tile * ROWS + tl.arange(0, ROWS))[:, None]
-        present_NB = (row_N1 < F.rows) & (b_B < batch)[None, :]
+            present_NI = (n_N < batch)[:, None] & (column_I < F.columns)[None, :]
+            x_NI = tl.load(ordered_x + n_N[:, None] * F.columns + column_I[None, :], mask=present_NI, other=0.0)
+            weight_UJSD = weights(stored, first + tl.arange(0, U), vector_J, F).to(x_NI.dtype)
+            # Rows first: a thread's columns stay together.
+            weight_OI = tl.reshape(tl.permute(weight_UJSD, (1, 3, 0, 2)), (ROWS, COLUMNS))
+            acc_ON = tl.dot(weight_OI, tl.trans(x_NI), acc_ON, input_precision="ieee")
+        row_O1 = (tile * ROWS + tl.arange(0, ROWS))[:, None]
+        present_ON = (row_O1 < F.rows) & (n_N < batch)[None, :]
         if FINISH:
-            y_NB = finished(stored, acc_NB, row_N1, row_N1 < F.rows, F)
-            tl.store(out + b_B[None, :] * F.rows + row_N1, y_NB.to(out.dtype.element_ty), mask=present_NB)
+            y_ON = finished(stored, acc_ON, row_O1, row_O1 < F.rows, F)
+            tl.store(out + n_N[None, :] * F.rows + row_O1, y_ON.to(out.dtype.element_ty), mask=present_ON)
         else:
-            tl.store(out + (split * batch + b_B)[None, :] * (F.rows + F.rank) + row_N1, acc_NB, mask=present_NB)
+            tl.store(out + (split * batch + n_N)[None, :] * (F.rows + F.rank) + row_O1, acc_ON, mask=present_ON)
     elif F.rank > 0:
         RANK_TILES: tl.constexpr = (F.rank + RANKS - 1) // RANKS
         b = (tile - TILES) // RANK_TILES
@@ -176,11 +175,11 @@ def finish(stored, workspace, out, F: tl.constexpr, SPLITS: tl.constexpr, ROWS: 
     bias."""
     batch = tl.program_id(1)
     lines = tl.num_programs(1)
-    row_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    present_N = row_N < F.rows
-    y_N = tl.zeros((ROWS,), dtype=tl.float32)
+    row_O = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    present_O = row_O < F.rows
+    y_O = tl.zeros((ROWS,), dtype=tl.float32)
     for split in tl.range(0, SPLITS):
-        y_N += tl.load(workspace + (split * lines + batch) * (F.rows + F.rank) + row_N, mask=present_N, other=0.0)
+        y_O += tl.load(workspace + (split * lines + batch) * (F.rows + F.rank) + row_O, mask=present_O, other=0.0)
     if F.rank > 0:
         for first in tl.range(0, F.rank, RANKS):
             r_R = first + tl.arange(0, RANKS)
@@ -193,24 +192,24 @@ def finish(stored, workspace, out, F: tl.constexpr, SPLITS: tl.constexpr, ROWS: 
             if stored.right_scale is not None:
                 t_R *= tl.load(stored.right_scale + r_R, mask=present_R, other=0.0).to(tl.float32)
                 t_R *= tl.load(stored.left_scale + r_R, mask=present_R, other=0.0).to(tl.float32)
-            left_NR = tl.load(
-                stored.left + row_N[:, None] * F.rank + r_R[None, :],
-                mask=present_N[:, None] & present_R[None, :],
+            left_OR = tl.load(
+                stored.left + row_O[:, None] * F.rank + r_R[None, :],
+                mask=present_O[:, None] & present_R[None, :],
                 other=0,
             )
-            y_N += tl.sum(left_NR.to(tl.float32) * t_R[None, :], axis=1)
-    y_N = finished(stored, y_N, row_N, present_N, F)
-    tl.store(out + batch * F.rows + row_N, y_N.to(out.dtype.element_ty), mask=present_N)
+            y_O += tl.sum(left_OR.to(tl.float32) * t_R[None, :], axis=1)
+    y_O = finished(stored, y_O, row_O, present_O, F)
+    tl.store(out + batch * F.rows + row_O, y_O.to(out.dtype.element_ty), mask=present_O)
 
 
 @triton.jit
-def decode(stored, out, first, last, F: tl.constexpr, V: tl.constexpr, U: tl.constexpr):
+def decode(stored, out, first, last, F: tl.constexpr, J: tl.constexpr, U: tl.constexpr):
     """The base of rows `first` (a multiple of the vector length) to `last` - 1 in the order of the codes, out [last -
-    first, columns]. Grid (tiles of V vectors, tiles of U units)."""
-    vector_V = first // F.dim + tl.program_id(0) * V + tl.arange(0, V)
+    first, columns]. Grid (tiles of J vectors, tiles of U units)."""
+    vector_J = first // F.dim + tl.program_id(0) * J + tl.arange(0, J)
     unit_U = tl.program_id(1) * U + tl.arange(0, U)
-    row_UVLD = vector_V[None, :, None, None] * F.dim + tl.arange(0, F.dim)[None, None, None, :]
-    column_UVLD = unit_U[:, None, None, None] * F.lanes + tl.arange(0, F.lanes)[None, None, :, None]
-    weight_UVLD = weights(stored, unit_U, vector_V, F)
-    at = (row_UVLD - first).to(tl.int64) * F.columns + column_UVLD
-    tl.store(out + at, weight_UVLD.to(out.dtype.element_ty), mask=(row_UVLD < last) & (column_UVLD < F.columns))
+    row_UJSD = vector_J[None, :, None, None] * F.dim + tl.arange(0, F.dim)[None, None, None, :]
+    column_UJSD = unit_U[:, None, None, None] * F.lanes + tl.arange(0, F.lanes)[None, None, :, None]
+    weight_UJSD = weights(stored, unit_U, vector_J, F)
+    at = (row_UJSD - first).to(tl.int64) * F.columns + column_UJSD
+    tl.store(out + at, weight_UJSD.to(out.dtype.element_ty), mask=(row_UJSD < last) & (column_UJSD < F.columns))
