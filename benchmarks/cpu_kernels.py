@@ -1,5 +1,4 @@
-"""The kernel table of a CPU: fused products of one shape in every typical format, beside torch's fp32 product, in
-turns.
+"""The kernel table of a CPU: fused products of one shape in every typical format, in turn with torch's fp32 product.
 
     python benchmarks/cpu_kernels.py [--shape 4096x4096] [--threads 2] [--seconds 20]
 

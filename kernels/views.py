@@ -14,17 +14,17 @@ from kernels.formats.packed import PackedLinear
 class View(Protocol):
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """All that is held for the kernel: the layer's own, and those made of them."""
+        """All that is held for the kernel: the layer's own tensors, and those prepared from them."""
 
 
 Some = TypeVar("Some", bound=View)
 
 
 class Kept(Generic[Some]):
-    """A view, and the tensors it was made of, as they were."""
+    """A view, and the tensors it was prepared from, with the number of writes each had seen."""
 
-    def __init__(self, layer: PackedLinear, made: Some) -> None:
-        self.made = made
+    def __init__(self, layer: PackedLinear, view: Some) -> None:
+        self.view = view
         shared = getattr(layer, "shared", None)  # a table of the model's
         owners: list[nn.Module] = [*layer.modules(), *([shared] if shared is not None else [])]
         self._sources = [
@@ -46,7 +46,7 @@ def view(layer: PackedLinear, name: str, make: Callable[[PackedLinear], Some]) -
     known = layer.__dict__.get(name)
     if known is None or not known.current:
         known = layer.__dict__[name] = Kept(layer, make(layer))
-    return known.made
+    return known.view
 
 
 def _version(buffer: Tensor | None) -> int:

@@ -145,7 +145,7 @@ def resident_bytes(model: nn.Module) -> int:
     found: dict[int, int] = {}
     for module in model.modules():
         kept = [value for value in vars(module).values() if isinstance(value, Tensor)]
-        views = [value.made.tensors.values() for value in vars(module).values() if isinstance(value, Kept)]
+        views = [value.view.tensors.values() for value in vars(module).values() if isinstance(value, Kept)]
         for tensor in (
             *module.parameters(recurse=False),
             *module.buffers(recurse=False),

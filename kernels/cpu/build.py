@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _instructions() -> tuple[str, ...]:
-    """Of those the source is written for, the widest this machine has."""
+    """The widest set of instructions that the source is written for and this machine has."""
     if wanted := os.environ.get("HARNESS_CPU_KERNELS"):  # "avx2", to try the narrow ones on a wide machine; "none"
         if wanted == "none":
             raise RuntimeError("switched off by HARNESS_CPU_KERNELS=none")

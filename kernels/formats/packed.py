@@ -116,7 +116,7 @@ class PackedLinear(StoredModule):
         raise AssertionError(f"{type(self).__name__} must define decode_base()")
 
     def finish(self, base_OI: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The weight made of these parts; differentiable in all of them."""
+        """The weight [O, I] that these parts give; differentiable in all of them."""
         weight_OI = base_OI if factors is None else base_OI + factors[0] @ factors[1]
         return weight_OI if self.row_scale is None else weight_OI * self.row_scale.float()[:, None]
 

@@ -22,8 +22,8 @@ DEFAULT_CORES = 132  # streaming multiprocessors assumed where no GPU can be ask
 
 @dataclass(frozen=True)
 class Launch:
-    """One product's. `vectors` and `units` are the tile (powers of two), `splits` the shares of the columns wished
-    for."""
+    """How one product is launched. `vectors` and `units` are the tile (powers of two), `splits` the shares of the
+    columns wished for."""
 
     program: str  # gemv | gemm
     vectors: int
@@ -39,24 +39,24 @@ DECODE = Launch("decode", 8, 16)
 def key(form: Form, batch: int) -> str:
     """What a configuration is filed under: the shape, how codes are stored, the rank, and the batch up to a power of
     two."""
-    kind = f"table{form.dim}" if form.table else form.offset
-    return (
-        f"{form.rows}x{form.columns} {form.bits}-bit {kind} g{form.group} r{form.rank} b{triton.next_power_of_2(batch)}"
-    )
+    codes = f"{form.bits}-bit " + (f"table{form.dim}" if form.table else form.offset)
+    return f"{form.rows}x{form.columns} {codes} g{form.group} r{form.rank} b{triton.next_power_of_2(batch)}"
 
 
 def choose(form: Form, batch: int, dtype: torch.dtype, device: torch.device) -> Launch:
-    """For inputs of this dtype on this device."""
+    """The configuration for inputs of this dtype on this device: what is on file, else the default."""
     name, cores = _device(device.index) if device.type == "cuda" else ("", DEFAULT_CORES)
     if dtype not in (torch.float16, torch.bfloat16):  # tensor cores would round it
         return default(form, 1, cores)
-    tuned = table().get(name, {}).get(key(form, batch))
+    tuned = tuned_launches().get(name, {}).get(key(form, batch))
     return Launch(*tuned) if tuned else default(form, batch, cores)
 
 
 def default(form: Form, batch: int, cores: int = DEFAULT_CORES) -> Launch:
-    """One input: a warp reads 32 neighbouring units of a row, and a thread holds 64 weights, which is enough bytes in
-    flight with the warps that fit beside each other. More: a tile of 64 rows and 64 columns for the tensor cores, its
+    """The configuration of a shape that was never tuned.
+
+    One input: a warp reads 32 neighbouring units of a row, and a thread holds 64 weights, which is enough bytes in
+    flight with the warps that fit on a core together. More: a tile of 64 rows and 64 columns for the tensor cores, its
     columns split until there are two programs to a core."""
     units = triton.next_power_of_2(-(-form.columns // form.lanes))
     if batch == 1:
@@ -76,7 +76,8 @@ def _device(index: int) -> tuple[str, int]:
 
 
 @cache
-def table() -> dict[str, dict[str, list]]:
+def tuned_launches() -> dict[str, dict[str, list]]:
+    """Launches by key, by name of the GPU, as launch.json has them."""
     return json.loads(FILE.read_text())
 
 
@@ -89,4 +90,4 @@ def save(name: str, found: dict[str, Launch]) -> None:
         lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(launch)}" for k, launch in sorted(launches.items()))
         devices.append(f"{json.dumps(device)}: {{\n{lines}\n}}")
     FILE.write_text("{\n" + ",\n".join(devices) + "\n}\n")
-    table.cache_clear()
+    tuned_launches.cache_clear()

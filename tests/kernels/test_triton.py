@@ -56,7 +56,7 @@ def test_launch_configurations_are_filed_by_gpu_and_found_again(monkeypatch, tmp
     monkeypatch.setattr(launch, "FILE", tmp_path / "launch.json")
     monkeypatch.setattr(launch, "_device", lambda index: ("a GPU", 10))
     launch.FILE.write_text("{}")
-    launch.table.cache_clear()
+    launch.tuned_launches.cache_clear()
     inputs = torch.float16, torch.device("cuda", 0)
     try:
         assert launch.choose(form, 3, *inputs) == launch.default(form, 3, 10)
@@ -69,7 +69,7 @@ def test_launch_configurations_are_filed_by_gpu_and_found_again(monkeypatch, tmp
             and launch.choose(form, 9, *inputs) != found
         )
     finally:
-        launch.table.cache_clear()
+        launch.tuned_launches.cache_clear()
 
 
 def test_a_machine_without_a_gpu_does_not_import_triton():
