@@ -15,7 +15,7 @@ from harness.data.tasks import GROUPS, PINNED_SPLITS, parse_tasks
 from harness.report.latency import KERNEL_COLUMNS
 from harness.report.leaderboard import COLUMNS_AFTER, COLUMNS_BEFORE, protocol_columns
 from harness.report.task_pages import task_columns
-from methods import LayerData, LayerSpec, parse_method
+from methods import METHODS, LayerData, LayerSpec, parse_method, split_methods
 from tests.docs.test_shell_lines import PAGES, ROOT, blocks
 
 COMMITTED = ("baselines", "cpu-*", "h200")  # folders of results/ that are not some user's runs
@@ -54,6 +54,15 @@ def test_paths_of_files_exist(page):
         assert any((folder / path).exists() for folder in (ROOT, page.parent)), path
 
 
+@pytest.mark.parametrize("page", [page for page in WITH_LINKS if page.name != "CHANGELOG.md"], ids=_name)
+def test_methods_that_are_named_can_be_typed(page):
+    text = page.read_text()
+    quoted = [name for name in _quoted(text) if ":" in name and name.partition(":")[0] in METHODS]
+    lists = re.findall(r"--methods ([a-z][\w:=.,-]*)", text)
+    for name in (*quoted, *(name for listed in lists for name in split_methods(listed))):
+        parse_method(name)
+
+
 def test_every_column_is_explained():
     explained = [re.compile(pattern) for pattern in _explained_columns()]
     columns = {*COLUMNS_BEFORE, *COLUMNS_AFTER, *protocol_columns(["wiki-mini@512"]), *task_columns(parse_tasks("all"))}
@@ -78,7 +87,7 @@ def _explained_columns() -> Iterator[str]:
 
 
 def _quoted(text: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", text)
+    return re.findall(r"`([^`\n]+)`", text)
 
 
 def test_groups_and_tasks_of_the_page_are_those_there_are():
