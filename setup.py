@@ -108,7 +108,8 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         if self.editable_mode:
-            return super().run()
+            super().run()
+            return
         library = Path(self.build_lib)
         tops = set(map(_top, self.packages))
         for name in (*tops, INSTALLED):  # of an earlier build: what has been deleted since would be in the wheel
