@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from harness.data.files import atomic_path, read_json, write_json
 from harness.ledger import Ledger, payload_bytes
 from harness.model import Inventory, inventory
-from harness.store.files import atomic_path, read_json, write_json
 from kernels.dispatch import kind
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.packed import PackedLinear
@@ -44,19 +44,26 @@ class CompressedModel:
     @property
     def tables(self) -> dict[str, Table]:
         """Those that layers share, by the key they are asked for with."""
-        return {_key(name): table for name, table in getattr(self.model, TABLES, nn.ModuleDict()).items()}
+        tables = getattr(self.model, TABLES, nn.ModuleDict()).items()
+        return {_key(name): table for name, table in tables if isinstance(table, Table)}
 
     def ledger(self) -> Ledger:
-        bits = sum((module.stored_bits() for module in (*self.packed.values(), *self.tables.values())), StoredBits())
+        bits = sum((module.stored_bits() for module in self._stored), StoredBits())
         return Ledger(bits, self.inventory.uncovered_bits, self.inventory.weights)
 
     @property
     def resident_bpw(self) -> float:
-        bits = (
-            sum(module.resident_bits for module in (*self.packed.values(), *self.tables.values()))
-            + self.inventory.uncovered_bits
-        )
-        return bits / self.inventory.weights
+        bits = sum(module.resident_bits for module in self._stored)
+        return (bits + self.inventory.uncovered_bits) / self.inventory.weights
+
+    @property
+    def _stored(self) -> list[PackedLinear | Table]:
+        return [*self.packed.values(), *self.tables.values()]
+
+    @property
+    def decode_seconds(self) -> float:
+        """What decoding layers took when the model was loaded, where a kernel asks for that."""
+        return sum(getattr(layer, "decode_seconds", None) or 0.0 for layer in self.packed.values())
 
     @property
     def kind(self) -> str:
@@ -121,7 +128,8 @@ class CompressedModel:
         still_empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         if unexpected or still_empty:
             raise ValueError(
-                f"{folder} does not match its own packed.json ({(unexpected + still_empty)[0]}): delete it and run again"
+                f"{folder} does not match its own packed.json ({[*unexpected, *still_empty][0]}): "
+                "delete it and run again"
             )
         model.requires_grad_(
             False

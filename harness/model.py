@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +23,38 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from harness.data.presets import PRESETS
 from kernels.formats.layer import LayerSpec
+
+
+def _llama(
+    hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, model_type: str = "llama", **more: Any
+) -> dict[str, Any]:
+    return dict(
+        model_type=model_type,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        tie_word_embeddings=False,
+        **more,
+    )
+
+
+# Configurations of published models, so that `plan` can count their bits without a download: of each config.json what
+# decides shapes.
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
+    "llama2-13b": _llama(5120, 13824, 40, 40, 40, 32000),
+    "llama2-70b": _llama(8192, 28672, 80, 64, 8, 32000),
+    "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
+    "llama3-70b": _llama(8192, 28672, 80, 64, 8, 128256),
+    "mistral-7b": _llama(4096, 14336, 32, 32, 8, 32000, "mistral"),
+    "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152) | {"tie_word_embeddings": True},
+    "qwen2.5-0.5b": _llama(896, 4864, 24, 14, 2, 151936, "qwen2") | {"tie_word_embeddings": True},
+    "qwen2.5-7b": _llama(3584, 18944, 28, 28, 4, 152064, "qwen2"),
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +134,8 @@ def read_config(source: str | Path, revision: str | None = None) -> PretrainedCo
         return AutoConfig.from_pretrained(str(source), revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"no configuration of '{source}' can be read ({str(error).splitlines()[0]}): presets are {', '.join(PRESETS)}"
+            f"no configuration of '{source}' can be read ({str(error).splitlines()[0]}): "
+            f"presets are {', '.join(PRESETS)}"
         ) from error
 
 
@@ -127,7 +159,8 @@ def load_reference(path: Path, device: str, dtype: torch.dtype) -> PreTrainedMod
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
-            f"{path} lacks {len(missing)} tensors of its own config.json ({missing[0]} first): its weights are incomplete"
+            f"{path} lacks {len(missing)} tensors of its own config.json ({missing[0]} first): "
+            "its weights are incomplete"
         )
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{path} is already quantised: give the unquantised model")

@@ -28,10 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # bad input, or a folder that cannot be written: one line that says what to type next
+    except (ValueError, OSError) as error:  # bad input, or a folder that cannot be written: what to type next
         print(f"harness {arguments.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,23 +5,27 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from harness.cli.leaderboard import measure_stored, report
 from harness.cli.options import Request, add_bench_options, add_plan_options, build_plan, read_request
-from harness.cli.run import bench_cells, report
-from harness.cli.sheets import print_table
-from harness.data.presets import PRESETS
+from harness.cli.sheets import print_sheet
+from harness.data.files import write_json
 from harness.measure import machine
-from harness.measure.layers import layer_times, random_group, vendor_group
-from harness.model import half_dtype, inventory, read_config, skeleton
+from harness.measure.layers import random_group, vendor_group
+from harness.measure.measurement import product_times
+from harness.model import PRESETS, Inventory, half_dtype, inventory, read_config, skeleton
 from harness.plan.allocation import BudgetError, uniform
-from harness.report.latency import KERNEL_COLUMNS, kernel_rows, kernel_table
+from harness.report.latency import KERNEL_COLUMNS, kernel_rows, kernel_sheet
 from harness.report.leaderboard import write_csv
 from harness.store.cells import CellStore
-from harness.store.files import write_json
+from harness.store.results import ProductTime
+from kernels.formats.layer import LayerConfig
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -49,56 +53,56 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.shapes:
         return _shapes(arguments, request, console)
-    plan, _, _ = build_plan(arguments, request, lambda text: console.print(text, style="dim"))
+    plan, _, _ = build_plan(arguments, request, partial(console.print, style="dim"))
     missing = [cell for cell in plan.cells if not cell.refusal and not CellStore(cell.key).artifact()]
     if missing:
         raise ValueError(
             f"{missing[0].label} has not been compressed with these options: the same line with `run` does it first"
         )
-    return report(plan, {}, bench_cells(plan, arguments, console, again=True), arguments, console, start)
+    return report(plan, {}, measure_stored(plan, arguments, console, again=True), arguments, console, start)
 
 
 def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -> int:
     """Every distinct matrix of the models, packed by every method with the one configuration for all matrices that fits
     the budget."""
-    device, threads = arguments.device, arguments.bench_threads
-    torch.set_num_threads(threads)
-    timed: list[tuple[list[dict], str, str]] = []
+    device = arguments.device
+    torch.set_num_threads(arguments.bench_threads)
+    timed: list[tuple[str, str, tuple[ProductTime, ...]]] = []  # model, row, products
     bandwidth = 0.0
-    with machine.quiet(lambda: console.print("waiting until nothing else of ours runs on this machine", style="dim")):
-        here = machine.identity(device) | machine.clocks(device) | {"threads": threads}
+    with machine.quiet(partial(console.print, "waiting until nothing else of ours runs on this machine", style="dim")):
+        here = machine.describe(device, arguments.bench_threads)
         for name in [part.strip() for part in arguments.shapes.split(",") if part.strip()]:
             config = read_config(name, arguments.revision)
             stock = inventory(skeleton(config))
             dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else half_dtype(config)))
-            for text, method in request.methods:
-                for budget in request.budgets if method.budgeted else []:
-                    try:
-                        plan = uniform(method, stock, budget.bpw).layers
-                    except BudgetError as error:
-                        console.print(f"refused: {text} {budget.text} ({error})", style="yellow")
-                        continue
-                    console.print(f"{name}, {text} {budget.text}", style="dim")
-                    alike = {(layer.out_features, layer.in_features): plan[layer.name] for layer in stock.layers}
-                    groups = [
-                        random_group(dict(made.hyper) | {"format": made.format}, *shape, device)
-                        for shape, made in alike.items()
-                    ]
-                    vendor = {shape: vendor_group(*shape, device, dtype) for shape in alike}
-                    bandwidth = max(bandwidth, machine.bandwidth(device))
-                    timed.append(
-                        (
-                            layer_times(groups, vendor, device, dtype, arguments.bench_seconds),
-                            name,
-                            f"{text} {budget.text}",
-                        )
-                    )
+            for row, configs in _uniform_rows(request, stock, console):
+                console.print(f"{name}, {row}", style="dim")
+                vendor = {shape: vendor_group(*shape, device, dtype) for shape in configs}
+                groups = [random_group(config.to_json(), *shape, device) for shape, config in configs.items()]
+                bandwidth = max(bandwidth, machine.bandwidth(device))
+                times = product_times(groups, vendor, device, dtype, arguments.bench_seconds)
+                timed.append((name, row, times))
     if not timed:
         raise ValueError("nothing to time: no method given fits a budget")
-    rows = [row for records, name, row in timed for row in kernel_rows(records, bandwidth, here, name, row, "")]
+    rows = [line for name, row, times in timed for line in kernel_rows(times, bandwidth, here, name, row, "")]
     folder = arguments.out or Path("results") / "kernels"
     write_csv(folder / "kernels.csv", list(KERNEL_COLUMNS), rows)
-    write_json(folder / "machine.json", here)
-    print_table(*kernel_table(rows))
+    write_json(folder / "machine.json", here.to_json())
+    print_sheet(kernel_sheet(rows))
     console.print(f"{folder}/kernels.csv", style="dim")
     return 0
+
+
+def _uniform_rows(
+    request: Request, stock: Inventory, console: Console
+) -> Iterator[tuple[str, dict[tuple[int, int], LayerConfig]]]:
+    """(label, configuration by shape) for every method and budget that one configuration for all matrices fits."""
+    for text, method in request.methods:
+        for budget in request.budgets if method.budgeted else []:
+            try:
+                configs = uniform(method, stock, budget.bpw).layers
+            except BudgetError as error:
+                console.print(f"refused: {text} {budget.text} ({error})", style="yellow")
+                continue
+            shapes = {(layer.out_features, layer.in_features): configs[layer.name] for layer in stock.layers}
+            yield f"{text} {budget.text}", shapes

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.cli.sheets import print_table
+from harness.cli.sheets import print_sheet
 from harness.report.pairs import compare_methods
-from harness.report.sheet import markdown
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -24,9 +23,9 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    table = compare_methods(arguments.folder, arguments.to)
+    sheet = compare_methods(arguments.folder, arguments.to)
     if arguments.markdown:
-        print(markdown(*table), end="")
+        print(sheet.markdown(), end="")
     else:
-        print_table(*table)
+        print_sheet(sheet)
     return 0

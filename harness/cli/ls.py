@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 
 from harness.data.assets import DEFAULT_MODEL, MODELS
-from harness.data.presets import PRESETS
+from harness.data.files import cache_dir
 from harness.data.protocols import PROFILES, SOURCES
 from harness.data.tasks import GROUPS, PINNED_SPLITS
-from harness.model import inventory, read_config, skeleton
+from harness.model import PRESETS, inventory, read_config, skeleton
 from harness.store.cells import CellStore
-from harness.store.files import cache_dir
-from methods import REGISTRY, method_class
+from methods import METHODS
+from methods.base import Method, spelling
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -31,30 +31,42 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _methods() -> Iterator[str]:
-    for name in REGISTRY:
-        cls = method_class(name)
-        text = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
-        yield f"{name}  {text}"
-        if cls.variants:
-            default = cls().variant
-            yield f"    variants: {', '.join(f'{v} (default)' if v == default else v for v in cls.variants)}"
-        options = [f"{field.name}={_shown(getattr(cls(), field.name))}" for field in dataclasses.fields(cls)]
-        if options:
-            yield f"    options:  {', '.join(options)}"
+    for name in METHODS:
+        default = METHODS.get(name)()
+        yield f"{name}  {_summary(type(default))}"
+        variants = default.variants()
+        algorithms = {type(method): f"{name}:{variant}" for variant, method in variants.items() if method.algorithm}
+        if variants:
+            shown = (f"{variant} (default)" if method == default else variant for variant, method in variants.items())
+            yield f"    variants: {', '.join(shown)}"
+        yield from _options("options", default)
+        for algorithm, label in algorithms.items():
+            yield from _options(f"{label} options", algorithm())
 
 
-def _shown(value: object) -> str:
-    return "auto" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _summary(method: type[Method]) -> str:
+    """The first line of the docstring of a method's file, or of its folder."""
+    package = method.__module__.rpartition(".")[0]
+    module = package if package not in ("", "methods") else method.__module__
+    return (sys.modules[module].__doc__ or "").strip().splitlines()[0]
+
+
+def _options(label: str, method: Method) -> Iterator[str]:
+    options = [f"{field.name}={spelling(getattr(method, field.name))}" for field in dataclasses.fields(method)]
+    if options:
+        yield f"    {label}: {', '.join(options)}"
 
 
 def _models() -> Iterator[str]:
     for name, pinned in MODELS.items():
-        yield f"{name}{'  (default)' if name == DEFAULT_MODEL else ''}  {pinned.licence}; from {pinned.file.package}; {pinned.note}"
+        default = "  (default)" if name == DEFAULT_MODEL else ""
+        yield f"{name}{default}  {pinned.licence}; from {pinned.file.package}; {pinned.note}"
     yield "any local folder written by save_pretrained(), any hub id (owner/name)"
     yield "presets, for `plan` (configurations without weights):"
     for name in PRESETS:
         stock = inventory(skeleton(read_config(name)))
-        yield f"    {name}: {len(stock.blocks)} blocks, {stock.weights:,} weights in linear layers, {stock.rest_weights:,} others"
+        weights = f"{stock.weights:,} weights in linear layers, {stock.rest_weights:,} others"
+        yield f"    {name}: {len(stock.blocks)} blocks, {weights}"
 
 
 def _protocols() -> Iterator[str]:
@@ -84,17 +96,17 @@ def _runs() -> Iterator[str]:
         store = CellStore(path.parent.name)
         spec = store.spec()
         assert spec is not None
-        scores = {p["name"]: store.score(key) for key, p in spec["protocols"].items()}
-        artifact = store.artifact()
+        scores = {protocol.name: store.score(key) for key, protocol in spec.protocols.items()}
         state = ", ".join(
-            f"{name} {score['ppl']:.2f}" if score else f"{name} not scored" for name, score in scores.items()
+            f"{name} {score.ppl:.2f}" if score else f"{name} not scored" for name, score in scores.items()
         )
-        if artifact is None:
+        if store.artifact() is None:
             state = f"{len(list(store.blocks.glob('*.safetensors')))} blocks compressed"
-        budget = f" {spec['budget']}" if spec["budget"] else ""
+        budget = f" {spec.budget}" if spec.budget else ""
         size = sum(p.stat().st_size for p in path.parent.rglob("*") if p.is_file()) / 2**20
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        yield f"{store.key}  {when}  {spec['model']['name']}  {spec['method_text']}{budget} seed {spec['seed']}  {size:.0f} MiB  {state}"
+        cell = f"{spec.model.name}  {spec.method_text}{budget} seed {spec.seed}"
+        yield f"{store.key}  {when}  {cell}  {size:.0f} MiB  {state}"
 
 
 LISTS: dict[str, Callable[[], Iterator[str]]] = {

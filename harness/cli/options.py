@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, Say, resolve_model
-from harness.data.presets import PRESETS
+from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, resolve_model
 from harness.data.protocols import (
     PROFILES,
     Calibration,
@@ -23,10 +22,12 @@ from harness.data.protocols import (
 from harness.data.streams import with_text
 from harness.data.tasks import GROUPS, SOURCES, Task, parse_tasks
 from harness.measure.machine import cores
-from harness.model import Inventory, half_dtype, inventory, read_config, skeleton
+from harness.model import PRESETS, Inventory, half_dtype, inventory, read_config, skeleton
 from harness.plan.allocation import MODES
 from harness.plan.budgets import Budget
 from harness.plan.cells import Compute, Plan, make_plan
+from harness.plan.earlier import adopt
+from harness.progress import Say
 from methods import parse_method, split_methods
 from methods.base import Method, Track
 from methods.fp16 import Half
@@ -95,7 +96,8 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--bench-seconds",
         type=float,
         default=3.0,
-        help="about so long for each thing that is timed: decoding at a batch size, a prompt, single products (default: %(default)s)",
+        help="about so long for each thing that is timed: decoding at a batch size, a prompt, single products "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--bench-threads", type=int, default=cores(), help="of a measurement (default: all cores, %(default)s)"
@@ -203,6 +205,8 @@ def build_plan(
         half,
         arguments.allocate,
     )
+    if not from_config:
+        adopt(plan.cells, say)
     return replace(plan, tasks=request.tasks), stock, model
 
 

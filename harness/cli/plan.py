@@ -6,18 +6,18 @@ import argparse
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from functools import partial
 
 from rich.console import Console
 
 from harness.cli.options import add_plan_options, build_plan, read_request
-from harness.data.presets import PRESETS
 from harness.ledger import Ledger
-from harness.model import Inventory, read_config
+from harness.model import PRESETS, Inventory, read_config
 from harness.plan.allocation import common_candidates
 from harness.plan.cells import Cell
 from harness.plan.memory import predicted_peak_gib
 from harness.store.cells import CellStore
+from harness.store.records import AllocationRecord
 from kernels.formats.layer import LayerConfig
 
 
@@ -31,8 +31,8 @@ def register(verbs: argparse._SubParsersAction) -> None:
         "--scope",
         choices=("stored", "paper"),
         default="stored",
-        help="what --bits limits here: everything stored, as in `run`, or the quantised part without adapters, as papers count "
-        "(default: %(default)s)",
+        help="what --bits limits here: everything stored, as in `run`, or the quantised part without adapters, "
+        "as papers count (default: %(default)s)",
     )
     parser.epilog = f"--model also takes a preset: {', '.join(PRESETS)}"
     parser.set_defaults(main=main)
@@ -41,7 +41,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
 def main(arguments: argparse.Namespace) -> int:
     request = read_request(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    plan, stock, model = build_plan(arguments, request, lambda text: console.print(text, style="dim"), from_config=True)
+    plan, stock, model = build_plan(arguments, request, partial(console.print, style="dim"), from_config=True)
     config = read_config(model.path, arguments.revision).get_text_config()
     print(
         f"{model.name}: {len(stock.blocks)} blocks, {len(stock.layers)} linear layers, {stock.weights:,} weights; ",
@@ -67,8 +67,8 @@ def _print_paper_scope(cell: Cell, stock: Inventory) -> None:
     assert cell.budget is not None
     print(f"\n{cell.method_text}: {cell.budget.text} for the quantised part")
     found = [
-        (plan, ledger, ledger.stored_bits - ledger.bits.adapters)
-        for plan, ledger in common_candidates(cell.method, stock)
+        (configs, ledger, ledger.stored_bits - ledger.bits.adapters)
+        for configs, ledger in common_candidates(cell.method, stock)
     ]
     adapters = {ledger.bits.adapters for _, ledger, _ in found}
     if len(adapters) == 1:
@@ -78,7 +78,7 @@ def _print_paper_scope(cell: Cell, stock: Inventory) -> None:
     fitting = sorted((item for item in found if item[2] <= cell.budget.bpw * stock.weights), key=lambda item: item[2])
     if fitting:
         print("  the largest that fit, one configuration for all matrices:")
-        _print_candidates([(plan, ledger) for plan, ledger, _ in fitting[-3:]], stock, None)
+        _print_candidates([(configs, ledger) for configs, ledger, _ in fitting[-3:]], stock, None)
 
 
 def _print_cell(cell: Cell, stock: Inventory, everything: bool) -> None:
@@ -99,28 +99,30 @@ def _print_cell(cell: Cell, stock: Inventory, everything: bool) -> None:
     )
     _print_candidates(shown, stock, chosen)
     if cell.allocate == "ilp" and not cell.refusal:
-        _print_mix(CellStore(cell.key).plan(), stock)
+        _print_mix(CellStore(cell.key).allocation(), stock)
 
 
 def _print_candidates(
     shown: Sequence[tuple[dict[str, LayerConfig], Ledger]], stock: Inventory, chosen: dict[str, LayerConfig] | None
 ) -> None:
     print(f"    {'stored':>8} {'codes':>8} {'scales':>8} {'tables':>8} {'adapters':>8}")
-    for plan, ledger in shown:
-        print(f"  {'*' if plan == chosen else ' '} {_columns(ledger)}  {plan[stock.layers[0].name]}")
+    for configs, ledger in shown:
+        print(f"  {'*' if configs == chosen else ' '} {_columns(ledger)}  {configs[stock.layers[0].name]}")
 
 
-def _print_mix(plan: dict[str, Any] | None, stock: Inventory) -> None:
-    if plan is None:
+def _print_mix(allocation: AllocationRecord | None, stock: Inventory) -> None:
+    if allocation is None:
         print(
-            "  mixed over the matrices by `run`, which has the weights; afterwards this shows the mix (or: --allocate uniform)"
+            "  mixed over the matrices by `run`, which has the weights; afterwards this shows the mix "
+            "(or: --allocate uniform)"
         )
         return
     print(
-        f"  the mix: predicted divergence {plan['predicted']:.4g}, at most {plan['gap']:.2g} of it above the best possible"
+        f"  the mix: predicted divergence {allocation.predicted:.4g}, "
+        f"at most {allocation.gap:.2g} of it above the best possible"
     )
     for layer in stock.layers:
-        config = LayerConfig.from_json(plan["layers"][layer.name])
+        config = allocation.layers[layer.name]
         print(f"    {config.stored_bits(layer).total / layer.weights:8.4f}  {layer.name}  {config}")
 
 

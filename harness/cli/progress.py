@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from harness.engine.process import Ended, Message, Phase
 
 EVERY_S = 120  # seconds between lines about one phase
 
@@ -28,7 +37,7 @@ class Display:
             TimeRemainingColumn(),  # of this phase
         )
         self._bars = Progress(*columns, console=console) if console.is_terminal else None
-        self._tasks: dict[str, Any] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Display:
         if self._bars:
@@ -43,12 +52,13 @@ class Display:
         if self._bars:
             self._bars.stop()
 
-    def message(self, key: str, message: dict[str, Any]) -> None:
+    def message(self, key: str, message: Message) -> None:
         with self._lock:
-            if "phase" in message:
-                self._progress(key, message["phase"], message["done"], message["total"])
-            elif message.get("ended"):
-                self._end(key, message["error"])
+            match message:
+                case Phase():
+                    self._progress(key, message.phase, message.done, message.total)
+                case Ended():
+                    self._end(key, message.error)
 
     def _progress(self, key: str, phase: str, done: int, total: int) -> None:
         if self._bars:

@@ -1,4 +1,4 @@
-"""Tables on the terminal."""
+"""Sheets on the terminal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from harness.report.sheet import Sheet
 
-def print_table(header: list[str], cells: list[list[str]]) -> None:
+
+def print_sheet(sheet: Sheet) -> None:
     if sys.stdout.isatty():
-        table = Table(*header)
-        for line in cells:
+        table = Table(*sheet.header)
+        for line in sheet.lines:
             table.add_row(*line)
         Console(highlight=False).print(table)
         return
-    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
-    for line in [header, *cells]:
+    widths = [max(len(line[i]) for line in [sheet.header, *sheet.lines]) for i in range(len(sheet.header))]
+    for line in [sheet.header, *sheet.lines]:
         print("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
     print()

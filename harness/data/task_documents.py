@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.data.assets import TASKS, Say, fetch
+from harness.data.assets import TASKS, fetch
+from harness.data.files import atomic_path, cache_dir, digest, locked
 from harness.data.tasks import PINNED_SPLITS, Task, official_file
-from harness.store.files import atomic_path, cache_dir, digest, locked
+from harness.progress import Say, say_nothing
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -29,7 +30,7 @@ UNCONDITIONAL = 1_000_000  # document ids of prompts that repeat an item without
 SEED = 1234  # lm-eval's own seed of the few-shot examples
 
 
-def load_task(task: Task, say: Say = lambda _: None) -> ConfigurableTask:
+def load_task(task: Task, say: Say = say_nothing) -> ConfigurableTask:
     """The task as lm-eval makes it, documents loaded. Raises ValueError when they cannot be had."""
     from lm_eval.tasks import TaskManager
 
@@ -64,7 +65,7 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def write_task_file(task: Task, folder: Path, say: Say = lambda _: None) -> None:
+def write_task_file(task: Task, folder: Path, say: Say = say_nothing) -> None:
     """Write <task>.yaml: lm-eval's own task file, by inclusion, and where its documents are. lm-eval's command line
     reads such a folder too (--include_path)."""
     import yaml
@@ -82,7 +83,7 @@ def write_task_file(task: Task, folder: Path, say: Say = lambda _: None) -> None
     (folder / f"{task.name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
-def documents_file(name: str, say: Say = lambda _: None) -> Path:
+def documents_file(name: str, say: Say = say_nothing) -> Path:
     """The documents of a pinned task as JSON lines in the cache, made once."""
     source = TASKS[name]
     path = cache_dir("tasks", f"{name}-{digest([DATA_VERSION, source.sha256])[:12]}.jsonl")

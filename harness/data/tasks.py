@@ -8,14 +8,17 @@ whatever the hub serves."""
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from harness.store.files import digest
+from harness.data.files import digest
+from harness.data.record import Record
 
-TASK_VERSION = 1  # part of every result key: bump when the same task would be scored differently
+# Part of every result key: bump it when the same task would be scored differently.
+#   1  all there are
+TASK_VERSION = 1
 OFFICIAL = {  # task -> its file among lm-eval's
     "piqa": "piqa/piqa.yaml",
     "arc_easy": "arc/arc_easy.yaml",
@@ -53,8 +56,11 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Record):
     """One lm-eval task as it is scored. `limit`: the first items only, None for all."""
+
+    VERSION: ClassVar[int] = TASK_VERSION
+    VERSION_KEY: ClassVar[str] = "task_version"
 
     name: str
     version: str  # lm-eval's version of the task
@@ -72,14 +78,6 @@ class Task:
     @property
     def key(self) -> str:
         return digest(self.to_json())[:16]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"task_version": TASK_VERSION, **asdict(self), "metrics": list(self.metrics)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Task:
-        fields = {name: value for name, value in data.items() if name != "task_version"}
-        return cls(**{**fields, "metrics": tuple(data["metrics"])})
 
 
 def parse_tasks(text: str, source: str = "pinned", few_shot: int = 0, limit: int | None = None) -> tuple[Task, ...]:

@@ -21,18 +21,15 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from harness.data.assets import TEXTS, Say, fetch
+from harness.data.assets import TEXTS, fetch
+from harness.data.protocols import PARTS
+from harness.progress import Say, say_nothing
 
 DATA_VARIABLE = "HARNESS_DATA"
 MIN_CHARACTERS = 200  # most of the Wikipedia extracts are one-line stubs
 SHINGLE_WORDS = 8
 NEAR_COPY = 0.2  # share of a document's shingles already seen, beyond which it is a near copy
 
-# Upper ends of each part's share of [0, 1).
-PARTS = {
-    "c4-mini": {"calibration": 0.5, "evaluation": 0.8, "tuning": 1.0},
-    "wiki-mini": {"evaluation": 0.7, "tuning": 1.0},
-}
 WIKITEXT2_SHA256 = (
     "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"  # wiki.test.raw of wikitext-2-raw-v1
 )
@@ -41,7 +38,7 @@ C4_HUB = ("allenai/c4", "607bd4c8450a42878aa9ddc051a65a055450ef87")
 C4_FILES = {"train": "c4-train.00000-of-01024.json.gz", "validation": "c4-validation.00000-of-00008.json.gz"}
 
 
-def mini_documents(source: str, part: str, say: Say = lambda _: None) -> list[str]:
+def mini_documents(source: str, part: str, say: Say = say_nothing) -> list[str]:
     """Documents of one part, ordered by their hash."""
     chosen = []
     lower = 0.0
@@ -154,7 +151,8 @@ def _local_file(folder: str | None, origin: str, *names: str) -> Path | None:
             if path.exists():
                 return path
     raise ValueError(
-        f"no {names[0]} in {place}: put the file of {origin} there, or do without --data and {DATA_VARIABLE} to use the hub"
+        f"no {names[0]} in {place}: put the file of {origin} there, "
+        f"or do without --data and {DATA_VARIABLE} to use the hub"
     )
 
 
@@ -172,9 +170,7 @@ def c4_documents(split: str, folder: str | None) -> list[str]:
 def or_one_line(load: Callable[[], str], hint: str) -> str:
     try:
         return load()
-    except (
-        Exception
-    ) as error:  # datasets and its transports raise many unrelated types; all mean the text cannot be had
+    except Exception as error:  # of datasets and its transports: all mean that the text cannot be had
         raise ValueError(
             f"{hint} ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})"
         ) from error

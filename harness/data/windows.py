@@ -1,13 +1,14 @@
 """Cutting texts into windows of token ids, each text by the rule of the papers that report it.
 
-wiki-mini, c4-mini   documents joined by a blank line, tokenised as one text, cut into consecutive windows, spread over the text
+wiki-mini, c4-mini   documents joined by a blank line, tokenised as one text, cut into consecutive windows, spread over
+                     the text
 wikitext2            the same over the whole test set, rows joined by a blank line (GPTQ's datautils)
-wikitext2-words      article by article, cleaned up and cut by lm-eval's own functions (task `wikitext`, version 2): every token is
-                     predicted once, the first of an article from a prefix token, the last window reaches back for a
-                     full context
-c4                   for every window a document drawn at random among those of at least L tokens, and a random place in it; the
-                     draws are those of Python's generator seeded with 0 (GPTQ's datautils; a document of exactly L
-                     tokens, where that code fails, is taken whole)
+wikitext2-words      article by article, cleaned up and cut by lm-eval's own functions (task `wikitext`, version 2):
+                     every token is predicted once, the first of an article from a prefix token, the last window
+                     reaches back for a full context
+c4                   for every window a document drawn at random among those of at least L tokens, and a random place in
+                     it; the draws are those of Python's generator seeded with 0 (GPTQ's datautils; a document of
+                     exactly L tokens, where that code fails, is taken whole)
 c4-new               the first 1,100 documents joined by a space, cut into consecutive windows
 """
 
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from harness.data.assets import Say
+from harness.data.files import digest
 from harness.data.protocols import PINNED_STREAMS, Calibration, Protocol
 from harness.data.texts import c4_documents, mini_documents, wikitext2_pages, wikitext2_test
-from harness.store.files import digest
+from harness.progress import Say, say_nothing
 
 C4_NEW_DOCUMENTS = 1100
 C4_SEED = 0
@@ -52,7 +53,7 @@ class Windows:
 
 
 def evaluation_windows(
-    protocol: Protocol, tokenizer: PreTrainedTokenizerBase, data: str | None = None, say: Say = lambda _: None
+    protocol: Protocol, tokenizer: PreTrainedTokenizerBase, data: str | None = None, say: Say = say_nothing
 ) -> Windows:
     """Tokenise and cut. Raises ValueError when the text is too short or the stream is not the pinned one."""
     if protocol.source == "wikitext2-words":
@@ -79,7 +80,8 @@ def evaluation_windows(
     pinned = PINNED_STREAMS.get((protocol.name, vocabulary_sha256(tokenizer)))
     if pinned not in (None, sha256):
         raise ValueError(
-            f"{protocol.name}: token stream {sha256[:16]} is not the pinned {pinned[:16]}; the text or the tokenizer changed"
+            f"{protocol.name}: token stream {sha256[:16]} is not the pinned {pinned[:16]}; "
+            "the text or the tokenizer changed"
         )
     return Windows(windows_NT, sha256)
 
@@ -90,7 +92,7 @@ def calibration_windows(
     seed: int,
     bos: str = "text",
     data: str | None = None,
-    say: Say = lambda _: None,
+    say: Say = say_nothing,
 ) -> Windows:
     """c4: random places in random documents of the first training shard, drawn by the seed (GPTQ's calibration). A mini
     text: documents in an order drawn by the seed, joined and cut; the first `sequences` windows."""
@@ -105,8 +107,8 @@ def calibration_windows(
         windows_NT = cutter.consecutive("\n\n".join(documents[i] for i in order))
     if len(windows_NT) < calibration.sequences:
         raise ValueError(
-            f"{calibration.name}: the calibration part holds {len(windows_NT)} windows of {calibration.context} tokens; "
-            f"ask for at most that many: {calibration.source}@{calibration.context}x{len(windows_NT)}"
+            f"{calibration.name}: the calibration part holds {len(windows_NT)} windows "
+            f"of {calibration.context} tokens; ask for at most that many: {calibration.source}@{calibration.context}x{len(windows_NT)}"
         )
     windows_NT = windows_NT[: calibration.sequences]
     return Windows(windows_NT, stream_sha256(windows_NT))

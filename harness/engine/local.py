@@ -11,41 +11,34 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 from harness.engine import cell, process
-from harness.measure import measurement as bench
+from harness.engine.process import Ended, Message
+from harness.measure import measurement
 from harness.measure.machine import quiet, working
 from harness.store.cells import CellStore
+from harness.store.records import CellSpec, Outcome
 
 # Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an
 # accelerator may not survive a fork, so there every cell starts from nothing.
 START = {"cpu": "forkserver"}
-LONGEST = (
-    70  # name of the folder for temporary files, in bytes: the server's socket lies there, and its whole name has 108
-)
-Watch = Callable[[str, dict[str, Any]], None]  # (cell key, message of the cell's process)
+LONGEST = 70  # bytes of the temporary folder's name: the server's socket lies there, and its whole name may have 108
+Context = ForkServerContext | SpawnContext
+Watch = Callable[[str, Message], None]  # (cell key, message of the cell's process)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    key: str
-    error: str = ""  # one line; empty when the cell finished
-    skipped: bool = False  # there was no reason to run it
-
-
-def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[str, Outcome]:
+def run_cells(specs: Sequence[CellSpec], jobs: int, watch: Watch) -> dict[str, Outcome]:
     """Run every cell in its own process, `jobs` at once; a failure is an outcome, never an exception.
 
     Cells that need the reference's states wait until it has them, or until its process is over (a file of this run says
     so)."""
     running: list[BaseProcess] = []
-    settings = _shared_cores(max((spec["threads"] for spec in specs), default=1))
+    settings = _shared_cores(max((spec.threads for spec in specs), default=1))
     with (
         working(),
         tempfile.TemporaryDirectory() as folder,
@@ -53,18 +46,16 @@ def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[
         ThreadPoolExecutor(max_workers=jobs) as pool,
     ):
         over = Path(folder) / "reference_over"
-        if all(spec["key"] != spec["reference"] for spec in specs):
+        if not any(spec.is_reference for spec in specs):
             over.touch()  # finished earlier
         for device_type in {_device_type(spec) for spec in specs}:
             _prepare(device_type)
 
-        def run(spec: dict[str, Any]) -> Outcome:
+        def run(spec: CellSpec) -> Outcome:
             try:
-                return _run_one(
-                    cell.work, spec | {"reference_over": str(over)}, _context(_device_type(spec)), watch, running
-                )
+                return _run_one(partial(cell.work, spec, over), spec, _context(_device_type(spec)), watch, running)
             finally:
-                if spec["key"] == spec["reference"]:
+                if spec.is_reference:
                     over.touch()
 
         try:
@@ -76,7 +67,12 @@ def run_cells(specs: Sequence[dict[str, Any]], jobs: int, watch: Watch) -> dict[
     return {outcome.key: outcome for outcome in outcomes}
 
 
-def measure_cells(specs: Sequence[dict[str, Any]], watch: Watch, waiting: Callable[[], None]) -> dict[str, Outcome]:
+def measure_cells(
+    specs: Sequence[CellSpec],
+    conditions: measurement.Conditions,
+    watch: Watch,
+    waiting: Callable[[], None],
+) -> dict[str, Outcome]:
     """Measure memory and latency of finished cells, each in a process that knows nothing of the others, while nothing
     else of ours runs."""
     running: list[BaseProcess] = []
@@ -84,7 +80,8 @@ def measure_cells(specs: Sequence[dict[str, Any]], watch: Watch, waiting: Callab
     with quiet(waiting), _variables(_QUIET):
         try:
             for spec in specs:
-                outcomes[spec["key"]] = _run_one(bench.work, spec, multiprocessing.get_context("spawn"), watch, running)
+                work = partial(measurement.work, spec, conditions)
+                outcomes[spec.key] = _run_one(work, spec, multiprocessing.get_context("spawn"), watch, running)
         except KeyboardInterrupt:
             _kill(running)
             raise
@@ -96,55 +93,55 @@ def _kill(running: Sequence[BaseProcess]) -> None:
         child.kill()
 
 
-def _run_one(
-    work: process.Work, spec: dict[str, Any], context: BaseContext, watch: Watch, running: list[BaseProcess]
-) -> Outcome:
+def _run_one(work: process.Work, spec: CellSpec, context: Context, watch: Watch, running: list[BaseProcess]) -> Outcome:
     """Do one cell's work to its end."""
     try:
-        error = _run(work, spec, context, watch, running)
+        error = _run(work, spec.key, context, watch, running)
     except Exception as failure:  # no process to be had
         error = f"could not be started ({type(failure).__name__}: {failure}); the same command tries again"
-    watch(spec["key"], {"ended": True, "error": error})
-    return Outcome(spec["key"], error)
+    watch(spec.key, Ended(error))
+    return Outcome(spec.key, error)
 
 
-def _run(
-    work: process.Work, spec: dict[str, Any], context: BaseContext, watch: Watch, running: list[BaseProcess]
-) -> str:
+def _run(work: process.Work, key: str, context: Context, watch: Watch, running: list[BaseProcess]) -> str:
     """Returns the error in one line, empty when the work was finished."""
-    store = CellStore(spec["key"])
+    store = CellStore(key)
     store.folder.mkdir(parents=True, exist_ok=True)
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=process.main, args=(work, spec, sender, str(store.log), dict(os.environ)))
-    error, finished = "", False
+    child = context.Process(target=process.main, args=(work, sender, str(store.log), dict(os.environ)))
+    ended: Ended | None = None
     child.start()
     running.append(child)
     sender.close()  # the child has its own: when that is gone, there is nothing more to hear
     with contextlib.suppress(EOFError, OSError):  # killed, perhaps in the middle of a message; the exit code tells
         while True:
             message = receiver.recv()
-            error, finished = message.get("error", error), finished or "finished" in message
-            watch(spec["key"], message)
+            if isinstance(message, Ended):
+                ended = message
+            else:
+                watch(key, message)
     child.join()
     receiver.close()
     running.remove(child)
     code = child.exitcode or 0
-    if finished:  # it said so itself; the exit code comes by way of the server of the forks, which may have been killed
+    if ended == Ended():  # it said so itself; the exit code comes by way of the server of the forks, which may be dead
         return ""
     if code < 0:
         name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
         memory = " (out of memory?)" if -code == signal.SIGKILL else ""
         return f"killed by {name}{memory}; log: {store.log}"
-    return error or f"exit code {code}; log: {store.log}"
+    return ended.error if ended else f"exit code {code}; log: {store.log}"
 
 
-def _device_type(spec: dict[str, Any]) -> str:
-    return spec["device"].partition(":")[0]
+def _device_type(spec: CellSpec) -> str:
+    return spec.device.partition(":")[0]
 
 
-def _context(device_type: str) -> BaseContext:
+def _context(device_type: str) -> Context:
     fits = len(os.fsencode(tempfile.gettempdir())) <= LONGEST
-    return multiprocessing.get_context(START.get(device_type, "spawn") if fits else "spawn")
+    if fits and START.get(device_type) == "forkserver":
+        return multiprocessing.get_context("forkserver")
+    return multiprocessing.get_context("spawn")
 
 
 def _prepare(device_type: str) -> None:

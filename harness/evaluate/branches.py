@@ -10,7 +10,7 @@ A model that does not follow such a mask is scored text by text (`follows_branch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness.evaluate.score import HEAD_LOGITS, head_of
+from harness.progress import Progress, silent
 
 BATCH_TOKENS = 4096  # through the decoder at once, padding included
 FULL_TOKENS = 512  # a batch of as many may end early, where the next row would be padding for more than an eighth
@@ -65,7 +66,7 @@ def plant(texts: Sequence[Text]) -> Tree:
     return Tree(tokens, positions, branch, rows, [list(text.tokens[-text.count :]) for text in texts])
 
 
-def _common(sequences: Sequence[Sequence[int]]) -> int:
+def _common(sequences: Sequence[tuple[int, ...]]) -> int:
     """Length of what all begin with."""
     first, last = min(sequences), max(sequences)  # in lexicographic order: what these two share, all do
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
@@ -73,10 +74,10 @@ def _common(sequences: Sequence[Sequence[int]]) -> int:
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: PreTrainedModel, trees: Sequence[Tree], progress: Callable[[int, int], None] = lambda *_: None
+    model: PreTrainedModel, trees: Sequence[Tree], progress: Progress = silent, phase: str = "score"
 ) -> list[list[Scored]]:
-    """Of every text of every tree, in their order. Batches hold trees of about one length, the longest first;
-    `progress` is told tokens."""
+    """The log-likelihood of every text of every tree, in their order. Batches hold trees of about one length, the
+    longest first; `progress` counts the tokens of a `phase`."""
     results: list[list[Scored]] = [[] for _ in trees]
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i].tokens))
     done, total = 0, sum(len(tree.tokens) for tree in trees)
@@ -91,14 +92,17 @@ def log_likelihoods(
         for i, scored in zip(batch, _batch(model, [trees[i] for i in batch]), strict=True):
             results[i] = scored
         done += sum(len(trees[i].tokens) for i in batch)
-        progress(done, total)
+        progress(phase, done, total)
     return results
 
 
 def _batch(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[Scored]]:
     parameter = next(model.parameters())
     device, length = parameter.device, len(trees[0].tokens)
-    pad = lambda values, value: values + [value] * (length - len(values))  # noqa: E731
+
+    def pad(values: list[int], value: int) -> list[int]:
+        return values + [value] * (length - len(values))
+
     tokens_BT = torch.tensor([pad(tree.tokens, 0) for tree in trees], device=device)
     positions_BT = torch.tensor([pad(tree.positions, 0) for tree in trees], device=device)
     mask = None  # padding comes last, where a causal model never looks
@@ -163,18 +167,13 @@ def follows_branches(model: PreTrainedModel) -> bool:
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (32,), generator=torch.Generator().manual_seed(0)).tolist()
     texts = [Text((*ids[:8], *ids[i : i + 8]), 8) for i in (8, 16, 24)]
-    alone = [
-        _batch(model, [plant([text])])[0][0] for text in texts
-    ]  # without a mask: a model that fails here fails, and says why
+    # Without a mask: a model that fails here fails, and says why.
+    alone = [_batch(model, [plant([text])])[0][0] for text in texts]
     forked = plant(texts)
     try:
         together = _batch(model, [forked])[0]
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        NotImplementedError,
-    ):  # the mask alone is new: one of this form is refused
+    # The mask alone is new: one of this form is refused.
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
         return False
     tolerance = 0.01 if _float_dtype(model) == torch.float32 else 1.0  # nats over 8 tokens; a wrong mask is off by many
     return all(abs(a - b) < tolerance for (a, _), (b, _) in zip(together, alone, strict=True))

@@ -7,35 +7,35 @@ Imported only where tasks are scored: it needs lm-eval.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.evaluate.branches import Scored, Text, follows_branches, log_likelihoods, longest_tree, plant
+from harness.progress import Progress, silent
 
 Tokenized = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation), and the token ids of both
 
 
 class BranchingLM(HFLM):
     """Scores the answers to one question together (harness.evaluate.branches), where the model can; the numbers are
-    HFLM's but for rounding. `progress(done, total)` counts tokens."""
+    HFLM's but for rounding. `progress` counts tokens, and hears of the `phase`."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        logging.getLogger("lm_eval.models.huggingface").setLevel(
-            logging.ERROR
-        )  # it warns of every model that is no name
+        # It warns of every model that is not given by its name.
+        logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
         super().__init__(pretrained=model, tokenizer=tokenizer)
-        self.progress: Callable[[int, int], None] = lambda *_: None
+        self.progress: Progress = silent
+        self.phase = "score"
         self.branching = follows_branches(model)
         self._longest = longest_tree(model)
         self._owners: list[Hashable] = []
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Scored]:
-        self._owners = [
-            (request.task_name, request.doc_id) for request in requests
-        ]  # the next method is told token ids alone
+        # The next method gets token ids alone.
+        self._owners = [(request.task_name, request.doc_id) for request in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm=True)
         finally:
@@ -50,7 +50,8 @@ class BranchingLM(HFLM):
         groups: dict[Hashable, dict[Text, Scored | None]] = {}
         for owner, text in zip(owners, texts, strict=True):
             groups.setdefault(owner, {})[text] = None  # once each: equal answers must tie exactly
-        scored = log_likelihoods(self.model, [plant(list(group)) for group in groups.values()], self.progress)
+        trees = [plant(list(group)) for group in groups.values()]
+        scored = log_likelihoods(self.model, trees, self.progress, self.phase)
         found = {
             owner: dict(zip(group, many, strict=True))
             for (owner, group), many in zip(groups.items(), scored, strict=True)

@@ -11,10 +11,9 @@ unit of fp16."""
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from harness.data.files import atomic_path
 from harness.data.windows import Articles
 from harness.model import decoder_blocks, swapped_module
-from harness.store.files import atomic_path
+from harness.progress import Progress, silent
+from harness.store.results import Divergence, Losses
 
 BODY_TOKENS = 8192  # tokens through the decoder at once
 HEAD_LOGITS = 1 << 25  # logits held at once (128 MiB in fp32), for the model and once more for the reference
 NOISE_UNIT = 2.0**-11
 NOISE_WINDOWS = 4
-PERCENTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
-@dataclass
-class Divergence:
-    """Per-token KL(reference || model) in nats, and how often the model ranks the reference's first token first."""
+class _Diverging:
+    """Collects KL(reference || model) of every token, and whether the model ranks the reference's first token first."""
 
-    kld_N: list[Tensor] = field(default_factory=list)
-    same_top_N: list[Tensor] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.kld_N: list[Tensor] = []
+        self.same_top_N: list[Tensor] = []
 
     def add(self, reference_NV: Tensor, reference_top_N: Tensor, model_NV: Tensor, model_lse_N: Tensor) -> None:
         """sum p (a - b) - lse(a) + lse(b) for logits a, b and p = softmax(a): two passes fewer than through
@@ -56,51 +56,26 @@ class Divergence:
             (first_N == model_NV.amax(dim=-1)).cpu()
         )  # amax: argmax over a vocabulary is ten times slower
 
-    def to_json(self, scored_NP: Tensor) -> dict[str, Any]:
+    def summary(self, scored_NP: Tensor) -> Divergence:
         """`scored_NP`: which predictions of each window count."""
         kld_NP, same_top_NP = (torch.cat(parts).view(scored_NP.shape) for parts in (self.kld_N, self.same_top_N))
         kld_N = kld_NP[scored_NP]
         finite_N = kld_N[kld_N.isfinite()]
-        quantiles = {
-            name: finite_N.quantile(q).item() if len(finite_N) else math.nan for name, q in PERCENTILES.items()
-        }
-        return {
-            "kld": kld_N.mean().item(),
-            **{f"kld_{name}": value for name, value in quantiles.items()},
-            "top1": same_top_NP[scored_NP].double().mean().item(),
-            "nonfinite_tokens": len(kld_N) - len(finite_N),
-            "window_kld": (torch.where(scored_NP, kld_NP, 0.0).sum(dim=1) / scored_NP.sum(dim=1)).tolist(),
-        }
-
-
-@dataclass(frozen=True)
-class Score:
-    """`window_nll`: mean loss of every window, nats per token (of every article, nats per word, and `window_weight` its
-    words). A loss that is not a number is flagged, never averaged away."""
-
-    window_nll: list[float]
-    scored_tokens: int
-    divergence: dict[str, Any] | None
-    window_weight: list[float] | None = None  # None: all the same
-
-    @property
-    def nonfinite(self) -> int:
-        return sum(not math.isfinite(value) for value in self.window_nll)
-
-    @property
-    def ppl(self) -> float:
-        weight = self.window_weight or [1.0] * len(self.window_nll)
-        mean = (
-            math.fsum(map(operator.mul, self.window_nll, weight)) / math.fsum(weight)
-            if not self.nonfinite
-            else math.nan
+        window_kld_N = torch.where(scored_NP, kld_NP, 0.0).sum(dim=1) / scored_NP.sum(dim=1)
+        return Divergence(
+            kld=kld_N.mean().item(),
+            kld_median=_quantile(finite_N, 0.5),
+            kld_p90=_quantile(finite_N, 0.9),
+            kld_p99=_quantile(finite_N, 0.99),
+            kld_max=_quantile(finite_N, 1.0),
+            top1=same_top_NP[scored_NP].double().mean().item(),
+            nonfinite_tokens=len(kld_N) - len(finite_N),
+            window_kld=tuple(window_kld_N.tolist()),
         )
-        return math.exp(mean) if not mean > 700 else math.inf
 
-    def to_json(self) -> dict[str, Any]:
-        counts = {"nonfinite_windows": self.nonfinite, "scored_tokens": self.scored_tokens}
-        values = {"window_nll": self.window_nll, "window_weight": self.window_weight}
-        return {"ppl": self.ppl, **counts, **values, "divergence": self.divergence}
+
+def _quantile(values_N: Tensor, q: float) -> float:
+    return values_N.quantile(q).item() if len(values_N) else math.nan
 
 
 class _Given(nn.Module):
@@ -143,16 +118,18 @@ def score(
     tokens_NT: Tensor,
     reference: Path | None = None,
     keep: Path | None = None,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    progress: Progress = silent,
     articles: Articles | None = None,
-) -> Score:
+    name: str = "score",
+) -> Losses:
     """Score windows [N, L]. `reference` is a file of the reference's states to diverge from, `keep` one to write them
-    to. With `articles` (one entry per window) losses are summed by article and divided by its words."""
+    to. With `articles` (one entry per window) losses are summed by article and divided by its words. `progress` counts
+    windows, and hears the protocol's `name`."""
     device = next(model.parameters()).device
     count, length = tokens_NT.shape
     losses_NP: list[Tensor] = []
     done = 0
-    divergence = Divergence() if reference else None
+    divergence = _Diverging() if reference else None
     kept: dict[str, list[Tensor]] = {"states": [], "top": []}
     chunk = max(1, HEAD_LOGITS // model.config.get_text_config().vocab_size)
     for batch_BT in tokens_NT.to(device).split(max(1, BODY_TOKENS // length)):
@@ -174,25 +151,25 @@ def score(
         done += len(batch_BT)
         if keep is not None:
             kept["states"].append(hidden_NH.cpu())
-        progress(done, count)
+        progress(name, done, count)
     if keep is not None:
         with atomic_path(keep) as path:
             save_file({name: torch.cat(parts).contiguous() for name, parts in kept.items()}, path)
     nll_NP = torch.cat(losses_NP)
     scored_NP = articles.scored_NP if articles else torch.ones_like(nll_NP, dtype=torch.bool)
-    diverged = divergence.to_json(scored_NP) if divergence else None
+    diverged = divergence.summary(scored_NP) if divergence else None
     if articles is None:
-        return Score(nll_NP.mean(dim=1).tolist(), nll_NP.numel(), diverged)
+        return Losses(tuple(nll_NP.mean(dim=1).tolist()), nll_NP.numel(), diverged)
     sums_N = torch.where(scored_NP, nll_NP, 0.0).sum(dim=1)
     words_A = articles.words_A.double()
     per_word_A = torch.zeros_like(words_A).index_add_(0, articles.article_N, sums_N) / words_A
-    return Score(per_word_A.tolist(), int(scored_NP.sum()), diverged, words_A.tolist())
+    return Losses(tuple(per_word_A.tolist()), int(scored_NP.sum()), diverged, tuple(words_A.tolist()))
 
 
 @torch.inference_mode()
 def noise_floor(
     model: PreTrainedModel, tokens_NT: Tensor, reference: Path, articles: Articles | None = None
-) -> dict[str, Any]:
+) -> Divergence:
     """Divergence of the reference from itself under one rounding unit of noise, on the first NOISE_WINDOWS windows."""
     generator = torch.Generator().manual_seed(0)
 
@@ -202,10 +179,12 @@ def noise_floor(
 
     hooks = [block.register_forward_hook(disturb) for block in decoder_blocks(model)[1]]
     try:
-        few = articles and replace(
+        first = articles and replace(
             articles, scored_NP=articles.scored_NP[:NOISE_WINDOWS], article_N=articles.article_N[:NOISE_WINDOWS]
         )
-        return score(model, tokens_NT[:NOISE_WINDOWS], reference, articles=few).divergence or {}
+        floor = score(model, tokens_NT[:NOISE_WINDOWS], reference, articles=first).divergence
+        assert floor is not None
+        return floor
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,35 +1,31 @@
-"""Zero-shot tasks, item by item: lm-eval asks and marks, the model in memory answers, and every item's outcome is kept.
+"""Zero-shot tasks, item by item: lm-eval asks and marks, the model in memory answers, and every item's outcome is kept
+(harness.store.results.TaskResult).
 
-A result holds, for every item in the order of lm-eval's documents and for every metric, `correct` ("1" right, "0"
-wrong) and `answers` (index of the chosen answer; of lambada whether greedy decoding says the word), and the
-log-likelihood of every answer. Requests are known by the sha256 of their texts, so rows that were asked different
-questions cannot share a column."""
+Requests are known by the sha256 of their texts, so rows that were asked different questions cannot share a column."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harness.data.assets import Say
+from harness.data.files import canonical
 from harness.data.task_documents import load_task
 from harness.data.tasks import Task
 from harness.model import load_tokenizer
-from harness.report.stats import standard_error
-from harness.store.files import canonical
+from harness.progress import Progress, Say
+from harness.store.results import Accuracy, TaskResult
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
     from harness.evaluate.lm import BranchingLM
-
-Progress = Callable[[str, int, int], None]  # (what is going on, done, total), in tokens
 
 
 def requests_sha256(requests: Iterable[tuple[str, str]]) -> str:
@@ -44,36 +40,43 @@ def open_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Branc
     return BranchingLM(model, tokenizer)
 
 
-def score_task(lm: BranchingLM, task: Task) -> dict[str, Any]:
-    """All items of a task (the first `limit`), by lm-eval's own evaluation; the module's description says what is in
-    the result."""
+def score_task(lm: BranchingLM, task: Task) -> TaskResult:
+    """All items of a task (the first `limit`), by lm-eval's own evaluation."""
     import lm_eval
 
     loaded = load_task(task)
     start = time.perf_counter()
-    results = lm_eval.evaluate(
-        lm, {"tasks": {task.name: loaded}}, limit=task.limit, bootstrap_iters=0
-    )  # intervals are ours
+    # Without resampling: intervals are ours.
+    results = lm_eval.evaluate(lm, {"tasks": {task.name: loaded}}, limit=task.limit, bootstrap_iters=0)
     samples = sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
     correct = {metric: [int(sample[metric]) for sample in samples] for metric in task.metrics}
-    likelihoods = [[value for value, _ in sample["filtered_resps"]] for sample in samples]
-    return {
-        "task": task.to_json(),
-        "lm_eval": metadata.version("lm_eval"),
-        "items": len(samples),
-        "of_items": len(loaded.eval_docs),
-        "requests_sha256": requests_sha256(arguments for sample in samples for arguments in sample["arguments"]),
-        "metrics": {
-            m: {"value": math.fsum(values) / len(values), "stderr": standard_error(values)}
-            for m, values in correct.items()
+    likelihoods = tuple(tuple(value for value, _ in sample["filtered_resps"]) for sample in samples)
+    return TaskResult(
+        task=task,
+        lm_eval=metadata.version("lm_eval"),
+        items=len(samples),
+        of_items=len(loaded.eval_docs),
+        requests_sha256=requests_sha256(arguments for sample in samples for arguments in sample["arguments"]),
+        metrics={
+            metric: Accuracy(math.fsum(marks) / len(marks), standard_error(marks)) for metric, marks in correct.items()
         },
-        "correct": {metric: "".join(map(str, values)) for metric, values in correct.items()},
-        "answers": {metric: [_answer(loaded, sample, metric) for sample in samples] for metric in task.metrics},
-        "nonfinite_items": sum(not all(map(math.isfinite, values)) for values in likelihoods),
-        "loglikelihoods": likelihoods,
-        "branching": lm.branching,
-        "seconds": time.perf_counter() - start,
-    }
+        correct={metric: "".join(map(str, marks)) for metric, marks in correct.items()},
+        answers={metric: tuple(_answer(loaded, sample, metric) for sample in samples) for metric in task.metrics},
+        nonfinite_items=sum(not all(map(math.isfinite, values)) for values in likelihoods),
+        loglikelihoods=likelihoods,
+        branching=lm.branching,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """The standard error of a mean: sample standard deviation / sqrt(n), as lm-eval has it; not a number for a single
+    value."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    return (
+        math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count) if count > 1 else math.nan
+    )
 
 
 def prepare(tasks: Iterable[Task], say: Say) -> None:
@@ -99,16 +102,16 @@ def score_tasks(
     model: PreTrainedModel,
     tokenizer_path: Path,
     tasks: Mapping[str, Task],
-    put: Callable[[str, dict[str, Any]], None],
+    put: Callable[[str, TaskResult], None],
     progress: Progress,
 ) -> None:
     """Score tasks one after the other and hand each result to `put(key, result)` at once, so that a later death costs
-    one task."""
+    one task. `progress` counts tokens."""
     if not tasks:
         return
     lm = open_lm(model, load_tokenizer(tokenizer_path))
+    lm.progress = progress
     for key, task in tasks.items():
-        phase = f"{task.name} (tokens)"
-        progress(phase, 0, 1)
-        lm.progress = lambda done, total, phase=phase: progress(phase, done, total)
+        lm.phase = f"{task.name} (tokens)"
+        progress(lm.phase, 0, 1)
         put(key, score_task(lm, task))

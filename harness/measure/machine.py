@@ -7,23 +7,26 @@ import os
 import platform
 import resource
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from harness.store.files import digest
+import kernels
+from harness.data.files import digest
+from harness.store.results import Machine
+from kernels.timing import bandwidth as bandwidth
 
-STREAM_BYTES = 1 << 28  # read to measure the bandwidth: many times any last-level cache of a CPU
-GPU_STREAM_BYTES = 1 << 31
-DEFAULT_CACHE = 32 << 20  # where the system does not tell the size of its last-level cache
-CODE = ("kernels", "harness/measure")  # a latency measured on other code than this is not shown
+CODE = (Path(kernels.__path__[0]), Path(__file__).parent)  # a latency measured on other code than this is not shown
 CODE_SUFFIXES = (".py", ".cpp", ".h", ".json")
+
+
+def _wait_in_silence() -> None:
+    """What to do before waiting: nothing."""
 
 
 @contextmanager
@@ -34,7 +37,7 @@ def working() -> Iterator[None]:
 
 
 @contextmanager
-def quiet(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def quiet(waiting: Callable[[], None] = _wait_in_silence) -> Iterator[None]:
     """Inside, this process alone measures; waits (and says so once) until no work of ours, of any run of this user, is
     left."""
     with _lock(fcntl.LOCK_EX, waiting):
@@ -42,7 +45,7 @@ def quiet(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(how: int, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def _lock(how: int, waiting: Callable[[], None] = _wait_in_silence) -> Iterator[None]:
     with open(lock_path(), "w") as handle:  # freed by the kernel when the process ends, however it ends
         try:
             fcntl.flock(handle, how | fcntl.LOCK_NB)
@@ -60,28 +63,36 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def identity(device: str) -> dict[str, Any]:
-    """What a latency belongs to: the same identity, the same numbers up to noise."""
-    found: dict[str, Any] = {"processor": _processor(), "cores": cores(), "torch": torch.__version__}
+def identity(device: str, threads: int) -> Machine:
+    """The machine that a latency belongs to: the same one, the same numbers up to noise."""
+    found = Machine(_processor(), cores(), torch.__version__, threads)
+    if torch.device(device).type != "cuda":
+        return found
+    properties = torch.cuda.get_device_properties(device)
+    gib = round(properties.total_memory / 2**30, 1)
+    return replace(found, gpu=properties.name, gpu_gib=gib, cuda=torch.version.cuda)
+
+
+def describe(device: str, threads: int) -> Machine:
+    """The machine with its clocks as they are now."""
+    cpu_mhz, gpu_mhz = None, None
+    with suppress(OSError, ValueError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu_mhz = max(float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz"))
     if torch.device(device).type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": properties.name,
-            "gpu_gib": round(properties.total_memory / 2**30, 1),
-            "cuda": torch.version.cuda,
-        }
-    return found
+        with suppress(Exception):  # needs a library of the driver's that is not everywhere
+            gpu_mhz = float(torch.cuda.clock_rate(device))
+    return replace(identity(device, threads), cpu_mhz=cpu_mhz, gpu_mhz=gpu_mhz)
 
 
 def identity_key(device: str, threads: int, reference: str) -> str:
-    """Of a measurement: machine, code and the uncompressed model that the cells are timed beside."""
-    return digest([identity(device), threads, _code(), reference])[:16]
+    """The key of a measurement: machine, code and the uncompressed model that the cells are timed beside."""
+    return digest([identity(device, threads).to_json(), _code(), reference])[:16]
 
 
 @cache
 def _code() -> str:
-    root = Path(__file__).parents[2]
-    files = sorted(path for folder in CODE for path in (root / folder).rglob("*") if path.suffix in CODE_SUFFIXES)
+    files = sorted(path for folder in CODE for path in folder.rglob("*") if path.suffix in CODE_SUFFIXES)
     return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
@@ -92,63 +103,6 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def clocks(device: str) -> dict[str, Any]:
-    """As they are now, in MHz; empty where nothing tells."""
-    found: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found["cpu_mhz"] = max(float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz"))
-    if torch.device(device).type == "cuda":
-        with suppress(Exception):  # needs a library of the driver's that is not everywhere
-            found["gpu_mhz"] = torch.cuda.clock_rate(device)
-    return found
-
-
-def last_cache_bytes(device: str) -> int:
-    """Of the last cache in front of memory."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [DEFAULT_CACHE]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1:], 0))
-    return max(sizes)
-
-
-def bandwidth(device: str, seconds: float = 0.5) -> float:
-    """Bytes per second that can be read from memory: the best of repeated reads of a buffer far beyond the last cache,
-    on a GPU (where a reduction is not always the faster) of copies within it, each byte of which is read and
-    written."""
-    if torch.device(device).type == "cuda":
-        source = torch.empty(GPU_STREAM_BYTES // 4, device=device)
-        target = torch.empty_like(source)
-        return max(
-            2 * source.nbytes / _best(lambda: target.copy_(source), seconds, device),
-            source.nbytes / _best(lambda: source.sum(), seconds, device),
-        )
-    stream = torch.ones(STREAM_BYTES // 4)
-    return stream.nbytes / min(
-        _best(lambda: stream.sum(), seconds, device), _best(lambda: stream.amax(), seconds, device)
-    )
-
-
-def _best(call: Callable[[], object], seconds: float, device: str) -> float:
-    call()
-    least, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or least == float("inf"):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        least = min(least, time.perf_counter() - start)
-    return least
-
-
-def synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_process_bytes() -> int:

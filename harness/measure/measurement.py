@@ -5,10 +5,11 @@ against those of the decoded weights, and a token decoded from the cache against
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from harness.compressed import CompressedModel
 from harness.measure import machine
-from harness.measure.layers import BATCHES, groups_of, layer_times
+from harness.measure.layers import BATCHES, groups_of, product_times
 from harness.measure.runner import (
     CONTEXT,
     PROMPT,
@@ -28,64 +29,74 @@ from harness.measure.runner import (
     scored_logits,
     timed_model,
 )
-from harness.measure.timing import Call, interleaved, speed_up, spread
+from harness.progress import Progress
 from harness.store.cells import CellStore
+from harness.store.records import CellSpec
+from harness.store.results import Bench, Memory, ProductTime, PromptTiming, Spread, Timing
 from kernels.dispatch import fused, linear
+from kernels.timing import Call, interleaved, speed_up, spread
 
 PRODUCT_LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative norms
-LOGIT_LIMITS = {
-    torch.float32: 1e-3,
-    torch.float16: 3e-2,
-    torch.bfloat16: 2e-1,
-}  # those, after as many layers as a model has
+# The same, after as many layers as a model has.
+LOGIT_LIMITS = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 FEWEST, FEWEST_PROMPTS, MOST_PROMPTS = 7, 3, 20  # rounds
-Progress = Callable[[str, int, int], None]
 
 
-def work(spec: dict[str, Any], speak: Progress) -> None:
-    """`spec` is a cell's, with `bench`: {"identity", "seconds", "threads"} of the measurement."""
-    store, reference, how = CellStore(spec["key"]), CellStore(spec["reference"]), spec["bench"]
-    torch.set_num_threads(how["threads"])
-    found = measure(
-        store.folder, reference.folder, spec["device"], getattr(torch, spec["dtype"]), how["seconds"], speak
-    )
-    store.put_bench(how["identity"], found)
+@dataclass(frozen=True)
+class Conditions:
+    """How a measurement is made."""
+
+    identity: str  # harness.measure.machine.identity_key
+    seconds: float  # about so long for each thing that is timed
+    threads: int
+
+
+def work(spec: CellSpec, conditions: Conditions, progress: Progress) -> None:
+    """Measure a stored cell beside its reference, and keep what is found."""
+    store, reference = CellStore(spec.key), CellStore(spec.reference)
+    torch.set_num_threads(conditions.threads)
+    dtype = getattr(torch, spec.dtype)
+    found = measure(store.folder, reference.folder, spec.device, dtype, conditions.seconds, progress)
+    store.put_bench(conditions.identity, found)
 
 
 def measure(
-    folder: Path, reference_folder: Path, device: str, dtype: torch.dtype, seconds: float, speak: Progress
-) -> dict[str, Any]:
+    folder: Path, reference_folder: Path, device: str, dtype: torch.dtype, seconds: float, progress: Progress
+) -> Bench:
     """Everything the leaderboard says of memory and latency; about `seconds` of rounds for each thing that is timed.
     Raises ValueError when what would be timed is not what was scored."""
-    speak("load", 0, 1)
+    progress("load", 0, 1)
     before = machine.peak_process_bytes()
     loaded = CompressedModel.load(folder, device, dtype)
-    packed = loaded.packed
-    _compare_products(loaded, device, dtype, speak)
+    _compare_products(loaded, device, dtype, progress)
     model = timed_model(loaded)
     runners = _runners(model)
     _compare_logits(model)
-    found: dict[str, Any] = {
-        "machine": machine.identity(device)
-        | machine.clocks(device)
-        | {"threads": torch.get_num_threads(), "loadavg": _load()},
-        "dtype": str(dtype).removeprefix("torch."),
-        "context": CONTEXT,
-        "kind": loaded.kind if loaded.packed else "dense",
-        "memory": _memory(model, before, device),
-        "decode_on_load_s": sum(getattr(layer, "decode_seconds", None) or 0.0 for layer in packed.values()),
-    }
-    speak("bandwidth", 0, 1)
-    found["bandwidth"] = machine.bandwidth(device)
-    found["bytes_per_token"] = bytes_per_token(loaded)
+    here = dataclasses.replace(machine.describe(device, torch.get_num_threads()), loadavg=os.getloadavg()[0])
+    kind = loaded.kind if loaded.packed else "dense"
+    memory = _memory(model, before, device)
+    decode_on_load_s = loaded.decode_seconds
+    progress("bandwidth", 0, 1)
+    bandwidth = machine.bandwidth(device)
+    read = bytes_per_token(loaded)
     alone = folder == reference_folder
-    beside = None if alone else timed_model(CompressedModel.load(reference_folder, device, dtype))
-    found["decode"] = _decode(runners, None if beside is None else _runners(beside), device, seconds, speak)
-    found["prefill"] = _prefill(model, beside, device, seconds, speak)
-    if beside is not None:
-        found["kernels"] = _kernels(loaded, beside, device, dtype, seconds, speak)
-    found["bandwidth"] = max(found["bandwidth"], machine.bandwidth(device))  # others may have used it a moment ago
-    return found
+    reference = None if alone else timed_model(CompressedModel.load(reference_folder, device, dtype))
+    decode = _decode(runners, None if reference is None else _runners(reference), device, seconds, progress)
+    prefill = _prefill(model, reference, device, seconds, progress)
+    products = () if reference is None else _products(loaded, reference, device, dtype, seconds, progress)
+    return Bench(
+        machine=here,
+        dtype=str(dtype).removeprefix("torch."),
+        context=CONTEXT,
+        kind=kind,
+        memory=memory,
+        decode_on_load_s=decode_on_load_s,
+        bandwidth=max(bandwidth, machine.bandwidth(device)),  # others may have used the memory a moment ago
+        bytes_per_token=read,
+        decode=decode,
+        prefill=prefill,
+        kernels=products,
+    )
 
 
 def _runners(model: PreTrainedModel) -> dict[int, Runner]:
@@ -95,7 +106,7 @@ def _runners(model: PreTrainedModel) -> dict[int, Runner]:
     return runners
 
 
-def _compare_products(loaded: CompressedModel, device: str, dtype: torch.dtype, speak: Progress) -> None:
+def _compare_products(loaded: CompressedModel, device: str, dtype: torch.dtype, progress: Progress) -> None:
     """Fused products at every batch size against the decoded weights'."""
     for done, (name, layer) in enumerate(loaded.packed.items()):
         if fused(layer, torch.device(device).type) is None:
@@ -109,7 +120,7 @@ def _compare_products(loaded: CompressedModel, device: str, dtype: torch.dtype, 
             off = ((linear(layer, x).float() - expected).norm() / expected.norm()).item()
             if not off <= PRODUCT_LIMITS[dtype]:
                 raise ValueError(f"not timed: the fused product of {name} is off by {off:.1e} at batch {batch}")
-        speak("compare", done + 1, len(loaded.packed))
+        progress("compare", done + 1, len(loaded.packed))
 
 
 def _compare_logits(model: PreTrainedModel) -> None:
@@ -124,66 +135,70 @@ def _compare_logits(model: PreTrainedModel) -> None:
         raise ValueError(f"not timed: logits of a decoded token are off by {off:.1e} from those that were scored")
 
 
-def _memory(model: PreTrainedModel, before: int, device: str) -> dict[str, float]:
-    """After the model was loaded and has decoded at every batch size and read a prompt, alone in this process."""
+def _memory(model: PreTrainedModel, before: int, device: str) -> Memory:
+    """What the model takes once it has decoded at every batch size and read a prompt, alone in this process; `before`
+    are the process's bytes before it was loaded."""
     read_prompt(model, prompt(model, 1, PROMPT))
-    found = {
-        "resident_bytes": resident_bytes(model),
-        "process_peak_bytes": machine.peak_process_bytes(),
-        "process_start_bytes": before,
-    }
-    if torch.device(device).type == "cuda":
-        found["allocator_peak_bytes"] = torch.cuda.max_memory_allocated(device)
-        found["allocator_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
-    return found
+    is_gpu = torch.device(device).type == "cuda"
+    return Memory(
+        resident_bytes=resident_bytes(model),
+        process_peak_bytes=machine.peak_process_bytes(),
+        process_start_bytes=before,
+        allocator_peak_bytes=torch.cuda.max_memory_allocated(device) if is_gpu else None,
+        allocator_reserved_bytes=torch.cuda.max_memory_reserved(device) if is_gpu else None,
+    )
 
 
 def _decode(
-    runners: dict[int, Runner], beside: dict[int, Runner] | None, device: str, seconds: float, speak: Progress
-) -> dict[str, Any]:
+    runners: dict[int, Runner], reference: dict[int, Runner] | None, device: str, seconds: float, progress: Progress
+) -> dict[str, Timing]:
     found = {}
     for done, (batch, runner) in enumerate(runners.items()):
-        calls: dict[str, Call] = {"own": runner.step} | ({"reference": beside[batch].step} if beside else {})
+        calls: dict[str, Call] = {"own": runner.step}
+        if reference is not None:
+            calls["reference"] = reference[batch].step
         taken = interleaved(calls, device, seconds, FEWEST, runner.left)
-        found[str(batch)] = _record(taken)
-        speak("decode", done + 1, len(runners))
+        found[str(batch)] = Timing(*_spreads(taken))
+        progress("decode", done + 1, len(runners))
     return found
 
 
 def _prefill(
-    model: PreTrainedModel, beside: PreTrainedModel | None, device: str, seconds: float, speak: Progress
-) -> dict[str, Any]:
+    model: PreTrainedModel, reference: PreTrainedModel | None, device: str, seconds: float, progress: Progress
+) -> PromptTiming:
     ids = prompt(model, 1, PROMPT)
-    calls: dict[str, Call] = {"own": lambda: read_prompt(model, ids)}
-    if beside is not None:
-        calls["reference"] = lambda: read_prompt(beside, ids)
-    speak("read a prompt", 0, 1)
-    return {"tokens": ids.shape[1], **_record(interleaved(calls, device, seconds, FEWEST_PROMPTS, MOST_PROMPTS))}
+    calls: dict[str, Call] = {"own": partial(read_prompt, model, ids)}
+    if reference is not None:
+        calls["reference"] = partial(read_prompt, reference, ids)
+    progress("read a prompt", 0, 1)
+    taken = interleaved(calls, device, seconds, FEWEST_PROMPTS, MOST_PROMPTS)
+    return PromptTiming(*_spreads(taken), tokens=ids.shape[1])
 
 
-def _record(taken: dict[str, list[float]]) -> dict[str, Any]:
-    record: dict[str, Any] = {"seconds": spread(taken["own"])}
-    if "reference" in taken:
-        record |= {
-            "reference_seconds": spread(taken["reference"]),
-            "speed_up": speed_up(taken["own"], taken["reference"]),
-        }
-    return record
+def _spreads(taken: dict[str, list[float]]) -> tuple[Spread, Spread | None, Spread | None]:
+    """Seconds of the model and of the reference, and the speed-up inside rounds, as far as both were timed."""
+    own, reference = taken["own"], taken.get("reference")
+    if reference is None:
+        return Spread.from_json(spread(own)), None, None
+    ratio = Spread.from_json(speed_up(own, reference))
+    return Spread.from_json(spread(own)), Spread.from_json(spread(reference)), ratio
 
 
-def _kernels(
-    loaded: CompressedModel, beside: PreTrainedModel, device: str, dtype: torch.dtype, seconds: float, speak: Progress
-) -> list[dict[str, Any]]:
-    """Nothing for layers that have become linear ones."""
-    names = list(loaded.packed)
+def _products(
+    loaded: CompressedModel,
+    reference: PreTrainedModel,
+    device: str,
+    dtype: torch.dtype,
+    seconds: float,
+    progress: Progress,
+) -> tuple[ProductTime, ...]:
+    """Single products of the packed layers; none for layers that have become linear ones."""
     vendor: dict[tuple[int, int], list[nn.Linear]] = {}
-    for name in names:
-        other = beside.get_submodule(name)
+    for name in loaded.packed:
+        other = reference.get_submodule(name)
+        assert isinstance(other, nn.Linear)
         vendor.setdefault((other.out_features, other.in_features), []).append(other)
-    told = lambda done, total: speak("single products", done, total)  # noqa: E731
-    return layer_times(groups_of(list(loaded.packed.values())), vendor, device, dtype, seconds, told) if names else []
-
-
-def _load() -> float:
-    """Of the last minute: other work on this machine shows."""
-    return os.getloadavg()[0]
+    if not loaded.packed:
+        return ()
+    groups = groups_of(list(loaded.packed.values()))
+    return product_times(groups, vendor, device, dtype, seconds, progress)

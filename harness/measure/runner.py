@@ -36,7 +36,8 @@ def _linear(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(1, 1, bias=False).requires_grad_(False)
     linear.in_features, linear.out_features = layer.in_features, layer.out_features
     linear.weight = nn.Parameter(layer.decode().to(dtype), requires_grad=False)
-    linear.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
     return linear
 
 

@@ -10,9 +10,9 @@ import io
 import math
 from pathlib import Path
 
+from harness.data.files import write_text
 from harness.ledger import FILL_TOLERANCE
 from harness.report.sheet import GOOD, label
-from harness.store.files import write_text
 
 Rows = dict[str, dict[str, str]]
 # The reference has no choices to make. A quantiser's roundings may fall differently in another CPU's arithmetic, and

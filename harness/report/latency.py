@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from harness.report.sheet import Shown
+from harness.report.sheet import Row, Sheet, Value
+from harness.store.results import Bench, Machine, ProductTime
 
 COLUMNS = (
     "decode_ms_b1",
@@ -52,73 +52,79 @@ KERNEL_COLUMNS = (
 )
 
 
-def best_bandwidth(benches: Iterable[Mapping[str, Any] | None]) -> float:
+def best_bandwidth(benches: Iterable[Bench | None]) -> float:
     """Bytes per second that the machine of these measurements can read. On a shared one the memory's speed halves and
     doubles from one minute to the next; the limit is the best it was ever seen at, the same for every row. 0 where
     nothing was measured."""
-    return max((bench["bandwidth"] for bench in benches if bench), default=0.0)
+    return max((bench.bandwidth for bench in benches if bench), default=0.0)
 
 
-def bench_values(bench: Mapping[str, Any], bandwidth: float) -> dict[str, Any]:
+def bench_values(bench: Bench, bandwidth: float) -> Row:
     """Row values by column. Times are medians over rounds, speed-ups medians of ratios inside rounds to the
     uncompressed model in the same runner (1 for that model itself)."""
-    row: dict[str, Any] = {"kind": bench["kind"]}  # of what was timed; a score may be older than a kernel
-    for batch, decode in bench["decode"].items():
-        row[f"decode_ms_b{batch}"] = 1e3 * decode["seconds"]["median"]
-        row[f"decode_speedup_b{batch}"] = decode["speed_up"]["median"] if "speed_up" in decode else 1.0
-    first, prefill, memory = bench["decode"]["1"], bench["prefill"], bench["memory"]
-    row["decode_tok_s_b1"] = 1 / first["seconds"]["median"]
-    for end in ("p10", "p90"):
-        row[f"decode_speedup_b1_{end}"] = first["speed_up"][end] if "speed_up" in first else 1.0
-    row["roofline_pct_b1"] = 100 * bench["bytes_per_token"] / bandwidth / first["seconds"]["median"]
-    row["prefill_tok_s"] = prefill["tokens"] / prefill["seconds"]["median"]
-    row["prefill_speedup"] = prefill["speed_up"]["median"] if "speed_up" in prefill else 1.0
-    row["resident_gib"] = memory["resident_bytes"] / 2**30
-    row["peak_gib"] = memory.get("allocator_peak_bytes", memory["process_peak_bytes"]) / 2**30
-    row["bandwidth_gb_s"], row["bench_threads"] = bandwidth / 1e9, bench["machine"]["threads"]
+    row: Row = {"kind": bench.kind}  # of what was timed; a score may be older than a kernel
+    for batch, decode in bench.decode.items():
+        row[f"decode_ms_b{batch}"] = 1e3 * decode.seconds.median
+        row[f"decode_speedup_b{batch}"] = decode.speed_up.median if decode.speed_up else 1.0
+    first, prefill = bench.decode["1"], bench.prefill
+    row["decode_tok_s_b1"] = 1 / first.seconds.median
+    row["decode_speedup_b1_p10"] = first.speed_up.p10 if first.speed_up else 1.0
+    row["decode_speedup_b1_p90"] = first.speed_up.p90 if first.speed_up else 1.0
+    row["roofline_pct_b1"] = 100 * bench.bytes_per_token / bandwidth / first.seconds.median
+    row["prefill_tok_s"] = prefill.tokens / prefill.seconds.median
+    row["prefill_speedup"] = prefill.speed_up.median if prefill.speed_up else 1.0
+    row["resident_gib"] = bench.memory.resident_bytes / 2**30
+    row["peak_gib"] = bench.memory.peak_bytes / 2**30
+    row["bandwidth_gb_s"], row["bench_threads"] = bandwidth / 1e9, bench.machine.threads
     return row
 
 
 def kernel_rows(
-    records: Sequence[Mapping[str, Any]], bandwidth: float, machine: Mapping[str, Any], model: str, row: str, cell: str
-) -> list[dict[str, Any]]:
+    times: Sequence[ProductTime], bandwidth: float, machine: Machine, model: str, row: str, cell: str
+) -> list[Row]:
     """One line of kernels.csv per shape, configuration and batch size. `row` is the leaderboard's label."""
-    found = []
-    for record in records:
-        time, speed = record["microseconds"], record.get("speed_up", {})
+    found: list[Row] = []
+    for time in times:
+        speed_up, vendor = time.speed_up, time.vendor_microseconds
         found.append(
             {
                 "model": model,
                 "row": row,
                 "cell": cell,
-                "us": time["median"],
-                "us_p10": time["p10"],
-                "us_p90": time["p90"],
-                "gb_s": record["gb_per_s"]["median"],
-                "bandwidth_pct": 1e11 * record["gb_per_s"]["median"] / bandwidth,
-                "vendor_us": record.get("vendor_microseconds", {}).get("median", ""),
-                "speedup": speed.get("median", ""),
-                "speedup_p10": speed.get("p10", ""),
-                "speedup_p90": speed.get("p90", ""),
+                "rows": time.rows,
+                "columns": time.columns,
+                "config": time.config,
+                "kind": time.kind,
+                "stored_bpw": time.stored_bpw,
+                "layers": time.layers,
+                "batch": time.batch,
+                "us": time.microseconds.median,
+                "us_p10": time.microseconds.p10,
+                "us_p90": time.microseconds.p90,
+                "gb_s": time.gb_per_s.median,
+                "bandwidth_pct": 1e11 * time.gb_per_s.median / bandwidth,
+                "vendor_us": vendor.median if vendor else "",
+                "speedup": speed_up.median if speed_up else "",
+                "speedup_p10": speed_up.p10 if speed_up else "",
+                "speedup_p90": speed_up.p90 if speed_up else "",
                 "bandwidth_gb_s": bandwidth / 1e9,
-                "processor": machine.get("gpu", machine["processor"]),
-                "threads": machine["threads"],
-                "rounds": time["rounds"],
-                **{name: record[name] for name in KERNEL_COLUMNS if name in record},
+                "processor": machine.gpu or machine.processor,
+                "threads": machine.threads,
+                "rounds": time.microseconds.rounds,
             }
         )
     return found
 
 
-def kernel_table(rows: Sequence[Mapping[str, Any]]) -> Shown:
+def kernel_sheet(rows: Sequence[Mapping[str, Value]]) -> Sheet:
     """What people see of kernels.csv."""
     header = ["model", "row", "shape", "configuration", "stored", "batch", "us", "GB/s", "% of bandwidth", "speed-up"]
-    cells = [
+    lines = [
         [
-            row["model"],
-            row["row"],
+            str(row["model"]),
+            str(row["row"]),
             f"{row['rows']}x{row['columns']}",
-            row["config"],
+            str(row["config"]),
             f"{row['stored_bpw']:.3f}",
             str(row["batch"]),
             f"{row['us']:.0f}",
@@ -130,4 +136,4 @@ def kernel_table(rows: Sequence[Mapping[str, Any]]) -> Shown:
         ]
         for row in rows
     ]
-    return header, cells
+    return Sheet(header, lines)

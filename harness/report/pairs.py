@@ -14,10 +14,11 @@ from statistics import fmean
 
 import torch
 
+from harness.data.files import read_json
 from harness.report.baseline import read_rows
-from harness.report.sheet import GOOD, Shown, label
+from harness.report.sheet import GOOD, Row, Sheet, label, number
 from harness.report.stats import MIN_WINDOWS, interval, resampled_means
-from harness.store.files import read_json
+from harness.store.results import Score
 
 Windows = dict[str, list[float]]  # protocol -> one number per window
 
@@ -34,10 +35,19 @@ class Entry:
     perplexity: dict[str, float]  # mean over seeds
     nll: Windows
     kld: Windows  # without those of a protocol that the reference did not score
-    weight: dict[str, list[float] | None]
+    weight: dict[str, Sequence[float] | None]
 
 
-def compare_methods(folder: Path, to: str) -> Shown:
+@dataclass(frozen=True)
+class _Cell:
+    """What cells/<key>.json says of one seed."""
+
+    row: Row
+    seeded: bool
+    scores: dict[str, Score]
+
+
+def compare_methods(folder: Path, to: str) -> Sheet:
     """Rows of a budget at which `to` has no number are left without ratios. Raises ValueError when it has none at all,
     when seeds do not match, or when `folder` holds no run."""
     entries = read_entries(folder, to)
@@ -51,18 +61,19 @@ def compare_methods(folder: Path, to: str) -> Shown:
         "stored",
         *(f"{what} {p}" for p in protocols for what in ("ppl", "ppl ratio", "kld ratio")),
     ]
-    cells = []
+    lines = []
     for entry in entries:
         base = next((other for other in entries if other.name == to and other.budget in (entry.budget, "")), None)
         if base is not None and entry.seeds != base.seeds and entry.seeded and base.seeded:
             raise ValueError(
-                f"{entry.name} and {to} have numbers of different seeds at {entry.budget} bits: the run's command again may mend it"
+                f"{entry.name} and {to} have numbers of different seeds at {entry.budget} bits: "
+                "the run's command again may mend it"
             )
         line = [entry.name, entry.budget, f"{entry.stored:.4f}"]
         for protocol in protocols:
             line += [f"{entry.perplexity[protocol]:.2f}", *_ratios(entry, base, protocol)]
-        cells.append(line)
-    return header, cells
+        lines.append(line)
+    return Sheet(header, lines)
 
 
 def _ratios(entry: Entry, base: Entry | None, protocol: str) -> tuple[str, str]:
@@ -88,7 +99,7 @@ def read_entries(folder: Path, to: str = "") -> list[Entry]:
     leaderboard's order."""
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: give the one a run wrote")
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, str], list[_Cell]] = {}
     seeds: dict[tuple[str, str], list[str]] = {}
     for row in read_rows(folder).values():
         name = label({**row, "budget_bpw": "", "seed": ""})
@@ -99,33 +110,43 @@ def read_entries(folder: Path, to: str = "") -> list[Entry]:
                     f"no {path}: the run's own command writes it again, in seconds where its cells are still cached"
                 )
             key = (name, row["budget_bpw"])
-            groups.setdefault(key, []).append(read_json(path))
+            groups.setdefault(key, []).append(_read_cell(path))
             seeds.setdefault(key, []).append(row["seed"])
     if not groups:
         raise ValueError(f"{folder} has no row with a budget and numbers")
-    return [_entry(*key, records, frozenset(seeds[key])) for key, records in groups.items()]
+    return [_entry(*key, cells, frozenset(seeds[key])) for key, cells in groups.items()]
 
 
-def _entry(name: str, budget: str, records: Sequence[dict], seeds: frozenset[str]) -> Entry:
-    scores = [record["scores"] for record in records]
-    protocols = list(scores[0])
+def _read_cell(path: Path) -> _Cell:
+    """Of a file that `write_leaderboard` wrote, perhaps an earlier version of it."""
+    data = read_json(path)
+    scores = {name: Score.from_json(score, f"{path}: {name}") for name, score in data["scores"].items()}
+    return _Cell(data["row"], data.get("seeded", True), scores)
 
-    def averaged(values: Sequence[Sequence[float]]) -> list[float]:
-        return [fmean(window) for window in zip(*values, strict=True)]
 
-    rows = [record["row"] for record in records]
-    diverged = [p for p in protocols if all(score[p]["divergence"] for score in scores)]
+def _entry(name: str, budget: str, cells: Sequence[_Cell], seeds: frozenset[str]) -> Entry:
+    protocols = list(cells[0].scores)
+    of_protocol = {protocol: [cell.scores[protocol] for cell in cells] for protocol in protocols}
+    divergences = {
+        protocol: [score.divergence.window_kld for score in scores if score.divergence]
+        for protocol, scores in of_protocol.items()
+    }
     return Entry(
         name,
         budget,
-        fmean(row["stored_bpw"] for row in rows),
+        fmean(number(cell.row, "stored_bpw") for cell in cells),
         seeds,
-        records[0].get("seeded", True),
-        {p: fmean(row[f"ppl_{p}"] for row in rows) for p in protocols},
-        {p: averaged([score[p]["window_nll"] for score in scores]) for p in protocols},
-        {p: averaged([score[p]["divergence"]["window_kld"] for score in scores]) for p in diverged},
-        {p: scores[0][p].get("window_weight") for p in protocols},
+        cells[0].seeded,
+        {p: fmean(number(cell.row, f"ppl_{p}") for cell in cells) for p in protocols},
+        {p: _averaged([score.window_nll for score in scores]) for p, scores in of_protocol.items()},
+        {p: _averaged(windows) for p, windows in divergences.items() if len(windows) == len(cells)},
+        {p: scores[0].window_weight for p, scores in of_protocol.items()},
     )
+
+
+def _averaged(values: Sequence[Sequence[float]]) -> list[float]:
+    """Window by window."""
+    return [fmean(window) for window in zip(*values, strict=True)]
 
 
 def _ratio(value: float, resampled_Q: torch.Tensor, windows: int) -> str:

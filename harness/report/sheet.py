@@ -1,11 +1,16 @@
-"""The table people read; every column that is not here is in the CSV."""
+"""The sheet people read; every column that is not here is in the CSV."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+
+from harness.store.records import LayerRecord
+
+Value = str | int | float
+Row = dict[str, Value]  # column -> value, "" for none
 
 HEAD = {"method": "method", "budget_bpw": "budget", "stored_bpw": "stored"}
 TAIL = {
@@ -31,40 +36,51 @@ FORMATS = {
 }
 GOOD = ("ok", "underspent")  # statuses of rows whose numbers count
 
-Shown = tuple[list[str], list[list[str]]]  # header and cells, as text
+
+@dataclass(frozen=True)
+class Sheet:
+    """A header and lines of cells, as text."""
+
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        text = ["| " + " | ".join(self.header) + " |", "|" + "|".join(" --- " for _ in self.header) + "|"]
+        text += ["| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in self.lines]
+        return "\n".join(text) + "\n"
 
 
-def label(row: Mapping[str, Any]) -> str:
+def number(row: Mapping[str, Value], column: str) -> float:
+    """The number in a column that has one."""
+    value = row[column]
+    assert not isinstance(value, str), f"{column} is '{value}'"
+    return value
+
+
+def label(row: Mapping[str, Value]) -> str:
     """What tells a row from the others of its table: method, variant, budget and seed. A row may come from a CSV, all
     text."""
-    name = f"{row['method']}:{row['variant']}" if row["variant"] else row["method"]
+    name = f"{row['method']}:{row['variant']}" if row["variant"] else str(row["method"])
     seed = f"seed {row['seed']}" if str(row["seed"]) not in ("", "0") else ""
-    return " ".join(part for part in (name, row["budget_bpw"], seed) if part)
+    return " ".join(part for part in (name, str(row["budget_bpw"]), seed) if part)
 
 
-def shown_table(
-    rows: Sequence[dict[str, Any]],
-    names: Sequence[str],
-    more: Mapping[str, Callable[[dict[str, Any]], str]] | None = None,
-) -> Shown:
-    """`more`: further columns behind the protocols', title -> text of a row."""
+def leaderboard_sheet(
+    rows: Sequence[Row], names: Sequence[str], more: Mapping[str, Callable[[Row], str]] | None = None
+) -> Sheet:
+    """The rows with the columns of the protocols `names`, and `more` behind them: title -> text of a row."""
     more = more or {}
-    protocols = [(kind, name) for name in names for kind in SHOWN]
+    protocols = [(what, name) for name in names for what in PER_PROTOCOL]
     tail = {column: title for column, title in TAIL.items() if column in rows[0]}
-    header = [
-        *HEAD.values(),
-        *(f"{kind} {name}" if kind == "ppl" else kind for kind, name in protocols),
-        *more,
-        *tail.values(),
-    ]
-    cells = []
+    titles = [f"{what} {name}" if what == "ppl" else what for what, name in protocols]
+    lines = []
     for row in rows:
-        middle = [*(SHOWN[kind](row, name) for kind, name in protocols), *(text(row) for text in more.values())]
-        cells.append([*(_text(row, column) for column in HEAD), *middle, *(_text(row, column) for column in tail)])
-    return header, cells
+        middle = [*(PER_PROTOCOL[what](row, name) for what, name in protocols), *(text(row) for text in more.values())]
+        lines.append([*(_text(row, column) for column in HEAD), *middle, *(_text(row, column) for column in tail)])
+    return Sheet([*HEAD.values(), *titles, *more, *tail.values()], lines)
 
 
-def _perplexity(row: dict[str, Any], name: str) -> str:
+def _perplexity(row: Row, name: str) -> str:
     """Value with its spread over seeds (a summary), else with its 95 % interval."""
     text = _text(row, f"ppl_{name}")
     if row.get(f"ppl_{name}_sd"):
@@ -73,11 +89,15 @@ def _perplexity(row: dict[str, Any], name: str) -> str:
     return f"{text} [{low:.1f}, {high:.1f}]" if isinstance(low, float) else text
 
 
-def _rank(row: dict[str, Any], name: str) -> str:
+def _rank(row: Row, name: str) -> str:
     return f"{_text(row, f'rank_{name}')} {row.get(f'tie_{name}', '')}".strip()
 
 
-def _text(row: dict[str, Any], column: str) -> str:
+def _divergence(row: Row, name: str) -> str:
+    return _text(row, f"kld_{name}")
+
+
+def _text(row: Row, column: str) -> str:
     value = row.get(column, "")
     if column == "method":
         return label({**row, "budget_bpw": ""})  # the budget has a column of its own
@@ -91,29 +111,15 @@ def _text(row: dict[str, Any], column: str) -> str:
     return str(value)
 
 
-def plan_table(stored: Mapping[str, Mapping[str, dict[str, Any]]]) -> Shown:
-    """What the allocation gave each kind of matrix; `stored` is label -> layer -> its record in an artifact."""
-    kinds = list(dict.fromkeys(layer["kind"] for layers in stored.values() for layer in layers.values()))
-    cells = []
-    for label, layers in stored.items():
-        of_kind = {kind: [layer["stored_bpw"] for layer in layers.values() if layer["kind"] == kind] for kind in kinds}
-        cells.append(
-            [label, *(f"{fmean(v):.2f} ({min(v):.2f} to {max(v):.2f})" if v else "" for v in of_kind.values())]
-        )
-    return ["stored bits per weight", *kinds], cells
+# Columns of a protocol, in this order.
+PER_PROTOCOL: dict[str, Callable[[Row, str], str]] = {"ppl": _perplexity, "rank": _rank, "kld": _divergence}
 
 
-def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(" --- " for _ in header) + "|"]
-    return (
-        "\n".join(lines + ["| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in cells])
-        + "\n"
-    )
-
-
-# Per protocol, in this order.
-SHOWN: dict[str, Callable[[dict[str, Any], str], str]] = {
-    "ppl": _perplexity,
-    "rank": _rank,
-    "kld": lambda row, name: _text(row, f"kld_{name}"),
-}
+def allocation_sheet(stored: Mapping[str, Mapping[str, LayerRecord]]) -> Sheet:
+    """What the allocation gave the matrices of each role; `stored` is label -> layer -> its record in an artifact."""
+    roles = list(dict.fromkeys(layer.role for layers in stored.values() for layer in layers.values()))
+    lines = []
+    for row, layers in stored.items():
+        of_role = {role: [layer.stored_bpw for layer in layers.values() if layer.role == role] for role in roles}
+        lines.append([row, *(f"{fmean(v):.2f} ({min(v):.2f} to {max(v):.2f})" if v else "" for v in of_role.values())])
+    return Sheet(["stored bits per weight", *roles], lines)

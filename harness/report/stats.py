@@ -86,22 +86,15 @@ def _ranks(totals: Sequence[float], differ: Callable[[int, int], bool]) -> list[
 Correct = Sequence[Sequence[int]]  # task -> item -> 1 if right, else 0
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean: sample standard deviation / sqrt(n), as lm-eval has it; not a number for a single value."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    return (
-        math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count) if count > 1 else math.nan
-    )
-
-
 def resampled_shares(items: Sequence[int], seed: int = _SEED) -> Tensor:
     """Means of RESAMPLES draws with replacement from items that are -1, 0 or 1 [RESAMPLES]."""
     generator = torch.Generator().manual_seed(seed)
     count, plus = len(items), sum(item > 0 for item in items)
     minus = sum(item < 0 for item in items)
-    # Noqa: E731
-    draw = lambda total_Q, share: torch.binomial(total_Q, torch.full_like(total_Q, share), generator=generator)
+
+    def draw(total_Q: Tensor, share: float) -> Tensor:
+        return torch.binomial(total_Q, torch.full_like(total_Q, share), generator=generator)
+
     total_Q = torch.full((RESAMPLES,), float(count), dtype=torch.float64)
     plus_Q = draw(total_Q, plus / count)
     minus_Q = draw(total_Q - plus_Q, minus / (count - plus)) if minus else torch.zeros_like(plus_Q)

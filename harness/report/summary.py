@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 
-from harness.report.sheet import GOOD
+from harness.report.sheet import GOOD, Row, number
 from harness.report.stats import shared_ranks
 
-Losses = Mapping[str, Mapping[str, list[float]]]  # cell -> protocol -> loss of every window
-
-Weights = Mapping[str, list[float] | None]  # protocol -> weight of every window; None: all the same
+WindowLosses = Mapping[str, Mapping[str, Sequence[float]]]  # cell -> protocol -> loss of every window
+Weights = Mapping[str, Sequence[float] | None]  # protocol -> weight of every window; None: all the same
 
 
 def add_ranks(
-    rows: Sequence[dict[str, Any]],
-    losses: Losses,
+    rows: Sequence[Row],
+    losses: WindowLosses,
     names: Sequence[str],
     weights: Weights,
     unseeded: Container[str] = (),
@@ -28,27 +26,26 @@ def add_ranks(
     first."""
     for group in ranked_together(rows, unseeded):
         for name in names:
-            ranks = shared_ranks([losses[row["cell"]][name] for row in group], weights.get(name))
+            ranks = shared_ranks([losses[str(row["cell"])][name] for row in group], weights.get(name))
             for row, rank in zip(group, ranks, strict=True):
                 row[f"rank_{name}"] = rank
                 row[f"tie_{name}"] = "tie" if ranks.count(rank) > 1 else ""
 
 
-def ranked_together(rows: Sequence[dict[str, Any]], unseeded: Container[str] = ()) -> Iterator[list[dict[str, Any]]]:
+def ranked_together(rows: Sequence[Row], unseeded: Container[str] = ()) -> Iterator[list[Row]]:
     """Groups of rows with numbers that share budget, track and seed; the first seed last, so that it has the last word
     on rows that stand in every seed's group."""
     ranked = [row for row in rows if row["budget_bpw"] and row["status"] in GOOD]
-    for seed in sorted({row["seed"] for row in ranked if row["cell"] not in unseeded}, reverse=True) or [0]:
+    for seed in sorted({number(row, "seed") for row in ranked if row["cell"] not in unseeded}, reverse=True) or [0]:
         present = [row for row in ranked if row["seed"] == seed or row["cell"] in unseeded]
         yield from _groups(present, lambda row: (row["budget_bpw"], row["track"]))
 
 
-def summarise(
-    rows: Sequence[dict[str, Any]], losses: Losses, names: Sequence[str], weights: Weights
-) -> list[dict[str, Any]]:
+def summarise(rows: Sequence[Row], losses: WindowLosses, names: Sequence[str], weights: Weights) -> list[Row]:
     """One row per method and budget: mean perplexity over its seeds, `_sd` between them, ranks from losses averaged
     over seeds."""
-    summary, averaged = [], {}
+    summary: list[Row] = []
+    averaged: dict[str, dict[str, list[float]]] = {}
     for group in _groups(
         [row for row in rows if row["status"] in GOOD], lambda row: (row["method"], row["variant"], row["budget_bpw"])
     ):
@@ -57,16 +54,17 @@ def summarise(
             key: first[key]
             for key in ("model", "method", "variant", "track", "status", "budget_bpw", "stored_bpw", "code_bpw")
         }
-        for name in ("stored_bpw", "code_bpw"):  # mixed plans differ between seeds
-            row[name] = statistics.fmean(member[name] for member in group)
-        row["status"] = max(member["status"] for member in group)  # "underspent" if any is
-        row |= {"seeds": len(group), "cell": "|".join(member["cell"] for member in group), "reason": "", "seed": 0}
-        averaged[row["cell"]] = {name: _average([losses[member["cell"]][name] for member in group]) for name in names}
+        for name in ("stored_bpw", "code_bpw"):  # mixed allocations differ between seeds
+            row[name] = statistics.fmean(number(member, name) for member in group)
+        row["status"] = max(str(member["status"]) for member in group)  # "underspent" if any is
+        cells = [str(member["cell"]) for member in group]
+        row |= {"seeds": len(group), "cell": "|".join(cells), "reason": "", "seed": 0}
+        averaged["|".join(cells)] = {name: _average([losses[cell][name] for cell in cells]) for name in names}
         for name in names:
             for column in (f"ppl_{name}", f"kld_{name}", f"top1_{name}"):
-                values = [member[column] for member in group if member[column] != ""]
+                values = [number(member, column) for member in group if member[column] != ""]
                 row[column] = statistics.fmean(values) if values else ""
-            perplexities = [member[f"ppl_{name}"] for member in group]
+            perplexities = [number(member, f"ppl_{name}") for member in group]
             row[f"ppl_{name}_sd"] = statistics.stdev(perplexities) if len(group) > 1 else ""
             row[f"rank_{name}"] = row[f"tie_{name}"] = ""
         summary.append(row)
@@ -74,12 +72,12 @@ def summarise(
     return summary
 
 
-def _groups(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[list[dict[str, Any]]]:
-    found: dict[Any, list[dict[str, Any]]] = {}
+def _groups(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[list[Row]]:
+    found: dict[Hashable, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return list(found.values())
 
 
-def _average(window_nll: Sequence[list[float]]) -> list[float]:
+def _average(window_nll: Sequence[Sequence[float]]) -> list[float]:
     return [math.fsum(values) / len(values) for values in zip(*window_nll, strict=True)]

@@ -12,17 +12,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from harness.data.files import write_text
 from harness.data.tasks import Task
-from harness.report.sheet import label, markdown
+from harness.report.sheet import Row, Sheet, label, number
 from harness.report.stats import accuracy_difference, accuracy_interval, accuracy_ranks
 from harness.report.summary import ranked_together
-from harness.store.files import write_text
+from harness.store.results import TaskResult
 
-Row = dict[str, Any]
-Results = Mapping[str, dict[str, Any] | None]  # task -> harness.evaluate.zero_shot's result of one cell
+Results = Mapping[str, TaskResult | None]  # of one cell, by task
 AVERAGE = "acc_average"
 TIME_COLUMN = "tasks_s"
 
@@ -38,11 +38,6 @@ def task_columns(tasks: Sequence[Task]) -> list[str]:
     return [*columns, "provisional", TIME_COLUMN]
 
 
-def items(result: Mapping[str, Any], metric: str) -> list[int]:
-    """1 for every item that is right, else 0."""
-    return [int(mark) for mark in result["correct"][metric]]
-
-
 def fill_tasks(
     rows: Sequence[Row],
     results: Mapping[str, Results],
@@ -55,35 +50,39 @@ def fill_tasks(
     if not tasks:
         return
     for task in tasks:
-        asked = {result["requests_sha256"] for of_cell in results.values() if (result := of_cell.get(task.name))}
+        asked = {result.requests_sha256 for of_cell in results.values() if (result := of_cell.get(task.name))}
         if len(asked) > 1:
             raise ValueError(f"{task.name} was asked in two different wordings; run again with --fresh")
     for row in rows:
-        of_cell = results.get(row["cell"], {})
-        done = [result for result in of_cell.values() if result]
-        for task in tasks:
-            if result := of_cell.get(task.name):
-                row |= _values(task, result)
-                base = results.get(reference, {}).get(task.name)
-                if base and row["cell"] != reference:
-                    lost, gained, _ = flips(result, base, task.headline)
-                    row[f"flips_{task.name}"] = (lost + gained) / result["items"]
-        if done:
-            row["provisional"] = provisional(tasks)
-            row[TIME_COLUMN] = sum(result["seconds"] for result in done)
-        if len(done) == len(tasks):
-            marks = _marks(of_cell, tasks)
-            low, high = accuracy_interval(marks)
-            row |= {
-                AVERAGE: math.fsum(sum(m) / len(m) for m in marks) / len(marks),
-                f"{AVERAGE}_lo": low,
-                f"{AVERAGE}_hi": high,
-            }
+        row |= _row_values(str(row["cell"]), results, tasks, reference)
     for group in ranked_together(rows, unseeded):
         for name, some in [*((task.name, [task]) for task in tasks), ("average", tasks)]:
-            ranks = accuracy_ranks([_marks(results[row["cell"]], some) for row in group])
+            ranks = accuracy_ranks([_marks(results[str(row["cell"])], some) for row in group])
             for row, rank in zip(group, ranks, strict=True):
                 row[f"rank_{name}"], row[f"tie_{name}"] = rank, "tie" if ranks.count(rank) > 1 else ""
+
+
+def _row_values(cell: str, results: Mapping[str, Results], tasks: Sequence[Task], reference: str) -> Row:
+    """The columns of one row, without ranks."""
+    of_cell = results.get(cell, {})
+    done = [result for result in of_cell.values() if result]
+    values: Row = {}
+    for task in tasks:
+        if result := of_cell.get(task.name):
+            values |= _values(task, result)
+            base = results.get(reference, {}).get(task.name)
+            if base and cell != reference:
+                lost, gained, _ = flips(result, base, task.headline)
+                values[f"flips_{task.name}"] = (lost + gained) / result.items
+    if done:
+        values["provisional"] = provisional(tasks)
+        values[TIME_COLUMN] = sum(result.seconds for result in done)
+    if len(done) == len(tasks):
+        marks = _marks(of_cell, tasks)
+        low, high = accuracy_interval(marks)
+        mean = math.fsum(sum(m) / len(m) for m in marks) / len(marks)
+        values |= {AVERAGE: mean, f"{AVERAGE}_lo": low, f"{AVERAGE}_hi": high}
+    return values
 
 
 def provisional(tasks: Sequence[Task]) -> str:
@@ -91,11 +90,11 @@ def provisional(tasks: Sequence[Task]) -> str:
     return f"first {tasks[0].limit} items of every task" if tasks[0].limit else ""
 
 
-def flips(result: Mapping[str, Any], base: Mapping[str, Any], metric: str) -> tuple[int, int, int]:
+def flips(result: TaskResult, base: TaskResult, metric: str) -> tuple[int, int, int]:
     """Items that are (right in the reference and wrong here, the reverse, answered differently), the last also between
     wrong answers."""
-    pairs = list(zip(items(result, metric), items(base, metric), strict=True))
-    changed = sum(a != b for a, b in zip(result["answers"][metric], base["answers"][metric], strict=True))
+    pairs = list(zip(result.marks(metric), base.marks(metric), strict=True))
+    changed = sum(a != b for a, b in zip(result.answers[metric], base.answers[metric], strict=True))
     return pairs.count((0, 1)), pairs.count((1, 0)), changed
 
 
@@ -104,23 +103,23 @@ def task_means(summary: Sequence[Row], rows: Sequence[Row], tasks: Sequence[Task
     by_cell = {row["cell"]: row for row in rows}
     names = [AVERAGE, *(f"{what}_{task.name}" for task in tasks for what in (*task.metrics, "flips"))] if tasks else []
     for mean in summary:
-        members = [by_cell[cell] for cell in mean["cell"].split("|")]
+        members = [by_cell[cell] for cell in str(mean["cell"]).split("|")]
         for name in names:
-            values = [member[name] for member in members]
-            mean[name] = statistics.fmean(values) if "" not in values else ""
+            missing = any(member[name] == "" for member in members)
+            mean[name] = "" if missing else statistics.fmean(number(member, name) for member in members)
 
 
 def shown_tasks(tasks: Sequence[Task], ranks: bool = True) -> dict[str, Callable[[Row], str]]:
-    """Columns of the table people read: title -> text of a row. Titles say when only some items were scored."""
+    """Columns of the sheet people read: title -> text of a row. Titles say when only some items were scored."""
     if not tasks:
         return {}
     part = f" (first {tasks[0].limit})" if tasks[0].limit else ""
-    shown: dict[str, Callable[[Row], str]] = {f"average acc{part}": lambda row: _accuracy(row, AVERAGE)}
+    shown: dict[str, Callable[[Row], str]] = {f"average acc{part}": partial(_accuracy, column=AVERAGE)}
     if ranks:
-        shown["rank acc"] = lambda row: f"{row['rank_average']} {row['tie_average']}".strip()
+        shown["rank acc"] = partial(_rank, name="average")
     for task in tasks:
-        column = f"{task.headline}_{task.name}"
-        shown[f"{task.headline} {task.name}{part}"] = lambda row, column=column: _accuracy(row, column)
+        title = f"{task.headline} {task.name}{part}"
+        shown[title] = partial(_accuracy, column=f"{task.headline}_{task.name}")
     return shown
 
 
@@ -133,66 +132,69 @@ def write_pages(
         write_text(folder / "tasks" / f"{task.name}.md", _page(task, rows, of_cell, reference))
 
 
-def _page(task: Task, rows: Sequence[Row], results: Mapping[str, Any], reference: str) -> str:
+def _page(task: Task, rows: Sequence[Row], results: Mapping[str, TaskResult], reference: str) -> str:
     if not results:
         return f"# {task.name}\n\nNo row has a result.\n"
     first = next(iter(results.values()))
     part = (
-        f"**provisional: the first {first['items']} of {first['of_items']} items**"
+        f"**provisional: the first {first.items} of {first.of_items} items**"
         if task.limit
-        else f"all {first['items']} items"
+        else f"all {first.items} items"
     )
     about = (
-        f"# {task.name}\n\nlm-eval's task, version {task.version}, {task.few_shot} examples in front; {task.split} split ({task.source}), "
-        f"{part}; scored with lm-eval {first['lm_eval']}. Requests: sha256 `{first['requests_sha256']}`.\n\n"
+        f"# {task.name}\n\nlm-eval's task, version {task.version}, {task.few_shot} examples in front; "
+        f"{task.split} split ({task.source}), {part}; scored with lm-eval {first.lm_eval}. "
+        f"Requests: sha256 `{first.requests_sha256}`.\n\n"
     )
-    header = ["method", *(f"{metric} [95 %] ± stderr" for metric in task.metrics)]
-    header += [
+    header = [
+        "method",
+        *(f"{metric} [95 %] ± stderr" for metric in task.metrics),
         f"{task.headline} - reference [95 %]",
-        "rank",
-        "flips",
-        "right to wrong",
-        "wrong to right",
-        "other answer",
     ]
-    base, cells = results.get(reference), []
+    header += ["rank", "flips", "right to wrong", "wrong to right", "other answer"]
+    base, lines = results.get(reference), []
     for row in rows:
-        result = results.get(row["cell"])
+        result = results.get(str(row["cell"]))
         if result is None:
             continue
         line = [label(row)]
         for metric in task.metrics:
-            line.append(f"{_accuracy(row, f'{metric}_{task.name}')} ± {result['metrics'][metric]['stderr']:.3f}")
+            line.append(f"{_accuracy(row, f'{metric}_{task.name}')} ± {result.metrics[metric].stderr:.3f}")
         line += _against(result, base if row["cell"] != reference else None, task.headline)
-        line.insert(len(task.metrics) + 2, f"{row[f'rank_{task.name}']} {row[f'tie_{task.name}']}".strip())
-        cells.append(line)
+        line.insert(len(task.metrics) + 2, _rank(row, task.name))
+        lines.append(line)
     legend = (
-        f"\nDifferences are paired, item by item. Flips, and the columns behind them, are of {task.headline}: the share of items right in "
-        "one of row and reference and wrong in the other; their numbers, each way; items with another answer, whether right or wrong.\n"
+        f"\nDifferences are paired, item by item. Flips, and the columns behind them, are of {task.headline}: "
+        "the share of items right in one of row and reference and wrong in the other; their numbers, each way; "
+        "items with another answer, whether right or wrong.\n"
     )
-    return about + markdown(header, cells) + legend
+    return about + Sheet(header, lines).markdown() + legend
 
 
-def _against(result: Mapping[str, Any], base: Mapping[str, Any] | None, metric: str) -> list[str]:
+def _against(result: TaskResult, base: TaskResult | None, metric: str) -> list[str]:
     if base is None:
         return [""] * 5
-    difference, low, high = accuracy_difference([items(result, metric)], [items(base, metric)])
+    difference, low, high = accuracy_difference([result.marks(metric)], [base.marks(metric)])
     lost, gained, changed = flips(result, base, metric)
-    share = (lost + gained) / result["items"]
+    share = (lost + gained) / result.items
     return [f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]", f"{share:.3f}", str(lost), str(gained), str(changed)]
 
 
-def _values(task: Task, result: Mapping[str, Any]) -> Row:
+def _values(task: Task, result: TaskResult) -> Row:
     values: Row = {}
     for metric in task.metrics:
-        name, low_high = f"{metric}_{task.name}", accuracy_interval([items(result, metric)])
-        values |= {name: result["metrics"][metric]["value"], f"{name}_stderr": result["metrics"][metric]["stderr"]}
-        values |= {f"{name}_lo": low_high[0], f"{name}_hi": low_high[1]}
+        name, (low, high) = f"{metric}_{task.name}", accuracy_interval([result.marks(metric)])
+        values |= {name: result.metrics[metric].value, f"{name}_stderr": result.metrics[metric].stderr}
+        values |= {f"{name}_lo": low, f"{name}_hi": high}
     return values
 
 
 def _marks(results: Results, tasks: Sequence[Task]) -> list[list[int]]:
-    return [items(result, task.headline) for task in tasks if (result := results[task.name])]
+    return [result.marks(task.headline) for task in tasks if (result := results[task.name])]
+
+
+def _rank(row: Row, name: str) -> str:
+    return f"{row[f'rank_{name}']} {row[f'tie_{name}']}".strip()
 
 
 def _accuracy(row: Row, column: str) -> str:

@@ -1,0 +1,66 @@
+"""What `run` and `bench` both end with: measurements of stored cells, and the leaderboard."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from harness.cli.progress import Display
+from harness.cli.sheets import print_sheet
+from harness.engine.local import measure_cells
+from harness.measure.machine import identity_key
+from harness.measure.measurement import Conditions
+from harness.plan.cells import Plan
+from harness.report.leaderboard import write_leaderboard
+from harness.report.sheet import GOOD
+from harness.store.cells import CellStore
+from harness.store.records import Outcome
+
+
+def measure_stored(
+    plan: Plan, arguments: argparse.Namespace, console: Console, again: bool = False
+) -> dict[str, Outcome]:
+    """Measure what is stored and has not been measured on this machine (with `again`, all of it), the reference
+    first."""
+    identity = _identity(plan, arguments)
+    if CellStore(plan.reference.key).artifact() is None:
+        return {}  # nothing to be timed beside
+    stored = [cell for cell in plan.cells if not cell.refusal and CellStore(cell.key).artifact()]
+    todo = [cell for cell in stored if again or not CellStore(cell.key).bench(identity)]
+    if not todo:
+        return {}
+
+    def waiting() -> None:
+        text = "waiting until nothing else of ours runs on this machine, to measure undisturbed"
+        console.print(text, style="dim")
+
+    with Display(console, {cell.key: f"{cell.label}, memory and latency" for cell in todo}) as display:
+        conditions = Conditions(identity, arguments.bench_seconds, arguments.bench_threads)
+        specs = [cell.spec(plan.protocols, None, plan.reference.key) for cell in todo]
+        return measure_cells(specs, conditions, display.message, waiting)
+
+
+def report(
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    measured: Mapping[str, Outcome],
+    arguments: argparse.Namespace,
+    console: Console,
+    start: float,
+) -> int:
+    """Write and print the leaderboard; returns the exit status."""
+    folder = arguments.out or Path("results") / plan.key
+    rows, sheets = write_leaderboard(plan, outcomes, folder, _identity(plan, arguments), measured)
+    for sheet in sheets:
+        print_sheet(sheet)
+    console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
+    good = all(row["status"] in GOOD for row in rows) and not any(outcome.error for outcome in measured.values())
+    return 0 if good else 1
+
+
+def _identity(plan: Plan, arguments: argparse.Namespace) -> str:
+    return identity_key(plan.reference.compute.device, arguments.bench_threads, plan.reference.key)
