@@ -104,11 +104,11 @@ def inventory(model: PreTrainedModel) -> Inventory:
     blocks, covered = [], set()
     for index, module in enumerate(modules):
         layers = []
-        for kind, layer in module.named_modules():
+        for role, layer in module.named_modules():
             if isinstance(layer, nn.Linear):
-                name = f"{prefix}.{index}.{kind}"
+                name = f"{prefix}.{index}.{role}"
                 covered.add(f"{name}.weight")
-                layers.append(LayerSpec(name, kind, layer.out_features, layer.in_features, layer.bias is not None))
+                layers.append(LayerSpec(name, role, layer.out_features, layer.in_features, layer.bias is not None))
         blocks.append(BlockSpec(f"{prefix}.{index}", tuple(layers)))
     if not covered:
         raise ValueError(

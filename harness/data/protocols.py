@@ -56,7 +56,7 @@ class Protocol(Record):
     """A text, cut and scored in one way.
 
     `bos` says where a beginning-of-sequence token stands: "text", wherever the tokenizer puts it when it reads the
-    whole text once (usually nowhere, or once at the very start), or "window", in front of every window (Gemma needs it).
+    whole text once (usually nowhere, or once at the very start), or "window", in front of every window (for Gemma).
     """
 
     VERSION: ClassVar[int] = PROTOCOL_VERSION

@@ -108,7 +108,8 @@ def calibration_windows(
     if len(windows_NT) < calibration.sequences:
         raise ValueError(
             f"{calibration.name}: the calibration part holds {len(windows_NT)} windows "
-            f"of {calibration.context} tokens; ask for at most that many: {calibration.source}@{calibration.context}x{len(windows_NT)}"
+            f"of {calibration.context} tokens; ask for at most that many: "
+            f"{calibration.source}@{calibration.context}x{len(windows_NT)}"
         )
     windows_NT = windows_NT[: calibration.sequences]
     return Windows(windows_NT, stream_sha256(windows_NT))
