@@ -36,7 +36,7 @@ def main() -> None:
 
     resolved = resolve_model(arguments.model)
     tokens_NT = evaluation_stream(
-        parse_protocol(f"wiki-mini@{arguments.context}/{arguments.windows}"), resolved.to_json(), None
+        parse_protocol(f"wiki-mini@{arguments.context}/{arguments.windows}"), resolved, None
     ).tokens_NT
     dtype = torch.float32 if arguments.device == "cpu" else torch.float16
     model = load_reference(resolved.path, arguments.device, dtype)
