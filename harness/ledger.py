@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
 from kernels.formats.stored import StoredBits
@@ -43,15 +42,6 @@ class Ledger:
 
     def fits(self, budget: Fraction) -> bool:
         return self.stored_bits <= budget * self.weights
-
-    def to_json(self) -> dict[str, Any]:
-        parts = {part: self.bpw(getattr(self.bits, part)) for part in ("codes", "scales", "tables", "adapters")}
-        return {
-            "stored_bits": self.stored_bits,
-            "weights": self.weights,
-            "stored_bpw": self.stored_bpw,
-            "bpw_by_part": parts,
-        }
 
 
 def planned(plan: Mapping[str, LayerConfig], layers: Iterable[LayerSpec], uncovered_bits: int, weights: int) -> Ledger:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from types import ModuleType
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ __all__ = [
     "layer_seed",
 ]
 
+Option = str | int | float | bool | None  # value of a method's option, or of a configuration's
 SAMPLE_BANDS, BAND_ROWS = 4, 8  # of rows, for estimates; a band holds whole vectors of every codebook length
 
 
@@ -197,7 +198,7 @@ class Method(ABC):
         return next((name for name, method in self.variants().items() if method == self), "")
 
     @property
-    def changed(self) -> dict[str, Any]:
+    def changed(self) -> dict[str, Option]:
         """Options that differ from their defaults, by name."""
         default = type(self)()
         names = sorted(option.name for option in dataclasses.fields(self))
@@ -209,12 +210,12 @@ class Method(ABC):
         options = [f"{name}={spelling(value)}" for name, value in self.changed.items()]
         return ":".join(filter(None, (self.name, ",".join(filter(None, (self.algorithm, *options))))))
 
-    def identity(self, without: Sequence[str] = ()) -> dict[str, Any]:
+    def identity(self, without: Sequence[str] = ()) -> dict[str, object]:
         """Everything about the method that can change a stored byte, as JSON for a key; `without` leaves options
         out."""
         left_out = {name: getattr(type(self)(), name) for name in without if hasattr(self, name)}
         codecs = codec_versions(type(self))
-        identity = {"method": dataclasses.replace(self, **left_out).text, "version": self.version}
+        identity: dict[str, object] = {"method": dataclasses.replace(self, **left_out).text, "version": self.version}
         return identity | ({"codecs": codecs} if codecs else {})
 
     @property

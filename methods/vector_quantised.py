@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.formats.stored import StoredBits
-from methods.base import LayerConfig, LayerSpec, Method, Sensitivity
+from methods.base import LayerConfig, LayerSpec, Method, Option, Sensitivity
 from methods.codecs.svd import svd_factors
 from methods.codecs.vector import block_absmax, gaussian_error
 
@@ -22,7 +21,7 @@ BLOCKS = (64, 128)  # columns under one scale
 # Squared error of a table drawn by a decoder over that of the plain one: 1.01 to 1.05 for K = 256 to 4096.
 MLP_LOSS = 1.03
 
-Shape = tuple[int, int, Mapping[str, Any]]  # vector length, index bits, and where the table comes from
+Shape = tuple[int, int, Mapping[str, str]]  # vector length, index bits, and where the table comes from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +53,13 @@ class VectorQuantised(Method):
         """Ranks of a low-rank part on offer for a layer."""
         return (0,)
 
-    def extras(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, Option]:
         """What else is in every configuration."""
         return {}
 
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         blocks = BLOCKS if self.block is None else (self.block,)
-        fixed = {"scales": self.scales} | self.extras()
+        fixed: dict[str, Option] = {"scales": self.scales, **self.extras()}
         return [
             LayerConfig.of("codebook", dim=dim, index_bits=bits, block=block, rank=rank, **table, **fixed)
             for dim, bits, table in self.shapes(layer)

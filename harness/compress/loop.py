@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -31,6 +31,14 @@ from kernels.formats.tables import Table
 from methods.base import Compressed, LayerData, Method, Needs, Sensitivity, layer_seed
 
 
+@dataclass(frozen=True)
+class CompressionReport:
+    """What methods noted of every layer, by name, and the seconds spent on blocks, in all attempts."""
+
+    layers: dict[str, dict[str, float]]
+    seconds: float
+
+
 @reference_only()
 def compress_model(
     model: PreTrainedModel,
@@ -43,8 +51,8 @@ def compress_model(
     half: str = "float16",
     fisher: Mapping[str, Sensitivity] | None = None,
     progress: Progress = silent,
-) -> tuple[CompressedModel, dict[str, Any]]:
-    """Compress every block in place; returns the model and {"layers": {name: report}, "seconds"}.
+) -> tuple[CompressedModel, CompressionReport]:
+    """Compress every block in place; returns the model and what was noted on the way.
 
     `tokens_NT` may be None for a method that needs no activations, `fisher` for one that does not ask for it. `folder`
     keeps finished blocks, `half` is the 16-bit type of everything that is not packed."""
@@ -59,7 +67,7 @@ def compress_model(
     )
     hidden_NTH = inputs.hidden_NTH
     original_NTH = hidden_NTH if method.needs.original else None
-    reports: dict[str, Any] = {}
+    reports: dict[str, dict[str, float]] = {}
     seconds = 0.0
     for index, (spec, module) in enumerate(zip(stock.blocks, modules, strict=True)):
         file = folder / f"block_{index:04d}.safetensors"
@@ -73,13 +81,13 @@ def compress_model(
             original_NTH = block.original_outputs() if method.needs.original else None
             hidden_NTH = block.outputs() if needs_data else hidden_NTH
         if not finished:
-            done = {"reports": block.reports, "seconds": time.perf_counter() - start}
+            done = CompressionReport(block.reports, time.perf_counter() - start)
             _save_block(model, spec.layers, file, done)
-        reports |= done["reports"]
-        seconds += done["seconds"]
+        reports |= done.layers
+        seconds += done.seconds
         progress("compress", index + 1, len(stock.blocks))
     attach_tables(model, tables)
-    return CompressedModel(model, stock, half), {"layers": reports, "seconds": seconds}
+    return CompressedModel(model, stock, half), CompressionReport(reports, seconds)
 
 
 def pack_block(block: BlockRun, method: Method, configs: Mapping[str, LayerConfig], seed: int) -> None:
@@ -114,7 +122,7 @@ def _statistics(block: BlockRun, needs: Needs, name: str) -> tuple[Tensor | None
     return block.hessian(name) if needs.hessian else None, block.drift(name) if needs.drift else None
 
 
-def _save_block(model: PreTrainedModel, layers: Sequence[LayerSpec], file: Path, done: dict[str, Any]) -> None:
+def _save_block(model: PreTrainedModel, layers: Sequence[LayerSpec], file: Path, done: CompressionReport) -> None:
     packed: dict[str, PackedLinear] = {}
     for layer in layers:
         module = model.get_submodule(layer.name)
@@ -125,12 +133,15 @@ def _save_block(model: PreTrainedModel, layers: Sequence[LayerSpec], file: Path,
         for n, module in packed.items()
         for leaf in module.stored_parts()
     }
-    metadata = {"specs": json.dumps({n: module.spec() for n, module in packed.items()}), "done": json.dumps(done)}
+    metadata = {
+        "specs": json.dumps({n: module.spec() for n, module in packed.items()}),
+        "done": json.dumps({"reports": done.layers, "seconds": done.seconds}),
+    }
     with atomic_path(file) as path:
         save_file(tensors, path, metadata=metadata)
 
 
-def _load_block(block: BlockRun, file: Path, device: torch.device) -> dict[str, Any]:
+def _load_block(block: BlockRun, file: Path, device: torch.device) -> CompressionReport:
     tensors = load_file(file, device=str(device))
     with safe_open(file, framework="pt") as handle:
         metadata = handle.metadata()
@@ -138,7 +149,8 @@ def _load_block(block: BlockRun, file: Path, device: torch.device) -> dict[str, 
         packed = PackedLinear.from_spec(spec, device)
         packed.fill(**{leaf: tensors[f"{name}.{leaf}"] for leaf in packed.stored_parts()})
         block.install(name, Compressed(packed))
-    return json.loads(metadata["done"])
+    done = json.loads(metadata["done"])
+    return CompressionReport(done["reports"], done["seconds"])
 
 
 def _tables(

@@ -17,7 +17,8 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel
 
 from harness.compressed import CompressedModel
 from harness.model import Inventory, decoder_blocks
+from harness.progress import Progress, silent
 from harness.store.files import atomic_path, sync_dir
 from kernels.dispatch import reference_only
 from kernels.formats.lowrank import quantise_lowrank
@@ -43,8 +45,6 @@ CLIP = 1.0  # norm of a step's gradient
 KEPT_BYTES = 4 * 2**30  # for the way back; a model that needs more runs its blocks twice
 CHECKPOINT_SECONDS = 60.0
 ADAPTER = "default"  # peft's name for an only adapter
-
-Progress = Callable[[int, int], None]
 
 
 class FrozenLinear(nn.Linear):
@@ -71,6 +71,16 @@ class FrozenLinear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
 
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training took, and the loss of every step before it, in nats per token."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    losses: tuple[float, ...]
+
+
 @reference_only()
 def finetune(
     compressed: CompressedModel,
@@ -79,13 +89,13 @@ def finetune(
     batch: int,
     seed: int,
     folder: Path,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-) -> dict[str, Any]:
+) -> TrainingReport:
     """Train the low-rank parts (and row scales) of the packed layers in place. `folder` keeps the checkpoint, to go on
     from.
 
-    Returns {steps, tokens, seconds, losses: one per step, in nats per token}. Raises ValueError when there is nothing
+    Raises ValueError when there is nothing
     to train, or when the loss is no longer a number."""
     start = time.perf_counter()
     file = folder / "training.safetensors"
@@ -104,10 +114,10 @@ def finetune(
             if time.monotonic() - saved >= checkpoint_seconds and index + 1 < len(steps):
                 _checkpoint(file, parameters, optimiser, losses, before + time.perf_counter() - start)
                 saved = time.monotonic()
-            progress(index + 1, len(steps))
+            progress("train", index + 1, len(steps))
         _store(adapted)
     seconds = before + time.perf_counter() - start
-    return {"steps": len(steps), "tokens": tokens_NT.numel(), "seconds": seconds, "losses": losses}
+    return TrainingReport(len(steps), tokens_NT.numel(), seconds, tuple(losses))
 
 
 def save_adapter(compressed: CompressedModel, adaptation: Adaptation, folder: Path) -> None:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -44,10 +43,6 @@ class Allocation:
         if self.predicted is None or self.bound is None:
             return None
         return max(0.0, self.predicted - self.bound) / self.predicted if self.predicted > 0 else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        layers = {name: config.to_json() for name, config in self.layers.items()}
-        return {"layers": layers, "predicted": self.predicted, "bound": self.bound, "gap": self.gap}
 
 
 def common_candidates(method: Method, stock: Inventory) -> list[tuple[dict[str, LayerConfig], Ledger]]:

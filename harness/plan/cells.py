@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from typing import Any
 
 from harness.data.assets import ResolvedModel
 from harness.data.files import digest
@@ -59,7 +58,7 @@ class Cell:
     def key(self) -> str:
         return self.key_with(self.method.identity())
 
-    def key_with(self, method: dict[str, Any]) -> str:
+    def key_with(self, method: dict[str, object]) -> str:
         """The key of this cell for a method of that identity."""
         # Absent rather than none: a cell that trains nothing keeps the key it had before anything could be trained.
         training = {"training": self.training.to_json()} if self.training else {}

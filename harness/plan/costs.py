@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from harness.model import Inventory
 from harness.plan.allocation import alike, sort_of
+from harness.progress import Progress, silent
 from harness.store.files import digest, read_json, write_json
 from kernels.formats.layer import LayerConfig, LayerSpec
 from methods.base import Method, Sensitivity, layer_seed
@@ -27,7 +28,7 @@ SAVE_SECONDS = 20.0  # between two writes of a file of costs
 
 
 def considered(method: Method, layer: LayerSpec, room: Fraction) -> list[LayerConfig]:
-    """Configurations worth an estimate for layers of this kind and shape: near `room` bits per weight, or near the most
+    """Configurations worth an estimate for layers of this role and shape: near `room` bits per weight, or near the most
     the method mixes if that is less, and always the smallest."""
     mixable = list(dict.fromkeys(method.mixed_candidates(layer)))
     every = (*mixable, *method.candidates(layer))
@@ -46,7 +47,7 @@ def expected_costs(
     budget: Fraction,
     measured: Mapping[str, Sensitivity],
     seed: int,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    progress: Progress = silent,
     known: CostCache | None = None,
 ) -> dict[str, dict[LayerConfig, float]]:
     """Predicted divergence of every candidate of every layer. A layer that no measured token reached (an expert, say)
@@ -62,15 +63,15 @@ def expected_costs(
         configs = configs_of[sort_of(layer)]
         estimate = partial(method.expected_costs, weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))
         costs[layer.name] = known.costs(layer.name, configs, estimate)
-        progress(index + 1, len(stock.layers))
+        progress("estimate errors", index + 1, len(stock.layers))
     known.save()
     return costs
 
 
 class CostCache:
     """Estimates kept in a file, so that another budget, or the next attempt, finds them. They are found for the same
-    configurations alone: a method may estimate several together, and a plan must not depend on what was asked for
-    before."""
+    configurations alone: a method may estimate several together, and an allocation must not depend on what was asked
+    for before."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self._saved = path, time.monotonic()

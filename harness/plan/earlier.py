@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from harness.plan.cells import Cell
 from harness.progress import Say
 from harness.store.files import cache_dir, locked
-from methods.base import Method
+from methods.base import Method, Option
 
-_UNIFORM = dict(bits=None, group=None, offset=None)
-_GPTQ = _UNIFORM | dict(grid="hessian", act_order=True, static_groups=True, true_sequential=True, damp=0.05)
-_NF = dict(bits=None, block=None)
-_ADAPTED = dict(rank=None, adapter_bits=8, dora=False, lora_rate=0.003)
-_REALLM = dict(
+_UNIFORM: dict[str, Option] = dict(bits=None, group=None, offset=None)
+_GPTQ: dict[str, Option] = _UNIFORM | dict(
+    grid="hessian", act_order=True, static_groups=True, true_sequential=True, damp=0.05
+)
+_NF: dict[str, Option] = dict(bits=None, block=None)
+_ADAPTED: dict[str, Option] = dict(rank=None, adapter_bits=8, dora=False, lora_rate=0.003)
+_REALLM: dict[str, Option] = dict(
     calibrated=True,
     dim=None,
     index_bits=None,
@@ -45,7 +46,7 @@ _REALLM = dict(
     lora_rate=0.0003,
 )
 # (method, algorithm) -> version, and every option by its default.
-_OPTIONS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
+_OPTIONS: dict[tuple[str, str], tuple[int, dict[str, Option]]] = {
     ("fp16", ""): (1, dict(dtype="float16")),
     ("rtn", ""): (1, _UNIFORM | dict(grid="minmax")),
     ("nf", ""): (1, _NF),
@@ -64,7 +65,7 @@ _OPTIONS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
         | _ADAPTED
         | dict(lora_rate=0.0005, fisher=True, first="lowrank", rounds=10, tolerance=0.001, grid="levels"),
     ),
-    ("fp16-lora", ""): (1, dict(dtype="float16") | _ADAPTED),
+    ("fp16-lora", ""): (1, _ADAPTED | dict(dtype="float16")),
 }
 _VALUES = {("share", "role"): "kind"}  # what a value was called
 
@@ -76,7 +77,7 @@ def earlier_key(cell: Cell) -> str | None:
     return None if identity is None else cell.key_with(identity)
 
 
-def earlier_identity(method: Method) -> dict[str, Any] | None:
+def earlier_identity(method: Method) -> dict[str, object] | None:
     version, options = _OPTIONS.get((method.name, method.algorithm), (0, {}))
     identity = method.identity()
     if identity["version"] != version or "codecs" in identity or not method.changed.keys() <= options.keys():

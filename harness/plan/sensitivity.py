@@ -38,6 +38,7 @@ from harness.compress.forward import BlockInputs, run_block, stubbed_blocks
 from harness.compress.statistics import add_gram, completed
 from harness.data.windows import stream_sha256
 from harness.model import BlockSpec, decoder_blocks, inventory
+from harness.progress import Progress, silent
 from harness.store.files import atomic_path, cache_dir, digest, locked
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import prepare
@@ -52,14 +53,14 @@ DAMP = 0.01  # share of mean diag(H), as in compression
 
 FISHER_TOKENS = 4096  # whose states are kept in front of every block at once
 NOTHING = -100  # a target that is none
-KINDS = ("feedback", "plain", "fisher")
+MEASURES = ("feedback", "plain", "fisher")
+PHASE = "measure layers"
 
-Progress = Callable[[int, int], None]
 Watch = Callable[[str, Tensor, Tensor], None]  # name, input and output of a layer that has run
 
 
 def measure_sensitivities(
-    model: PreTrainedModel, tokens_NT: Tensor, seed: int, feedback: bool = True, progress: Progress = lambda *_: None
+    model: PreTrainedModel, tokens_NT: Tensor, seed: int, feedback: bool = True, progress: Progress = silent
 ) -> dict[str, Sensitivity]:
     """One `Sensitivity` for every linear layer the windows [N, T] reach; `seed` draws the predicted tokens. `feedback`:
     errors will be passed on between columns."""
@@ -67,23 +68,21 @@ def measure_sensitivities(
     column_I: dict[str, Tensor] = {}
     row_O: dict[str, Tensor] = {}
     tokens_NT = tokens_NT[: -(-HESSIAN_TOKENS // tokens_NT.shape[1])]
-    few = -(-GRADIENT_TOKENS // tokens_NT.shape[1])
+    followed_back = -(-GRADIENT_TOKENS // tokens_NT.shape[1])
     with _frozen(model):
         grams = [_Grams(feedback) for _ in blocks]
-        walk = _Walk(model, tokens_NT, few)
+        walk = _Walk(model, tokens_NT, followed_back)
         for index in walk.forward(grams):
             column_I |= grams[index].columns()
-            progress(index + 1, 2 * len(blocks))
+            progress(PHASE, index + 1, 2 * len(blocks))
         squares = [_Squares() for _ in blocks]
         for index in walk.backward(squares, seed=seed):
             row_O |= {name: square_O / walk.tokens for name, square_O in squares[index].square_O.items()}
-            progress(2 * len(blocks) - index, 2 * len(blocks))
+            progress(PHASE, 2 * len(blocks) - index, 2 * len(blocks))
     return {name: Sensitivity(row, column_I[name]) for name, row in row_O.items() if row.any() and column_I[name].any()}
 
 
-def measure_fisher(
-    model: PreTrainedModel, tokens_NT: Tensor, progress: Progress = lambda *_: None
-) -> dict[str, Sensitivity]:
+def measure_fisher(model: PreTrainedModel, tokens_NT: Tensor, progress: Progress = silent) -> dict[str, Sensitivity]:
     """The Fisher information of every linear layer as a product of rows and columns, per token; of rows that no loss
     reaches it is zero. A window is a sequence; its loss is that of predicting its own tokens."""
     blocks = inventory(model).blocks
@@ -95,9 +94,8 @@ def measure_fisher(
             for _ in walk.forward([_ignore] * len(blocks)):
                 pass
             for index in walk.backward(squares, targets_NT=walk.tokens_NT.roll(-1, dims=1)):
-                progress(
-                    start * len(blocks) + len(walk.tokens_NT) * (len(blocks) - index), len(tokens_NT) * len(blocks)
-                )
+                done = start * len(blocks) + len(walk.tokens_NT) * (len(blocks) - index)
+                progress(PHASE, done, len(tokens_NT) * len(blocks))
     found = {}
     for name, (row_O, column_I) in ((name, means) for block in squares for name, means in block.means.items()):
         mean = row_O.mean().clamp_min(torch.finfo(torch.float32).tiny)
@@ -109,9 +107,9 @@ class _Walk:
     """A pass through the model block by block, and back: each block is run again with gradients, from the states kept
     in front of it."""
 
-    def __init__(self, model: PreTrainedModel, tokens_NT: Tensor, few: int) -> None:
-        """Only the first `few` windows are followed back."""
-        self.model, self.tokens_NT, self.few = model, tokens_NT, few
+    def __init__(self, model: PreTrainedModel, tokens_NT: Tensor, followed_back: int) -> None:
+        """Only the first `followed_back` windows are gone back through."""
+        self.model, self.tokens_NT, self.followed_back = model, tokens_NT, followed_back
         _, self.modules = decoder_blocks(model)
         self.blocks = inventory(model).blocks
         self.inputs = BlockInputs(model, tokens_NT)
@@ -119,20 +117,20 @@ class _Walk:
 
     @property
     def tokens(self) -> int:
-        """Followed back."""
-        return self.tokens_NT[: self.few].numel()
+        """How many tokens are followed back."""
+        return self.tokens_NT[: self.followed_back].numel()
 
     def forward(self, watches: Sequence[Watch]) -> Iterator[int]:
         """Yields the index of every block when it has run."""
         hidden_NTH = self.inputs.hidden_NTH
         for index, module in enumerate(self.modules):
-            self.kept_NTH.append(hidden_NTH[: self.few].clone())
+            self.kept_NTH.append(hidden_NTH[: self.followed_back].clone())
             with torch.no_grad(), _hooked(self.model, self.blocks[index], watches[index]):
                 hidden_NTH = torch.cat(
                     [run_block(module, window_TH[None], self.inputs.kwargs[index]) for window_TH in hidden_NTH]
                 )
             yield index
-        self.last_NTH = hidden_NTH[: self.few]
+        self.last_NTH = hidden_NTH[: self.followed_back]
 
     def backward(self, watches: Sequence[Watch], *, seed: int = 0, targets_NT: Tensor | None = None) -> Iterator[int]:
         """From the loss of predicting `targets_NT` (of the last place of a window nothing), or tokens drawn by `seed`;
@@ -218,7 +216,7 @@ class _Grams:
         self.tokens[name] += len(x_NI)
 
     def columns(self) -> dict[str, Tensor]:
-        """Of every layer; the sums are let go."""
+        """Every layer's costs by column [I]; the sums are let go."""
         column_I = {name: self._column(total / self.tokens[name]) for name, total in self.sum.items()}
         self.sum.clear()
         return {name: column_I[owner] for name, owner in self.owner.items()}
@@ -302,20 +300,20 @@ def remembered_sensitivities(
     model: PreTrainedModel,
     tokens_NT: Tensor,
     seed: int,
-    kind: str,
-    progress: Progress = lambda *_: None,
+    measure: str,
+    progress: Progress = silent,
 ) -> dict[str, Sensitivity]:
     """Measured by the first process that asks, read by all others; `key` and `tokens_NT` are everything the numbers
-    depend on. Of a `kind` in KINDS: the divergence of errors passed on between columns, of errors that are not, or the
-    Fisher information of the text."""
-    assert kind in KINDS
-    path = cache_dir("sensitivities", digest([*key, stream_sha256(tokens_NT), seed, kind])[:24] + ".safetensors")
+    depend on. `measure` is one of MEASURES: the divergence of errors passed on between columns, of errors that are not,
+    or the Fisher information of the text."""
+    assert measure in MEASURES
+    path = cache_dir("sensitivities", digest([*key, stream_sha256(tokens_NT), seed, measure])[:24] + ".safetensors")
     with locked(path):
         if not path.exists():
-            if kind == "fisher":
+            if measure == "fisher":
                 found = measure_fisher(model, tokens_NT, progress)
             else:
-                found = measure_sensitivities(model, tokens_NT, seed, kind == "feedback", progress)
+                found = measure_sensitivities(model, tokens_NT, seed, measure == "feedback", progress)
             if not all(bool(torch.isfinite(vector).all()) for s in found.values() for vector in (s.row_O, s.column_I)):
                 raise ValueError(
                     "activations or gradients are not finite: the model overflows on this text; try --dtype float32"
@@ -334,7 +332,7 @@ def remembered_sensitivities(
 
 def random_tokens(vocabulary: int) -> Tensor:
     """What the layers of a data-free method are measured on [N, T]. The same for every seed: a method that no seed can
-    change keeps one plan."""
+    change keeps one allocation."""
     return torch.randint(
         vocabulary, (HESSIAN_TOKENS // RANDOM_CONTEXT, RANDOM_CONTEXT), generator=torch.Generator().manual_seed(0)
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from kernels.formats.mlp_table import MlpTable
 from kernels.formats.tables import Table
 from kernels.registry import Registry
 from methods.adapted import check_adapters
-from methods.base import LayerConfig, LayerSpec, Method, layer_seed
+from methods.base import LayerConfig, LayerSpec, Method, Option, layer_seed
 from methods.codecs.mlp_training import fit_mlp_table
 from methods.codecs.vector import fit_table, table_sample
 from methods.vector_quantised import Shape, VectorQuantised
@@ -62,7 +62,7 @@ class ReALLM(VectorQuantised):
     def ranks(self, layer: LayerSpec) -> Iterable[int]:
         return range(MAX_RANK + 1) if self.rank is None else (self.rank,)
 
-    def extras(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, Option]:
         return {"adapter_bits": self.adapter_bits}
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
@@ -106,11 +106,9 @@ class SharedCodebooks(ReALLM):
         for key in sorted({config.table_key for config in configs.values() if config.table_key}):
             users = [layer.name for layer in layers if configs[layer.name].table_key == key]
             config, own_seed = configs[users[0]], layer_seed(seed, key)
-            entries = 2 ** config["index_bits"]
+            entries, along = 2 ** config["index_bits"], dict(config.hyper).get("along", "rows")
             matrices = ((weight(name), configs[name]["block"]) for name in users)
-            sample = table_sample(
-                matrices, len(users), config["dim"], entries, own_seed, self.extras().get("along", "rows")
-            )
+            sample = table_sample(matrices, len(users), config["dim"], entries, own_seed, along)
             table = config.table(sample[0].device)
             if isinstance(table, MlpTable):
                 tables[key] = fit_mlp_table(*sample, table, seed=own_seed)

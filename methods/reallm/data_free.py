@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.conv import ConvLinear
-from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Sensitivity, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Option, Sensitivity, Track
 from methods.codecs.conv_training import fit_conv, unlikeness
 from methods.codecs.svd import lowrank_part
 from methods.reallm.alternation import alternate
 from methods.reallm.base import SharedCodebooks
 
-CONV: dict[str, Any] = dict(patch=64, latent_bits=2, stages=1, width=12, weight_bits=6, block=64, reorder=True)
+CONV: dict[str, Option] = dict(patch=64, latent_bits=2, stages=1, width=12, weight_bits=6, block=64, reorder=True)
 CONV_CHANNELS = (
     2,
     3,
@@ -47,7 +47,7 @@ class DataFree(SharedCodebooks):
         if self.along not in ("rows", "columns"):
             raise ValueError("along must be rows or columns")
 
-    def extras(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, Option]:
         return super().extras() | ({"along": self.along} if self.along != "rows" else {})
 
     def mixed_candidates(self, layer: LayerSpec) -> list[LayerConfig]:
@@ -83,8 +83,9 @@ class DataFree(SharedCodebooks):
             assert isinstance(packed, CodebookLinear)
             if data.table is not None:
                 packed.attach(data.table)
-            options: dict[str, Any] = dict(rounds=self.rounds, tolerance=self.tolerance)
-            tensors, report = alternate(data.weight_OI, packed, **options, seed=data.seed)
+            tensors, report = alternate(
+                data.weight_OI, packed, rounds=self.rounds, tolerance=self.tolerance, seed=data.seed
+            )
         packed.fill(**tensors)
         return Compressed(packed, report)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from methods.adapted import check_rate, usual_rank
-from methods.base import Adaptation, LayerConfig, LayerSpec
+from methods.base import Adaptation, LayerConfig, LayerSpec, Option
 from methods.reallm.blockwise import Blockwise
 
 
@@ -35,7 +35,7 @@ class Finetuned(Blockwise):
         # it.
         return (usual_rank(layer),) if self.rank is None else (self.rank,)
 
-    def extras(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, Option]:
         return super().extras() | ({"row_scales": True} if self.row_scales else {})
 
     def family(self, config: LayerConfig) -> LayerConfig:

@@ -6,10 +6,10 @@ scale per row (DoRA's magnitude). One configuration serves all matrices, and no 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kernels.formats.codebook import CodebookLinear
-from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Option, Track
 from methods.reallm.alternation import alternate
 from methods.reallm.base import ReALLM
 
@@ -39,7 +39,7 @@ class Released(ReALLM):
         if self.order_bits is not None and not (self.band and 1 <= self.order_bits <= 16):
             raise ValueError("order_bits must be 1 to 16, and needs a band")
 
-    def extras(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, Option]:
         added = {"band": self.band, "order_bits": self.order_bits or 0, "row_scales": self.row_scales}
         return super().extras() | added
 

@@ -84,7 +84,7 @@ def test_shared_tables_are_stored_and_counted_once(text, truncated, tokens, tmp_
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    reports = [value for value in report["layers"].values() if "loss_before" in value]
+    reports = [value for value in report.layers.values() if "loss_before" in value]
     assert len(reports) == (len(plan) if "epochs" in text else 0)
     assert all(value["loss_after"] <= value["loss_before"] for value in reports)
     assert not reports or any(value["loss_after"] < 0.99 * value["loss_before"] for value in reports)

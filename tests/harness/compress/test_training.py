@@ -59,7 +59,7 @@ def test_training_lowers_the_loss_on_other_text(text, truncated, tokens, tmp_pat
     bits, before = compressed.ledger(), held_out(compressed.model, tokens)
     base = {name: layer.decode_base() for name, layer in compressed.packed.items()}
     report = finetune(compressed, adaptation, tokens[:12], 2, 0, tmp_path)
-    assert (report["steps"], report["tokens"], len(report["losses"])) == (6, 12 * 128, 6)
+    assert (report.steps, report.tokens, len(report.losses)) == (6, 12 * 128, 6)
     assert held_out(compressed.model, tokens) < before
     assert compressed.ledger() == bits
     assert all(
@@ -97,7 +97,7 @@ def test_resumed_training_ends_with_the_same_numbers(text, truncated, tokens, tm
         names = set(compressed.packed)
         for step in (*killed_after, None):
 
-            def progress(done, total, step=step):
+            def progress(phase, done, total, step=step):
                 if done == step:
                     raise Killed
 
@@ -105,7 +105,7 @@ def test_resumed_training_ends_with_the_same_numbers(text, truncated, tokens, tm
                 report = finetune(compressed, adaptation, tokens[:7], 1, 3, folder, progress, checkpoint_seconds=0.0)
             except Killed:
                 assert "peft_config" not in vars(compressed.model) and set(compressed.packed) == names
-        results.append((report["losses"], compressed.model.state_dict()))
+        results.append((report.losses, compressed.model.state_dict()))
     (losses, whole), (losses_again, part) = results
     assert losses == losses_again and len(losses) == 7
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
@@ -143,7 +143,7 @@ def test_running_blocks_twice_changes_nothing(truncated, tokens, tmp_path, monke
     for kept in (module.KEPT_BYTES, 0):
         monkeypatch.setattr(module, "KEPT_BYTES", kept)
         compressed, adaptation = packed_model("qlora", truncated.path, tokens, tmp_path / str(kept))
-        losses.append(finetune(compressed, adaptation, tokens[:4], 1, 0, tmp_path / str(kept))["losses"])
+        losses.append(finetune(compressed, adaptation, tokens[:4], 1, 0, tmp_path / str(kept)).losses)
         assert "forward" not in vars(compressed.model.model.layers[0])
     assert losses[0] == losses[1]
 
