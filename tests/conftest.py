@@ -1,7 +1,8 @@
-"""Fixtures on the real model and the real texts. Everything heavy is made once a session."""
+"""Fixtures on the real model and the real texts. Everything heavy is made once a session, for all its workers."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,24 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from harness.data.assets import DEFAULT_MODEL, ResolvedModel, resolve_model
+from harness.data.files import locked
 from harness.model import load_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(
-        1
-    )  # pytest runs two workers on two cores; threads that wait for each other would cost far more than they save
+    """One thread: pytest runs two workers on two cores, and threads that wait for each other cost more than they
+    save."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of this session. Who fills a part of it holds a lock, so that others wait and read."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "session"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -37,16 +48,25 @@ def tokenizer(model: ResolvedModel) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
-def truncated(
-    model: ResolvedModel, weights: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
-) -> ResolvedModel:
+def truncated(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
     """The first four blocks of the default model, as a local folder: real weights at a seventh of the time."""
-    config = AutoConfig.from_pretrained(model.path)
-    config.num_hidden_layers = 4
-    small = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing, _ = small.load_state_dict(weights, strict=False)
-    assert missing == ["lm_head.weight"], missing  # tied to the embedding
-    folder: Path = tmp_path_factory.mktemp("model") / "smollm2-4-blocks"
-    small.save_pretrained(folder)
-    load_tokenizer(model.path).save_pretrained(folder)
-    return resolve_model(str(folder))
+    return _first_blocks(model, 4, session_folder / "smollm2-4-blocks")
+
+
+@pytest.fixture(scope="session")
+def two_blocks(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
+    """The first two blocks: for what needs a block behind a packed one, and no more."""
+    return _first_blocks(model, 2, session_folder / "smollm2-2-blocks")
+
+
+def _first_blocks(model: ResolvedModel, blocks: int, folder: Path) -> ResolvedModel:
+    with locked(folder):
+        if not (folder / "model.safetensors").exists():
+            config = AutoConfig.from_pretrained(model.path)
+            config.num_hidden_layers = blocks
+            small = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            missing, _ = small.load_state_dict(load_file(model.path / "model.safetensors"), strict=False)
+            assert missing == ["lm_head.weight"], missing  # tied to the embedding
+            load_tokenizer(model.path).save_pretrained(folder)
+            small.save_pretrained(folder)
+        return resolve_model(str(folder))

@@ -20,7 +20,7 @@ import torch
 
 from harness.cli import main
 from harness.data.task_documents import load_task, write_task_file
-from harness.data.tasks import GROUPS, OFFICIAL, parse_tasks
+from harness.data.tasks import GROUPS, OFFICIAL, Task, parse_tasks
 from harness.evaluate import branches
 from harness.evaluate.branches import Text, follows_branches, log_likelihoods, plant
 from harness.evaluate.zero_shot import open_lm, requests_sha256, score_task
@@ -36,7 +36,8 @@ from harness.report.stats import (
     resampled_shares,
 )
 from harness.report.task_pages import fill_tasks
-from tests.helpers import run_harness
+from harness.store.results import Accuracy, TaskResult
+from tests.helpers import SMALL, run_harness
 
 HASHES = json.loads((Path(__file__).parent / "request_hashes.json").read_text())
 SAMPLE = 5  # first items of every task whose requests are known by their hash
@@ -126,8 +127,8 @@ def test_a_model_that_ignores_the_mask_is_scored_text_by_text(reference, tokeniz
     found = score_task(plain, task)
     monkeypatch.undo()
     together = score_task(open_lm(reference, tokenizer), task)
-    assert found["correct"] == together["correct"] and not found["branching"] and together["branching"]
-    for a, b in zip(found["loglikelihoods"], together["loglikelihoods"], strict=True):
+    assert found.correct == together.correct and not found.branching and together.branching
+    for a, b in zip(found.loglikelihoods, together.loglikelihoods, strict=True):
         assert a == pytest.approx(b, abs=1e-3)
 
 
@@ -146,18 +147,16 @@ def test_items_get_the_answers_of_lm_evals_own_wrapper(name, lm, reference, toke
         wrapper, {"tasks": {name: load_task(task)}}, limit=8, bootstrap_iters=1 if name != "lambada_openai" else 0
     )
     for metric in task.metrics:
-        assert ours["metrics"][metric]["value"] == theirs["results"][name][f"{metric},none"]
-        assert ours["correct"][metric] == "".join(str(int(sample[metric])) for sample in theirs["samples"][name])
+        assert ours.metrics[metric].value == theirs["results"][name][f"{metric},none"]
+        assert ours.correct[metric] == "".join(str(int(sample[metric])) for sample in theirs["samples"][name])
         if name != "lambada_openai":
-            assert ours["metrics"][metric]["stderr"] == pytest.approx(theirs["results"][name][f"{metric}_stderr,none"])
-    for values, sample in zip(ours["loglikelihoods"], theirs["samples"][name], strict=True):
-        assert values == pytest.approx([value for value, _ in sample["filtered_resps"]], abs=1e-3)
+            assert ours.metrics[metric].stderr == pytest.approx(theirs["results"][name][f"{metric}_stderr,none"])
+    for values, sample in zip(ours.loglikelihoods, theirs["samples"][name], strict=True):
+        assert list(values) == pytest.approx([value for value, _ in sample["filtered_resps"]], abs=1e-3)
     if name == "arc_easy":  # answers are kept by index: the target is one too
         for metric in task.metrics:
-            marks = [
-                int(a == s["target"]) for a, s in zip(ours["answers"][metric], theirs["samples"][name], strict=True)
-            ]
-            assert "".join(map(str, marks)) == ours["correct"][metric]
+            marks = [int(a == s["target"]) for a, s in zip(ours.answers[metric], theirs["samples"][name], strict=True)]
+            assert "".join(map(str, marks)) == ours.correct[metric]
 
 
 def test_lm_evals_command_line_gives_the_same_answers(lm, truncated, assets_cache, tmp_path):
@@ -192,9 +191,9 @@ def test_lm_evals_command_line_gives_the_same_answers(lm, truncated, assets_cach
     samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
     ours = score_task(lm, task)
     for metric in task.metrics:
-        assert ours["correct"][metric] == "".join(str(int(sample[metric])) for sample in samples)
-    for values, sample in zip(ours["loglikelihoods"], samples, strict=True):
-        assert values == pytest.approx([float(value) for value, _ in sample["filtered_resps"]], abs=1e-3)
+        assert ours.correct[metric] == "".join(str(int(sample[metric])) for sample in samples)
+    for values, sample in zip(ours.loglikelihoods, samples, strict=True):
+        assert list(values) == pytest.approx([float(value) for value, _ in sample["filtered_resps"]], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -203,7 +202,7 @@ def test_pinned_documents_give_the_requests_they_always_gave(name, assets_cache)
     loaded, found = requests(task, SAMPLE)
     known = {key: HASHES[name][key] for key in ("items", "first")}
     assert {"items": len(loaded.eval_docs), "first": requests_sha256(found)} == known, (
-        "guard: tests/harness/request_hashes.json"
+        "guard: tests/harness/evaluate/request_hashes.json"
     )
     assert task.version == str(loaded.VERSION) and set(task.metrics) == set(loaded.aggregation()) & {"acc", "acc_norm"}
 
@@ -277,11 +276,11 @@ def test_an_average_weighs_tasks_alike_and_its_interval_is_narrower():
 
 # --- as a user types them
 
-SMALL = ("--protocols", "wiki-mini@128/4", "--methods", "rtn", "--limit", "6")
+ARGUMENTS = ("--methods", "rtn", *SMALL, "--limit", "6")
 
 
-def test_a_run_with_tasks(truncated, cache, tmp_path):
-    arguments = ("run", "--model", str(truncated.path), *SMALL)
+def test_a_run_with_tasks(truncated, finished_cache, tmp_path):
+    cache, arguments = finished_cache, ("run", "--model", str(truncated.path), *ARGUMENTS)
     bare = run_harness(*arguments, "--out", str(tmp_path / "bare"))
     assert bare.returncode == 0, bare.stderr
     written = {path: path.stat().st_mtime_ns for path in cache.glob("cells/*/artifact.json")}
@@ -362,9 +361,26 @@ def test_bad_input_is_one_line(arguments, hint, capsys):
     assert len(error.splitlines()) == 1 and re.search(hint, error), error
 
 
+def result_of(task: Task, marks: list[int], requests: str = "x") -> TaskResult:
+    return TaskResult(
+        task=task,
+        lm_eval="0",
+        items=len(marks),
+        of_items=len(marks),
+        requests_sha256=requests,
+        metrics={metric: Accuracy(sum(marks) / len(marks), 0.0) for metric in task.metrics},
+        correct={metric: "".join(map(str, marks)) for metric in task.metrics},
+        answers={metric: tuple(marks) for metric in task.metrics},
+        nonfinite_items=0,
+        loglikelihoods=(),
+        branching=True,
+        seconds=1.0,
+    )
+
+
 def test_rows_that_were_asked_other_questions_share_no_column():
     (task,) = parse_tasks("copa", limit=4)
-    results = {cell: {"copa": {"requests_sha256": cell}} for cell in ("a", "b")}
+    results = {cell: {"copa": result_of(task, [1], cell)} for cell in ("a", "b")}
     with pytest.raises(ValueError, match="copa was asked in two different wordings"):
         fill_tasks([], results, [task], "a")
 
@@ -374,21 +390,12 @@ def test_ranks_averages_and_flips_of_rows():
     source = random.Random(3)
     base = [int(source.random() < 0.7) for _ in range(300)]
 
-    def result(wrong):
+    def results_of(wrong):
         marks = [mark if i >= wrong else 0 for i, mark in enumerate(base)]
-        text = "".join(map(str, marks))
-        value = {"acc": {"value": sum(marks) / 300, "stderr": 0.0}}
-        return {
-            "requests_sha256": "x",
-            "correct": {"acc": text},
-            "answers": {"acc": marks},
-            "metrics": value,
-            "items": 300,
-            "seconds": 1.0,
-        }
+        return {task.name: result_of(task, marks) for task in tasks}
 
     wrong = {"fp16": 0, "good": 3, "also": 2, "bad": 150}
-    results = {cell: dict.fromkeys(("copa", "rte"), result(count)) for cell, count in wrong.items()}
+    results = {cell: results_of(count) for cell, count in wrong.items()}
     rows = [
         {"cell": cell, "budget_bpw": "" if cell == "fp16" else "3.25", "track": "data-free", "seed": 0, "status": "ok"}
         for cell in results

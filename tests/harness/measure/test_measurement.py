@@ -1,38 +1,29 @@
 """Memory and latency: nothing here asserts on a time, only on what was measured, of what, and beside what."""
 
 import csv
+import dataclasses
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import kernels.cpu
+import kernels.dispatch
 from harness.cli import main
 from harness.compressed import CompressedModel
+from harness.data.files import read_json
 from harness.measure import machine
 from harness.measure import measurement as bench
 from harness.measure.layers import describe, groups_of
 from harness.measure.runner import CONTEXT, Runner, bytes_per_token, prompt, resident_bytes, scored_logits, timed_model
-from harness.measure.timing import interleaved, speed_up
 from harness.report.latency import COLUMNS
-from harness.store.files import read_json
 from kernels.synthetic import random_layer
-from tests.helpers import run_harness
+from kernels.timing import interleaved, speed_up
+from tests.helpers import PLANNED, linked_cache, linked_cells, run_harness
 
-RUN = [
-    "--methods",
-    "rtn,nf",
-    "--bits",
-    "4.25",
-    "--protocols",
-    "wiki-mini@128/2",
-    "--allocate",
-    "uniform",
-    "--bench-seconds",
-    "0.1",
-    "--bench-threads",
-    "1",
-]
+PLAN = ("--methods", "rtn,nf", "--bits", "4.25", "--allocate", "uniform", *PLANNED)
+BENCH = ("--bench-seconds", "0.1", "--bench-threads", "1")
 
 
 def rows_of(path) -> list[dict[str, str]]:
@@ -40,8 +31,21 @@ def rows_of(path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
-def test_every_row_of_a_run_has_memory_and_latency_of_its_own_bytes(truncated, cache, tmp_path):
-    run = ["run", *RUN, "--model", str(truncated.path), "--out", str(tmp_path / "out")]
+@pytest.fixture(scope="module")
+def unmeasured(truncated, finished, assets_cache, estimates, tmp_path_factory) -> Path:
+    """A folder with a run that measured nothing (out), and its cache (cache)."""
+    folder = tmp_path_factory.mktemp("unmeasured")
+    cache = linked_cells(finished / "cache", linked_cache(assets_cache, folder / "cache", estimates))
+    run = ("run", *PLAN, "--no-bench", "--model", str(truncated.path))
+    done = run_harness(*run, "--out", str(folder / "out"), HARNESS_CACHE=str(cache))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_row_of_a_run_has_memory_and_latency_of_its_own_bytes(truncated, unmeasured, cache, tmp_path):
+    linked_cells(unmeasured / "cache", cache)
+    assert {row["decode_ms_b1"] for row in rows_of(unmeasured / "out" / "leaderboard.csv")} == {""}  # not asked for
+    run = ("run", *PLAN, *BENCH, "--model", str(truncated.path), "--out", str(tmp_path / "out"))
     done = run_harness(*run)
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "out" / "leaderboard.csv")
@@ -72,14 +76,13 @@ def test_every_row_of_a_run_has_memory_and_latency_of_its_own_bytes(truncated, c
     again = run_harness(*run)
     assert "memory and latency" not in again.stderr  # found, not measured again
     assert rows_of(tmp_path / "out" / "leaderboard.csv") == rows
-    once_more = run_harness(
-        "bench", "--methods", "rtn", *RUN[2:], "--model", str(truncated.path), "--out", str(tmp_path / "bench")
-    )
+    rtn = ("--methods", "rtn", *PLAN[2:], *BENCH, "--model", str(truncated.path))
+    once_more = run_harness("bench", *rtn, "--out", str(tmp_path / "bench"))
     assert once_more.returncode == 0 and "memory and latency" in once_more.stderr
 
 
 def test_a_run_that_has_not_been_made_cannot_be_measured(truncated, cache, tmp_path, capsys):
-    assert main(["bench", *RUN, "--model", str(truncated.path), "--out", str(tmp_path)]) == 2
+    assert main(["bench", *PLAN, *BENCH, "--model", str(truncated.path), "--out", str(tmp_path)]) == 2
     assert "with `run` does it first" in capsys.readouterr().err
 
 
@@ -111,23 +114,10 @@ def test_shapes_need_no_weights(tmp_path, cache):
 
 
 @pytest.fixture
-def stored(truncated, cache, tmp_path) -> CompressedModel:
+def stored(unmeasured) -> CompressedModel:
     """A reloaded cell of rtn."""
-    done = run_harness(
-        "run",
-        "--methods",
-        "rtn",
-        *RUN[2:],
-        "--no-bench",
-        "--model",
-        str(truncated.path),
-        "--out",
-        str(tmp_path / "out"),
-    )
-    assert done.returncode == 0, done.stderr
-    cell = rows_of(tmp_path / "out" / "leaderboard.csv")[1]
-    assert cell["decode_ms_b1"] == ""  # it was not asked for
-    return CompressedModel.load(cache / "cells" / cell["cell"], "cpu", torch.float32)
+    cell = next(row for row in rows_of(unmeasured / "out" / "leaderboard.csv") if row["method"] == "rtn")
+    return CompressedModel.load(unmeasured / "cache" / "cells" / cell["cell"], "cpu", torch.float32)
 
 
 def test_a_decoded_token_is_the_scored_one_and_bytes_are_counted_once(stored):
@@ -148,11 +138,9 @@ def test_a_decoded_token_is_the_scored_one_and_bytes_are_counted_once(stored):
 
 def test_what_differs_from_what_was_scored_is_not_timed(stored, monkeypatch):
     bench._compare_products(stored, "cpu", torch.float32, lambda *_: None)
-    right = kernels.cpu.product
-    from kernels.dispatch import PRODUCTS, Fused
-
-    wrong = Fused(lambda layer, x: right(layer, x) * 1.001, kernels.cpu.serves)
-    monkeypatch.setitem(PRODUCTS, ("uniform", "cpu"), wrong)
+    right = kernels.cpu.BACKEND
+    wrong = dataclasses.replace(right, product=lambda layer, x: right.product(layer, x) * 1.001)
+    monkeypatch.setattr(kernels.dispatch, "backend", lambda device_type: wrong)
     with pytest.raises(ValueError, match="not timed: the fused product of .* is off by 1.0e-03"):
         bench._compare_products(stored, "cpu", torch.float32, lambda *_: None)
 
