@@ -95,7 +95,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def test_there_is_no_circle_of_imports():
+def test_there_is_no_circle_of_imports() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
     assert "kernels.dispatch" in edges()["kernels.formats.packed"]
     assert circles(edges()) == []
@@ -106,7 +106,7 @@ def inside(module: str, package: str) -> bool:
 
 
 @pytest.mark.parametrize("package", NEVER)
-def test_arrows_go_one_way(package: str):
+def test_arrows_go_one_way(package: str) -> None:
     wrong = [
         f"{importer} -> {target}"
         for importer, targets in edges().items()
@@ -116,7 +116,7 @@ def test_arrows_go_one_way(package: str):
     assert wrong == []
 
 
-def test_every_file_can_be_read_at_one_sitting():
+def test_every_file_can_be_read_at_one_sitting() -> None:
     suffixes = (".py", ".cpp", ".h")
     folders = (*PACKAGES, "tests", "benchmarks")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]

@@ -12,6 +12,11 @@ Shape suffixes are the axes above, N is inputs; the argument F is a layer's `For
 kernels/formats/bitpack.py.
 """
 
+# Arguments of programs are the compiler's own kinds of values, which Python's types cannot say.
+# mypy: disallow-untyped-defs=False
+# Both branches of an `if` are compiled unless the other one is its `else`.
+# ruff: noqa: RET505
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
