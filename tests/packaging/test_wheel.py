@@ -26,7 +26,7 @@ PACKAGES = ("harness", "kernels", "methods")
 THEIRS = "0.17.2"
 
 QUIET = ("--disable-pip-version-check", "-q")
-PLAN = ("--model", "smollm2-135m", "--methods", "gptq,reallm", "--bits", "3.25")
+PLAN = ("--model", "smollm2-135m", "--methods", "gptq,reallm,clipped", "--bits", "3.25")
 
 BOTH = """
 import transformers, kernels, harness, methods, harness_kernels
@@ -165,8 +165,8 @@ def test_the_wheel_has_every_source_and_claims_no_name_of_others(wheel: Path) ->
     assert names == {f"harness_{name}" if name.startswith("kernels/") else name for name in _sources()}
 
 
-def test_both_packages_called_kernels(environment: Environment, wheel: Path, theirs: Path) -> None:
-    """Installed in either order; each works when the other is gone."""
+def test_both_packages_called_kernels(environment: Environment, wheel: Path, theirs: Path, example: Path) -> None:
+    """Installed in either order; each works when the other is gone, and ours with a method of a third."""
     environment.install(theirs)
     environment.install(wheel)
     packages = environment.link.parent
@@ -176,8 +176,9 @@ def test_both_packages_called_kernels(environment: Environment, wheel: Path, the
     environment.pip("uninstall", "-y", "kernels")
     kind = environment.run("python", "-c", OURS_ALONE).strip()
     assert kind == ("fused" if library() is not None else "decode-per-call")
+    shutil.copytree(example, packages, dirs_exist_ok=True)
     planned = environment.run("ptq-harness", "plan", *PLAN)
-    assert "gptq under 3.25" in planned and "reallm under 3.25" in planned
+    assert all(f"\n{method} under 3.25" in planned for method in ("gptq", "reallm", "clipped"))
 
     environment.install(theirs)
     assert environment.run("python", "-c", BOTH).split() == installed
