@@ -7,7 +7,7 @@
 Settings of the released code: `act_order`, `static_groups` (grids placed on the original columns before the loop;
 without it act-order must store its permutation, which is counted), `true_sequential` (later layers of a block see the
 packed earlier ones), `grid` (placement by min-max or by a search), `damp`. Defaults were chosen on text used for
-nothing else, at equal stored bits (README, "Baselines at their best").
+nothing else, at equal stored bits (docs/methods.md, "Baselines at their best").
 
 Divergences: grid parameters are rounded to fp16 before codes are chosen; dead columns keep their weights; the damping
 ladder continues where the released code stops with an error; searched symmetric grids may have a negative scale."""
