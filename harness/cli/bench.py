@@ -17,8 +17,7 @@ from harness.cli.options import Request, add_bench_options, add_plan_options, bu
 from harness.cli.sheets import print_sheet
 from harness.data.files import write_json
 from harness.measure import machine
-from harness.measure.layers import random_group, vendor_group
-from harness.measure.measurement import product_times
+from harness.measure.layers import product_times, random_group, vendor_group
 from harness.model import PRESETS, Inventory, half_dtype, inventory, read_config, skeleton
 from harness.plan.allocation import BudgetError, uniform
 from harness.report.latency import KERNEL_COLUMNS, kernel_rows, kernel_sheet

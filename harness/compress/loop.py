@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from harness.compress.block import BlockRun
 from harness.compress.forward import BlockInputs
 from harness.compressed import CompressedModel, attach_tables, round_rest
+from harness.data.files import atomic_path
 from harness.model import Inventory, decoder_blocks
 from harness.progress import Progress, silent
-from harness.store.files import atomic_path
 from kernels.dispatch import reference_only
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.layer import LayerConfig, LayerSpec

@@ -31,9 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from harness.compressed import CompressedModel
+from harness.data.files import atomic_path, sync_dir
 from harness.model import Inventory, decoder_blocks
 from harness.progress import Progress, silent
-from harness.store.files import atomic_path, sync_dir
 from kernels.dispatch import reference_only
 from kernels.formats.lowrank import quantise_lowrank
 from kernels.formats.packed import PackedLinear

@@ -179,9 +179,9 @@ def _spreads(taken: dict[str, list[float]]) -> tuple[Spread, Spread | None, Spre
     """Seconds of the model and of the reference, and the speed-up inside rounds, as far as both were timed."""
     own, reference = taken["own"], taken.get("reference")
     if reference is None:
-        return Spread.from_json(spread(own)), None, None
-    ratio = Spread.from_json(speed_up(own, reference))
-    return Spread.from_json(spread(own)), Spread.from_json(spread(reference)), ratio
+        return Spread(**spread(own)), None, None
+    ratio = Spread(**speed_up(own, reference))
+    return Spread(**spread(own)), Spread(**spread(reference)), ratio
 
 
 def _products(

@@ -14,10 +14,10 @@ from statistics import median
 
 from torch import Tensor, nn
 
+from harness.data.files import digest, read_json, write_json
 from harness.model import Inventory
 from harness.plan.allocation import alike, sort_of
 from harness.progress import Progress, silent
-from harness.store.files import digest, read_json, write_json
 from kernels.formats.layer import LayerConfig, LayerSpec
 from methods.base import Method, Sensitivity, layer_seed
 

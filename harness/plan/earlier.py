@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from harness.data.files import cache_dir, locked
 from harness.plan.cells import Cell
 from harness.progress import Say
-from harness.store.files import cache_dir, locked
 from methods.base import Method, Option
 
 _UNIFORM: dict[str, Option] = dict(bits=None, group=None, offset=None)

@@ -36,10 +36,10 @@ from transformers import PreTrainedModel
 
 from harness.compress.forward import BlockInputs, run_block, stubbed_blocks
 from harness.compress.statistics import add_gram, completed
+from harness.data.files import atomic_path, cache_dir, digest, locked
 from harness.data.windows import stream_sha256
 from harness.model import BlockSpec, decoder_blocks, inventory
 from harness.progress import Progress, silent
-from harness.store.files import atomic_path, cache_dir, digest, locked
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import prepare
 
