@@ -10,15 +10,17 @@ config.json          the architecture
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from harness.data.files import atomic_path, read_json, write_json
+from harness.data.files import atomic_path
+from harness.data.record import Record
 from harness.ledger import Ledger, payload_bytes
 from harness.model import Inventory, inventory
 from kernels.dispatch import kind
@@ -28,11 +30,26 @@ from kernels.formats.stored import StoredBits
 from kernels.formats.tables import Table
 
 TABLES = "shared_tables"  # the attribute of the model that holds them
+Spec = dict[str, str | int | float | bool | None]  # of a module: its format, its shape and its enums
 KINDS = ("dense", "fused", "decode-per-call", "decode-on-load")  # a model is of the last kind any of its layers is
+
+
+@dataclass(frozen=True)
+class PackedDescription(Record):
+    """packed.json: what every packed module of a model is, by name, complete enough to build it empty."""
+
+    # 1  all there are
+    VERSION: ClassVar[int] = 1
+
+    half: str
+    layers: dict[str, Spec]
+    tables: dict[str, Spec] = field(default_factory=dict)
 
 
 @dataclass
 class CompressedModel:
+    """A causal language model with packed block linears, on disk and in memory."""
+
     model: PreTrainedModel
     inventory: Inventory
     half: str  # 16-bit type of everything that is not packed: "float16" or "bfloat16"
@@ -99,11 +116,9 @@ class CompressedModel:
             with atomic_path(folder / f"{name}.safetensors") as path:
                 save_file(contiguous, path)
         self.model.config.save_pretrained(folder)
-        specs = {
-            kind: {n: m.spec() for n, m in modules.items()}
-            for kind, modules in (("layers", self.packed), ("tables", self.tables))
-        }
-        write_json(folder / "packed.json", {"version": 1, "half": self.half, **specs})
+        layers = {name: layer.spec() for name, layer in self.packed.items()}
+        tables = {key: table.spec() for key, table in self.tables.items()}
+        PackedDescription(self.half, layers, tables).write(folder / "packed.json")
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: torch.dtype) -> CompressedModel:
@@ -114,10 +129,10 @@ class CompressedModel:
         with init_empty_weights(include_buffers=False):  # non-persistent buffers (rotary frequencies) must be real
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         stock = inventory(model)
-        description = read_json(folder / "packed.json")
-        for name, spec in description["layers"].items():
+        description = PackedDescription.read(folder / "packed.json")
+        for name, spec in description.layers.items():
             model.set_submodule(name, PackedLinear.from_spec(spec))
-        attach_tables(model, {key: Table.from_spec(spec) for key, spec in description.get("tables", {}).items()})
+        attach_tables(model, {key: Table.from_spec(spec) for key, spec in description.tables.items()})
         packed = load_file(folder / "packed.safetensors")
         rest = load_file(folder / "rest.safetensors")
         state = {name: t if name not in stock.uncovered else t.to(dtype) for name, t in packed.items()}
@@ -134,7 +149,7 @@ class CompressedModel:
         model.requires_grad_(
             False
         )  # stored tensors are what they are; and a product that gradients pass through is not a fused one
-        loaded = cls(model.to(device).eval(), stock, description["half"])
+        loaded = cls(model.to(device).eval(), stock, description.half)
         assert 8 * payload_bytes(folder / "packed.safetensors") == loaded.ledger().stored_bits, (
             "payload and ledger disagree"
         )

@@ -14,7 +14,7 @@ import torch
 
 from harness.cli import main
 from harness.report.baseline import Rows
-from harness.report.leaderboard import TIME_COLUMNS
+from harness.report.rows import TIME_COLUMNS
 from kernels.formats.layer import LayerConfig, LayerSpec
 from methods import parse_method
 from methods.base import LayerData

@@ -28,7 +28,7 @@ def measure_stored(
     first."""
     identity = _identity(plan, arguments)
     if CellStore(plan.reference.key).artifact() is None:
-        return {}  # nothing to be timed beside
+        return {}  # nothing to compare with
     stored = [cell for cell in plan.cells if not cell.refusal and CellStore(cell.key).artifact()]
     todo = [cell for cell in stored if again or not CellStore(cell.key).bench(identity)]
     if not todo:

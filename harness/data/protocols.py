@@ -94,7 +94,7 @@ class Calibration(Record):
 
     @property
     def text(self) -> str:
-        """As `--calibration` reads it."""
+        """What to type after `--calibration`."""
         return f"{self.source}@{self.context}x{self.sequences}"
 
     @property
@@ -112,7 +112,7 @@ class Training(Record):
 
     @property
     def text(self) -> str:
-        """As `--training` reads it."""
+        """What to type after `--training`."""
         return f"{self.windows.text}/{self.batch}"
 
 

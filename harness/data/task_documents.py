@@ -1,8 +1,8 @@
 """lm-eval's tasks on documents that need no network: lm-eval's own task file, with the data set's place taken by a
 local file.
 
-Eight of the pinned files hold a data set's own columns. The others hold prompts that were made from such columns, one
-line per answer choice; here they are taken apart again. Of ARC and OpenBookQA the labels of the choices are lost and
+Eight of the pinned files hold a data set's own columns. The others hold prompts composed of such columns, one line per
+answer choice; here they are taken apart again. Of ARC and OpenBookQA the labels of the choices are lost and
 assigned anew (A, B, ...), which no request depends on."""
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def write_task_file(task: Task, folder: Path, say: Say = say_nothing) -> None:
 
 
 def documents_file(name: str, say: Say = say_nothing) -> Path:
-    """The documents of a pinned task as JSON lines in the cache, made once."""
+    """The documents of a pinned task as JSON lines in the cache, written once."""
     source = TASKS[name]
     path = cache_dir("tasks", f"{name}-{digest([DATA_VERSION, source.sha256])[:12]}.jsonl")
     with locked(path):

@@ -86,7 +86,7 @@ def describe(device: str, threads: int) -> Machine:
 
 
 def identity_key(device: str, threads: int, reference: str) -> str:
-    """The key of a measurement: machine, code and the uncompressed model that the cells are timed beside."""
+    """The key of a measurement: machine, code and the uncompressed model that cells are compared with."""
     return digest([identity(device, threads).to_json(), _code(), reference])[:16]
 
 

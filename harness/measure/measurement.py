@@ -1,4 +1,4 @@
-"""One cell, in a process of its own: what its model takes, and how fast it is beside the uncompressed one.
+"""One cell, in a process of its own: what its model takes, and how fast it is compared with the uncompressed one.
 
 Memory is read before the uncompressed model is loaded. Before anything is timed, the products that will be are held
 against those of the decoded weights, and a token decoded from the cache against the same token scored in a window."""
@@ -44,7 +44,7 @@ FEWEST, FEWEST_PROMPTS, MOST_PROMPTS = 7, 3, 20  # rounds
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a measurement is made."""
+    """The settings of a measurement."""
 
     identity: str  # harness.measure.machine.identity_key
     seconds: float  # about so long for each thing that is timed
@@ -52,7 +52,7 @@ class Conditions:
 
 
 def work(spec: CellSpec, conditions: Conditions, progress: Progress) -> None:
-    """Measure a stored cell beside its reference, and keep what is found."""
+    """Measure a stored cell, in turn with its reference, and keep what is found."""
     store, reference = CellStore(spec.key), CellStore(spec.reference)
     torch.set_num_threads(conditions.threads)
     dtype = getattr(torch, spec.dtype)

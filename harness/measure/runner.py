@@ -57,7 +57,7 @@ class Runner:
         self._replayed: Call = self._step
 
     def warm(self) -> None:
-        """Steps until everything made at first use is there; on a GPU then one step becomes a graph."""
+        """Run steps until everything that is prepared at first use is there; on a GPU then one step becomes a graph."""
         for _ in range(WARM):
             self.step()
         self._replayed = graphed(self._step, self.device)
@@ -142,7 +142,7 @@ def bytes_per_token(loaded: CompressedModel) -> int:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Everything the model holds to run: parameters, buffers, and what formats and kernels keep beside them."""
+    """Everything the model holds to run: parameters, buffers, and what formats and kernels keep besides."""
     found: dict[int, int] = {}
     for module in model.modules():
         kept = [value for value in vars(module).values() if isinstance(value, Tensor)]

@@ -77,7 +77,7 @@ def compare_methods(folder: Path, to: str) -> Sheet:
 
 
 def _ratios(entry: Entry, base: Entry | None, protocol: str) -> tuple[str, str]:
-    """Of perplexity and of divergence, as text."""
+    """The ratios of perplexity and of divergence, as text."""
     if base is None:
         return "", ""
     if entry is base:
@@ -118,7 +118,7 @@ def read_entries(folder: Path, to: str = "") -> list[Entry]:
 
 
 def _read_cell(path: Path) -> _Cell:
-    """Of a file that `write_leaderboard` wrote, perhaps an earlier version of it."""
+    """One cell of a run, as `write_leaderboard` or an earlier version of it wrote it."""
     data = read_json(path)
     scores = {name: Score.from_json(score, f"{path}: {name}") for name, score in data["scores"].items()}
     return _Cell(data["row"], data.get("seeded", True), scores)

@@ -112,9 +112,9 @@ class CellStore:
         with self.locked():
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read(self, kind: type[R], name: str) -> R | None:
+    def _read(self, record: type[R], name: str) -> R | None:
         path = self.folder / f"{name}.json"
-        return kind.read(path) if path.exists() else None
+        return record.read(path) if path.exists() else None
 
     def _write(self, record: Record, name: str) -> None:
         record.write(self.folder / f"{name}.json")

@@ -113,7 +113,7 @@ class Spread(Record):
 
 @dataclass(frozen=True)
 class Timing(Record):
-    """Seconds of a model, and beside the uncompressed one the ratio inside rounds; the reference has no other."""
+    """Seconds of a model and, unless it is the same, of the uncompressed one in turn with it; ratios inside rounds."""
 
     seconds: Spread
     reference_seconds: Spread | None = None

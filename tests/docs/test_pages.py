@@ -13,7 +13,7 @@ import torch
 
 from harness.data.tasks import GROUPS, PINNED_SPLITS, parse_tasks
 from harness.report.latency import KERNEL_COLUMNS
-from harness.report.leaderboard import COLUMNS_AFTER, COLUMNS_BEFORE, protocol_columns
+from harness.report.rows import COLUMNS_AFTER, COLUMNS_BEFORE, protocol_columns
 from harness.report.task_pages import task_columns
 from methods import METHODS, LayerData, LayerSpec, parse_method, split_methods
 from tests.docs.test_shell_lines import PAGES, ROOT, blocks
