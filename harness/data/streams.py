@@ -18,7 +18,10 @@ from harness.data.windows import Articles, Windows, calibration_windows, evaluat
 from harness.model import load_tokenizer
 from harness.progress import Say, say_nothing
 
-FILE_VERSION = 2
+# Bump when what is in a file changes; a stream is then cut again.
+#   1, 2  tensors under the names of variables
+#   3     November 2026: under names of their own
+FILE_VERSION = 3
 Named = TypeVar("Named", Protocol, Calibration)
 
 TEXT_SHA256 = {f"{name}-mini": file.sha256 for name, file in TEXTS.items()} | dict.fromkeys(
@@ -62,10 +65,13 @@ def _remembered(key: Any, make: Callable[[], Windows]) -> Windows:
     path = cache_dir("streams", digest([FILE_VERSION, key])[:24] + ".safetensors")
     if not path.exists():
         windows = make()
+        tensors = {"tokens": windows.tokens_NT.contiguous()}
+        if articles := windows.articles:
+            tensors |= {"scored": articles.scored_NP, "article": articles.article_N, "words": articles.words_A}
         with atomic_path(path) as temporary:
-            articles = {} if windows.articles is None else vars(windows.articles)
-            save_file({"tokens_NT": windows.tokens_NT.contiguous(), **articles}, temporary)
+            save_file(tensors, temporary)
         return windows
     tensors = load_file(path)
-    tokens_NT = tensors.pop("tokens_NT")
-    return Windows(tokens_NT, stream_sha256(tokens_NT), Articles(**tensors) if tensors else None)
+    has_articles = "words" in tensors
+    articles = Articles(tensors["scored"], tensors["article"], tensors["words"]) if has_articles else None
+    return Windows(tensors["tokens"], stream_sha256(tensors["tokens"]), articles)
