@@ -26,11 +26,10 @@ from harness.model import Inventory, inventory
 from kernels.dispatch import kind
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.packed import PackedLinear
-from kernels.formats.stored import StoredBits
+from kernels.formats.stored import Spec, StoredBits
 from kernels.formats.tables import Table
 
 TABLES = "shared_tables"  # the attribute of the model that holds them
-Spec = dict[str, str | int | float | bool | None]  # of a module: its format, its shape and its enums
 KINDS = ("dense", "fused", "decode-per-call", "decode-on-load")  # a model is of the last kind any of its layers is
 
 

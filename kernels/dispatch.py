@@ -42,9 +42,8 @@ class Layout:
     """How a backend reads the layers of one format."""
 
     parts: Callable[[Any], Any]  # layer -> what the kernel is handed of its base; made once per layer
-    readable: Callable[[Any], bool] | None = (
-        None  # whether a layer of the format is among those it reads; None: all are
-    )
+    # Whether a layer of the format is among those it reads; None: all are.
+    readable: Callable[[Any], bool] | None = None
 
 
 @dataclass(frozen=True)

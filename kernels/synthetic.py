@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from kernels.formats.codebook import CodebookLinear, table_spec
 from kernels.formats.conv import ConvLinear, weight_levels
 from kernels.formats.order import index_bits
 from kernels.formats.packed import PackedLinear
-from kernels.formats.stored import StoredModule
+from kernels.formats.stored import Scalar, Spec, StoredModule
 from kernels.formats.tables import Table
 
-TYPICAL = {  # what benchmarks and tuners measure: the formats as methods store them, by bits
+TYPICAL: dict[str, Spec] = {  # what benchmarks and tuners measure: the formats as methods store them, by bits
     "4-bit": dict(format="uniform", bits=4, group=128, offset="symmetric"),
     "3-bit": dict(format="uniform", bits=3, group=128, offset="symmetric"),
     "2-bit": dict(format="uniform", bits=2, group=64, offset="symmetric"),
@@ -28,7 +28,9 @@ TYPICAL = {  # what benchmarks and tuners measure: the formats as methods store 
 }
 
 
-def random_layer(spec: dict[str, Any], rows: int, columns: int, bias: bool = False, seed: int = 0) -> PackedLinear:
+def random_layer(
+    spec: Mapping[str, Scalar], rows: int, columns: int, bias: bool = False, seed: int = 0
+) -> PackedLinear:
     """A layer of this configuration on the CPU, with a table of its own where it decodes from a shared one. Scales and
     entries are small positive numbers, orders of rows and columns are permutations, everything else (padding too) is
     uniformly random bits."""
@@ -42,7 +44,7 @@ def random_layer(spec: dict[str, Any], rows: int, columns: int, bias: bool = Fal
     return layer
 
 
-def random_table(spec: dict[str, Any], seed: int = 0) -> Table:
+def random_table(spec: Mapping[str, Scalar], seed: int = 0) -> Table:
     """A table of this description on the CPU, of random bits like a layer's."""
     table = Table.from_spec(spec, "cpu")
     table.fill(**_random(table, torch.Generator().manual_seed(seed)))

@@ -13,7 +13,8 @@ from typing import ClassVar
 from kernels.formats.layer import LayerConfig, LayerSpec
 from methods.base import Adaptation, Method, Track
 
-RATE = 3e-3  # of AdamW, for adapters that start at zero; docs/methods.md, "Fine-tuned methods", has the grid it comes from
+# Of AdamW, for adapters that start at zero; docs/methods.md, "Fine-tuned methods", has the grid it comes from.
+RATE = 3e-3
 SHARE = 64  # of a matrix's shorter side is one component: rank 64 on Llama-2-7B, as QLoRA and LQ-LoRA report
 
 

@@ -17,8 +17,7 @@ from harness.data.record import Record
 from harness.data.tasks import Task
 from harness.ledger import Ledger
 from kernels.formats.layer import LayerConfig
-
-Scalar = str | int | float | bool
+from kernels.formats.stored import Scalar
 
 
 def _layer_config(data: Any) -> LayerConfig:

@@ -12,7 +12,7 @@ import torch
 
 from kernels.formats.codebook import table_key, table_spec
 from kernels.formats.packed import PackedLinear
-from kernels.formats.stored import StoredBits
+from kernels.formats.stored import Spec, StoredBits
 from kernels.formats.tables import Table
 
 
@@ -63,7 +63,7 @@ class LayerConfig:
         """That table, empty."""
         return Table.from_spec(table_spec(dict(self.hyper)), device)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Spec:
         return {"format": self.format, **dict(self.hyper)}
 
     @classmethod

@@ -6,6 +6,7 @@ and laid out on a real device receives the tensors of a checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels.dispatch import linear
 from kernels.formats.lowrank import LowRank
-from kernels.formats.stored import StoredModule
+from kernels.formats.stored import Scalar, Spec, StoredModule
 from kernels.registry import Registry
 
 
@@ -53,14 +54,14 @@ class PackedLinear(StoredModule):
         # Biases stay at 16 bits for every method and are reported with the norms, outside the bits per weight.
         self.register_buffer("bias", torch.empty(out_features, dtype=torch.float16) if bias else None)
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Spec:
         """Shapes and enums (JSON) from which `from_spec` lays out an empty module of the same buffers."""
         return {"format": self.format, **self._hyper}
 
     @staticmethod
-    def from_spec(spec: dict[str, Any], device: str | torch.device = "meta") -> PackedLinear:
+    def from_spec(spec: Mapping[str, Scalar], device: str | torch.device = "meta") -> PackedLinear:
         """An empty layer of this description; its format may be one of another package."""
-        hyper = dict(spec)
+        hyper: dict[str, Any] = dict(spec)
         cls = FORMATS.get(hyper.pop("format"))
         with torch.device(device):
             return cls(**hyper)

@@ -9,6 +9,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+Scalar = str | int | float | bool
+Spec = dict[str, Scalar]  # shapes and enums from which an empty module is laid out: JSON, and never a learnt number
+
 PARTS = ("codes", "scales", "tables", "adapters")
 
 

@@ -6,12 +6,13 @@ from what is stored and then kept: a decoder whose input is a discrete code *is*
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kernels.formats.stored import StoredModule
+from kernels.formats.stored import Scalar, Spec, StoredModule
 from kernels.registry import Registry
 
 
@@ -28,14 +29,14 @@ class Table(StoredModule):
         self._hyper = dict(dim=dim, index_bits=index_bits, **hyper)
         self._entries: Tensor | None = None
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Spec:
         """Shapes and enums (JSON) from which `from_spec` lays out an empty table of the same buffers."""
         return {"form": self.form, **self._hyper}
 
     @staticmethod
-    def from_spec(spec: dict[str, Any], device: str | torch.device = "meta") -> Table:
+    def from_spec(spec: Mapping[str, Scalar], device: str | torch.device = "meta") -> Table:
         """An empty table of this description; its form may be one of another package."""
-        hyper = dict(spec)
+        hyper: dict[str, Any] = dict(spec)
         cls = TABLES.get(hyper.pop("form"))
         with torch.device(device):
             return cls(**hyper)
