@@ -67,14 +67,16 @@ def main() -> None:
             run()
             rates[name].append(count / (time.perf_counter() - start))
     print(
-        f"{resolved.name}, {count} tokens in windows of {arguments.context}, {arguments.device}, {torch.get_num_threads()} threads, {dtype}"
+        f"{resolved.name}, {count} tokens in windows of {arguments.context}, {arguments.device}, "
+        f"{torch.get_num_threads()} threads, {dtype}"
     )
     print(f"largest difference of a window's loss: {worst:.1e}")
     for name, values in rates.items():
         print(f"{name:14} {statistics.median(values):8.0f} tokens/s  ({min(values):.0f} to {max(values):.0f})")
     ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
     print(
-        f"ratio          {statistics.median(ratios):8.2f}           ({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds)"
+        f"ratio          {statistics.median(ratios):8.2f}           "
+        f"({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds)"
     )
 
 

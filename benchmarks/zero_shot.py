@@ -55,7 +55,8 @@ def main() -> None:
     }
     threads = torch.get_num_threads()
     print(
-        f"{resolved.name}, {arguments.items} items a task, {arguments.device}, {threads} threads, {arguments.rounds} rounds"
+        f"{resolved.name}, {arguments.items} items a task, {arguments.device}, {threads} threads, "
+        f"{arguments.rounds} rounds"
     )
     print(f"{'task':16}{'harness':>18}{'HFLM':>18}{'nats apart':>12}{'harness s':>11}{'HFLM s':>9}{'ratio':>16}")
     totals: dict[str, list[float]] = {name: [0.0] * arguments.rounds for name in models}
@@ -89,7 +90,8 @@ def _compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], metrics: 
         worst = max(worst, apart)
         if any(a[metric] != b[metric] for metric in metrics):
             print(
-                f"item {a['doc_id']} is marked differently; its answers: {a['filtered_resps']} and {b['filtered_resps']}"
+                f"item {a['doc_id']} is marked differently; its answers: "
+                f"{a['filtered_resps']} and {b['filtered_resps']}"
             )
     assert worst < ROUNDING, f"log-likelihoods differ by {worst}"
     return worst

@@ -70,7 +70,8 @@ def test_a_change_of_a_codec_reaches_every_method_that_uses_it(codec, users, oth
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_defaults_of_a_version_stay(name):
-    """The key holds the options that differ from their defaults: a default that changes needs a new version, here and in the class."""
+    """The key holds the options that differ from their defaults: a default that changes needs a new version, here and
+    in the class."""
     default = METHODS.get(name)()
     for variant in {type(method): method for method in (default, *default.variants().values())}:
         known = DEFAULTS[variant().text]
