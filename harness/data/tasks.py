@@ -7,7 +7,6 @@ whatever the hub serves."""
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 
 from harness.data.files import digest
 from harness.data.record import Record
+from kernels.registry import suggestion
 
 # Part of every result key: bump it when the same task would be scored differently.
 #   1  all there are
@@ -86,9 +86,7 @@ def parse_tasks(text: str, source: str = "pinned", few_shot: int = 0, limit: int
     names: dict[str, None] = {}
     for name in filter(None, (part.strip() for part in text.split(","))):
         if name not in OFFICIAL and name not in GROUPS:
-            near = difflib.get_close_matches(name, [*OFFICIAL, *GROUPS], n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join([*OFFICIAL, *GROUPS])}"
-            raise ValueError(f"unknown task '{name}': {hint}")
+            raise ValueError(f"unknown task '{name}': {suggestion(name, [*OFFICIAL, *GROUPS])}")
         names |= dict.fromkeys(GROUPS.get(name, (name,)))
     if limit is not None and limit < 1:
         raise ValueError("--limit takes the first N items of every task: write for example --limit 100")

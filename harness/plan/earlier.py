@@ -71,30 +71,38 @@ _VALUES = {("share", "role"): "kind"}  # what a value was called
 
 
 def earlier_key(cell: Cell) -> str | None:
-    """The key of the same cell in an older cache; None where it would have stored other bytes, or could not be asked
-    for."""
+    """The key that the same cell had in an older cache; None for an option or a method there was not."""
     identity = earlier_identity(cell.method)
     return None if identity is None else cell.key_with(identity)
 
 
 def earlier_identity(method: Method) -> dict[str, object] | None:
+    """What an older key held of this method; None for an option or a method there was not."""
     version, options = _OPTIONS.get((method.name, method.algorithm), (0, {}))
-    identity = method.identity()
-    if identity["version"] != version or "codecs" in identity or not method.changed.keys() <= options.keys():
+    if not version or not method.changed.keys() <= options.keys():
         return None
     now = {name: getattr(method, name) for name in options if hasattr(method, name)}
     now = {name: _VALUES.get((name, value), value) for name, value in now.items()}
     return {"method": method.name, "version": version, **options, **now}
 
 
+def same_bytes(method: Method) -> bool:
+    """Whether the method, and all shared code it uses, still stores what it stored then."""
+    identity = method.identity()
+    return "codecs" not in identity and identity["version"] == _OPTIONS[method.name, method.algorithm][0]
+
+
 def adopt(cells: Iterable[Cell], say: Say) -> None:
-    """Rename what an older cache holds of these cells, so that they are found."""
+    """Rename what an older cache holds of these cells, so that they are found; say where it would be other bytes."""
     for cell in cells:
         earlier = earlier_key(cell)
         if earlier is None:
             continue
         old, new = cache_dir("cells", earlier), cache_dir("cells", cell.key)
         if not old.is_dir() or new.exists():
+            continue
+        if not same_bytes(cell.method):
+            say(f"{cell.label}: an earlier version stored other bytes for it ({old}); it is made again")
             continue
         with locked(old):  # nobody is at work on it
             if old.is_dir() and not new.exists():

@@ -86,20 +86,36 @@ def test_the_earlier_key_of_a_configuration_is_known(text):
     assert earlier_identity(parse_method(text)) == EARLIER[text]
 
 
-def test_what_could_not_be_asked_for_earlier_has_no_earlier_key(monkeypatch):
+def test_what_could_not_be_asked_for_earlier_has_no_earlier_key():
+    @dataclass(frozen=True, kw_only=True)
+    class Later(GPTQ):
+        follow: float = 0.0
+
     assert earlier_key(cell("gptq")) not in (None, cell("gptq").key)
-    monkeypatch.setattr(GPTQ, "version", 2)
-    assert earlier_key(cell("gptq")) is None
+    assert earlier_identity(Later()) == EARLIER["gptq"] and earlier_identity(Later(follow=0.5)) is None
+
+
+def older_cache(wanted: Cell) -> Path:
+    folder = CellStore(earlier_key(wanted)).folder
+    folder.mkdir(parents=True)
+    (folder / "log.txt").write_text("hello")
+    return folder
 
 
 def test_cells_of_an_older_cache_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
     wanted, said = cell("reallm:blockwise,epochs=1"), []
-    old = CellStore(earlier_key(wanted)).folder
-    old.mkdir(parents=True)
-    (old / "log.txt").write_text("hello")
+    old = older_cache(wanted)
     adopt([wanted], said.append)
     assert not old.exists() and (CellStore(wanted.key).folder / "log.txt").read_text() == "hello"
-    assert len(said) == 1 and "earlier version" in said[0]
+    assert len(said) == 1 and "found under the key of an earlier version" in said[0]
     adopt([wanted], said.append)
     assert len(said) == 1
+
+
+def test_where_the_bytes_would_be_others_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    old, said = older_cache(cell("gptq")), []
+    monkeypatch.setattr(GPTQ, "version", 2)
+    adopt([cell("gptq")], said.append)
+    assert old.exists() and len(said) == 1 and "stored other bytes" in said[0]
