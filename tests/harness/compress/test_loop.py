@@ -1,6 +1,7 @@
 """The block loop and the checkpoint, on the first blocks of the real model and on other architectures."""
 
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
@@ -41,9 +42,21 @@ def compress(folder, method, tokens, path, budget=Fraction(13, 4), seed=0):
     ], allocation
 
 
+@pytest.fixture(scope="module")
+def whole(truncated, tokens, tmp_path_factory):
+    """Method -> (compressed model, allocation, folder), once for all that only read them."""
+
+    @cache
+    def compressed_by(method):
+        folder = tmp_path_factory.mktemp("whole")
+        return *compress(folder, method, tokens, truncated.path), folder
+
+    return compressed_by
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_the_ledger_is_the_bytes_on_disk_and_the_reload_is_the_model(method, truncated, tokens, tmp_path):
-    compressed, allocation = compress(tmp_path, method, tokens, truncated.path)
+def test_the_ledger_is_the_bytes_on_disk_and_the_reload_is_the_model(method, whole, tokens, tmp_path):
+    compressed, allocation, _ = whole(method)
     compressed.save(tmp_path / "artifact")
     ledger = compressed.ledger()
     assert (
@@ -64,15 +77,15 @@ def test_the_ledger_is_the_bytes_on_disk_and_the_reload_is_the_model(method, tru
 
 
 @pytest.mark.parametrize("method", ["gptq", "reallm"])
-def test_a_resumed_compression_stores_the_same_bytes(method, truncated, tokens, tmp_path):
-    whole, _ = compress(tmp_path / "whole", method, tokens, truncated.path)
+def test_a_resumed_compression_stores_the_same_bytes(method, whole, truncated, tokens, tmp_path):
+    expected, _, folder = whole(method)
     blocks = tmp_path / "part" / "blocks"
     blocks.mkdir(parents=True)
     for index in (0, 1):
         name = f"block_{index:04d}.safetensors"
-        (blocks / name).write_bytes((tmp_path / "whole" / "blocks" / name).read_bytes())
+        (blocks / name).write_bytes((folder / "blocks" / name).read_bytes())
     part, _ = compress(tmp_path / "part", method, tokens, truncated.path)
-    for name, tensor in whole.model.state_dict().items():
+    for name, tensor in expected.model.state_dict().items():
         assert torch.equal(tensor, part.model.state_dict()[name]), name
 
 

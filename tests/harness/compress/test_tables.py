@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
@@ -57,11 +58,23 @@ def compress(folder, text, tokens, path):
     return compressed, plan, report
 
 
+@pytest.fixture(scope="module")
+def whole(truncated, tokens, tmp_path_factory):
+    """Text of a method -> (compressed model, plan, report, folder of blocks), once for all that only read them."""
+
+    @cache
+    def compressed_by(text):
+        folder = tmp_path_factory.mktemp("whole")
+        return *compress(folder, text, tokens, truncated.path), folder
+
+    return compressed_by
+
+
 @pytest.mark.parametrize(
     "text", ["reallm:blockwise,epochs=1", "reallm:data-free,rounds=1", "reallm:data-free,rounds=1,decoder=mlp"]
 )
-def test_shared_tables_are_stored_and_counted_once(text, truncated, tokens, tmp_path):
-    compressed, plan, report = compress(tmp_path / "blocks", text, tokens, truncated.path)
+def test_shared_tables_are_stored_and_counted_once(text, whole, truncated, tokens, tmp_path):
+    compressed, plan, report, _ = whole(text)
     assert len(compressed.tables) == 2
     if "mlp" in text:
         assert 2 * 2**9 * 4 * 16 > shared_bits(plan.values()).total == 2 * MlpTable(*SHAPE).stored_bits().total
@@ -90,27 +103,24 @@ def test_shared_tables_are_stored_and_counted_once(text, truncated, tokens, tmp_
     assert not reports or any(value["loss_after"] < 0.99 * value["loss_before"] for value in reports)
 
 
-def test_a_resumed_compression_stores_the_same_bytes(truncated, tokens, tmp_path):
+def test_a_resumed_compression_stores_the_same_bytes(whole, truncated, tokens, tmp_path):
     text = "reallm:blockwise,epochs=1"
-    whole, _, _ = compress(tmp_path / "whole", text, tokens, truncated.path)
+    expected, _, _, blocks = whole(text)
     (tmp_path / "part").mkdir()
     for name in ("tables.safetensors", "block_0000.safetensors", "block_0001.safetensors"):
-        (tmp_path / "part" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+        (tmp_path / "part" / name).write_bytes((blocks / name).read_bytes())
     part, _, _ = compress(tmp_path / "part", text, tokens, truncated.path)
-    left, right = whole.model.state_dict(), part.model.state_dict()
+    left, right = expected.model.state_dict(), part.model.state_dict()
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_the_tables_of_a_plan_do_not_depend_on_how_far_it_came(truncated, tokens, tmp_path):
+def test_the_tables_of_a_plan_do_not_depend_on_how_far_it_came(whole, truncated, tmp_path):
     """Fitted again after a kill in front of the first block, they are the same."""
-    files = []
-    for attempt in ("one", "two"):
-        model, method = load_reference(truncated.path, "cpu", torch.float32), parse_method("reallm:data-free,rounds=1")
-        stock = inventory(model)
-        compress_model(model, stock, method, shared_plan(method, stock), None, 0, tmp_path / attempt)
-        files.append(load_file(tmp_path / attempt / "tables.safetensors"))
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    text = "reallm:data-free,rounds=1"
+    compress(tmp_path, text, None, truncated.path)
+    again, first = (load_file(folder / "tables.safetensors") for folder in (tmp_path, whole(text)[-1]))
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_drift_is_the_difference_of_two_models(truncated, tokens):
@@ -211,8 +221,8 @@ def test_a_table_is_bought_when_it_is_worth_its_bits(seed):
     assert allocation.predicted <= 1.35 * best
 
 
-def test_a_loaded_model_owns_its_tables(truncated, tokens, tmp_path):
-    compressed, _, _ = compress(tmp_path / "blocks", "reallm:data-free,rounds=1", tokens, truncated.path)
+def test_a_loaded_model_owns_its_tables(whole, tmp_path):
+    compressed = whole("reallm:data-free,rounds=1")[0]
     compressed.save(tmp_path / "artifact")
     loaded = CompressedModel.load(tmp_path / "artifact", "cpu", torch.float32)
     assert loaded.tables.keys() == compressed.tables.keys() and "mlp.up_proj:plain4x9" in loaded.tables

@@ -11,13 +11,14 @@ from harness.model import inventory, load_reference
 from harness.plan.costs import considered
 from harness.plan.sensitivity import measure_sensitivities, random_tokens
 from methods import parse_method
+from methods.base import LayerData
 
 LAYERS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> torch.Tensor:
-    return calibration_windows(parse_calibration("c4-mini@256x8"), tokenizer, seed=0).tokens_NT
+    return calibration_windows(parse_calibration("c4-mini@256x4"), tokenizer, seed=0).tokens_NT
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +39,15 @@ def test_a_small_error_costs_what_is_predicted(reference, tokens):
     generator = torch.Generator().manual_seed(0)
     ratios = {}
     for block in (0, 2):
-        for kind in LAYERS:
-            layer = reference.get_submodule(f"model.layers.{block}.{kind}")
+        for role in LAYERS:
+            layer = reference.get_submodule(f"model.layers.{block}.{role}")
             original = layer.weight.data
             noise = 0.02 * original.std() * torch.randn(original.shape, generator=generator)
             layer.weight.data = original + noise
             after = log_p(reference, tokens)
             layer.weight.data = original
             measured = (before.exp() * (before - after)).sum(dim=-1).mean().item()
-            ratios[block, kind] = measured / sensitivity[f"model.layers.{block}.{kind}"].cost(noise)
+            ratios[block, role] = measured / sensitivity[f"model.layers.{block}.{role}"].cost(noise)
     wrong = {
         name: ratio
         for name, ratio in ratios.items()
