@@ -1,1 +1,1 @@
-"""Files that are whole or absent, and the results kept in them."""
+"""Results by content key: a folder per cell, and the typed records in it."""
