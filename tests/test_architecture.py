@@ -101,6 +101,21 @@ def test_there_is_no_circle_of_imports() -> None:
     assert circles(edges()) == []
 
 
+def room(module: str) -> str:
+    """The folder or file directly under a package: "harness.plan", "harness.model"."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_there_is_no_circle_of_rooms_in_the_harness() -> None:
+    graph: dict[str, set[str]] = {}
+    for importer, targets in edges().items():
+        others = {room(target) for target in targets if inside(target, "harness")} - {room(importer), "harness"}
+        if inside(importer, "harness") and importer != "harness":
+            graph.setdefault(room(importer), set()).update(others)
+    assert circles(graph) == []
+    assert len(graph) < 16, "a wing with more rooms than that is no longer known by heart"
+
+
 def inside(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
