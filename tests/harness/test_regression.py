@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
+from harness.data.files import locked
 from harness.report.baseline import read_rows
 from tests.helpers import linked_cache, run_harness
 
@@ -28,12 +29,14 @@ ARGUMENTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def leaderboard(assets_cache, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("regression")
-    cache = linked_cache(assets_cache, folder / "cache")
-    done = run_harness("run", *ARGUMENTS, "--out", str(folder / "out"), HARNESS_CACHE=str(cache))
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="session")
+def leaderboard(assets_cache, session_folder) -> Path:
+    folder = session_folder / "regression"
+    with locked(folder):
+        if not (folder / "out" / "leaderboard.csv").exists():
+            cache = linked_cache(assets_cache, folder / "cache")
+            done = run_harness("run", *ARGUMENTS, "--out", str(folder / "out"), HARNESS_CACHE=str(cache))
+            assert done.returncode == 0, done.stderr
     return folder / "out"
 
 
