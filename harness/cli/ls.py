@@ -45,10 +45,10 @@ def _methods() -> Iterator[str]:
 
 
 def _summary(method: type[Method]) -> str:
-    """The first line of the docstring of a method's file, or of its folder."""
+    """The first paragraph of the docstring of a method's file, or of its folder."""
     package = method.__module__.rpartition(".")[0]
     module = package if package not in ("", "methods") else method.__module__
-    return (sys.modules[module].__doc__ or "").strip().splitlines()[0]
+    return " ".join((sys.modules[module].__doc__ or "").partition("\n\n")[0].split())
 
 
 def _options(label: str, method: Method) -> Iterator[str]:
