@@ -35,7 +35,7 @@ METHODS = (
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> torch.Tensor:
-    return calibration_windows(parse_calibration("c4-mini@128x20"), tokenizer, seed=0).tokens_NT
+    return calibration_windows(parse_calibration("c4-mini@64x20"), tokenizer, seed=0).tokens_NT
 
 
 def packed_model(text, path, tokens, folder):
@@ -59,7 +59,7 @@ def test_training_lowers_the_loss_on_other_text(text, two_blocks, tokens, tmp_pa
     bits, before = compressed.ledger(), held_out(compressed.model, tokens)
     base = {name: layer.decode_base() for name, layer in compressed.packed.items()}
     report = finetune(compressed, adaptation, tokens[:12], 2, 0, tmp_path)
-    assert (report.steps, report.tokens, len(report.losses)) == (6, 12 * 128, 6)
+    assert (report.steps, report.tokens, len(report.losses)) == (6, 12 * 64, 6)
     assert held_out(compressed.model, tokens) < before
     assert compressed.ledger() == bits
     assert all(

@@ -26,15 +26,21 @@ def reference(truncated):
     return load_reference(truncated.path, "cpu", torch.float32)
 
 
+@pytest.fixture(scope="module")
+def sensitivities(reference, tokens):
+    """With and without feedback between columns -> layer name -> its sensitivity."""
+    return {feedback: measure_sensitivities(reference, tokens, seed=0, feedback=feedback) for feedback in (False, True)}
+
+
 @torch.no_grad()
 def log_p(model, tokens):
     return model(tokens).logits.log_softmax(dim=-1)
 
 
-def test_a_small_error_costs_what_is_predicted(reference, tokens):
+def test_a_small_error_costs_what_is_predicted(reference, tokens, sensitivities):
     """Independent noise on one layer at a time. Values are the known exception: attention averages them over tokens,
     and where their inputs are nearly equal (the first blocks) errors add up instead of averaging out."""
-    sensitivity = measure_sensitivities(reference, tokens, seed=0, feedback=False)
+    sensitivity = sensitivities[False]
     before = log_p(reference, tokens)
     generator = torch.Generator().manual_seed(0)
     ratios = {}
@@ -56,8 +62,8 @@ def test_a_small_error_costs_what_is_predicted(reference, tokens):
     assert not wrong, wrong
 
 
-def test_feedback_lowers_what_a_column_costs(reference, tokens):
-    plain, fed_back = (measure_sensitivities(reference, tokens, seed=0, feedback=value) for value in (False, True))
+def test_feedback_lowers_what_a_column_costs(sensitivities):
+    plain, fed_back = sensitivities[False], sensitivities[True]
     assert set(plain) == set(fed_back) and len(plain) == 4 * 7
     for name, sensitivity in plain.items():
         assert torch.equal(sensitivity.row_O, fed_back[name].row_O)
@@ -78,11 +84,11 @@ def test_measuring_leaves_no_trace(reference, tokens):
 
 
 @pytest.mark.parametrize("method", ["rtn", "nf", "gptq", "reallm"])
-def test_estimated_costs_are_those_of_the_packed_layer(method, reference, tokens):
+def test_estimated_costs_are_those_of_the_packed_layer(method, reference, tokens, sensitivities):
     """Up to a factor that hardly differs between configurations, which is all an allocation needs."""
     parsed = parse_method(method)
     feedback = parsed.needs.hessian
-    measured = measure_sensitivities(reference, tokens, seed=0, feedback=feedback)
+    measured = sensitivities[feedback]
     ratios = []
     for name in ("model.layers.1.self_attn.v_proj", "model.layers.2.mlp.up_proj"):
         layer = next(x for x in inventory(reference).layers if x.name == name)
