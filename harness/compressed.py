@@ -145,9 +145,8 @@ class CompressedModel:
                 f"{folder} does not match its own packed.json ({[*unexpected, *still_empty][0]}): "
                 "delete it and run again"
             )
-        model.requires_grad_(
-            False
-        )  # stored tensors are what they are; and a product that gradients pass through is not a fused one
+        # Stored tensors are what they are; and a product that gradients pass through is not a fused one.
+        model.requires_grad_(False)
         loaded = cls(model.to(device).eval(), stock, description.half)
         assert 8 * payload_bytes(folder / "packed.safetensors") == loaded.ledger().stored_bits, (
             "payload and ledger disagree"

@@ -68,9 +68,8 @@ class Inventory:
     """Every weight of a model, by shape alone."""
 
     blocks: tuple[BlockSpec, ...]
-    uncovered: dict[str, int] = field(
-        default_factory=dict
-    )  # block weights that are no linear layer -> count; 16 bits each
+    # Block weights that are no linear layer -> count; 16 bits each.
+    uncovered: dict[str, int] = field(default_factory=dict)
     rest_weights: int = 0
 
     @property

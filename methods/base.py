@@ -93,9 +93,8 @@ class LayerData:
 
     weight_OI: Tensor  # the original weight, fp32
     seed: int = 0  # the layer's own
-    hessian_II: Tensor | None = (
-        None  # fp32, sum of x x^T over calibration tokens; x is the input behind the packed prefix
-    )
+    # The sum of x x^T over calibration tokens, fp32; x is the input behind the packed prefix.
+    hessian_II: Tensor | None = None
     drift_II: Tensor | None = None  # fp32, sum of (x' - x) x^T; x' is the uncompressed model's input
     fisher: Sensitivity | None = None  # mean squared gradient of the language-modelling loss, as rows x columns
     table: Table | None = None  # the shared table the layer's configuration names
@@ -179,9 +178,8 @@ class Method(ABC):
 
     track: ClassVar[Track]
     budgeted: ClassVar[bool] = True  # False for a reference, which runs once, outside any budget
-    seeded: ClassVar[bool] = (
-        True  # whether the seed can change a byte: through calibration text, or the method's own draws
-    )
+    # Whether the seed can change a byte: through calibration text, or the method's own draws.
+    seeded: ClassVar[bool] = True
     later: ClassVar[tuple[str, ...]] = ("lora_rate",)  # options that matter only once the blocks are packed
 
     def __post_init__(self) -> None:  # noqa: B027  nothing to check is the usual case

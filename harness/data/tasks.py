@@ -49,10 +49,8 @@ PINNED_SPLITS = dict.fromkeys(OFFICIAL, "validation") | dict.fromkeys(
     ("arc_easy", "arc_challenge", "openbookqa", "lambada_openai"), "test"
 )
 SOURCES = ("pinned", "hub")
-METRICS = (
-    "acc",
-    "acc_norm",
-)  # the share of right answers; acc_norm divides an answer's log-likelihood by its characters
+# The share of right answers; acc_norm divides an answer's log-likelihood by its characters.
+METRICS = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,8 @@ MIN_CHARACTERS = 200  # most of the Wikipedia extracts are one-line stubs
 SHINGLE_WORDS = 8
 NEAR_COPY = 0.2  # share of a document's shingles already seen, beyond which it is a near copy
 
-WIKITEXT2_SHA256 = (
-    "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"  # wiki.test.raw of wikitext-2-raw-v1
-)
+# `wiki.test.raw` of wikitext-2-raw-v1.
+WIKITEXT2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 WIKITEXT2_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3")
 C4_HUB = ("allenai/c4", "607bd4c8450a42878aa9ddc051a65a055450ef87")
 C4_FILES = {"train": "c4-train.00000-of-01024.json.gz", "validation": "c4-validation.00000-of-00008.json.gz"}

@@ -128,9 +128,8 @@ def _articles(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, pages: Seq
         for pair in get_rolling_token_windows(ids, prefix, max_seq_len=protocol.context, context_len=1):
             context, continuation = make_disjoint_window(pair)
             width = len(context) + len(continuation)
-            rows.append(
-                context + continuation + [prefix] * (protocol.context + 1 - width)
-            )  # causal: what follows changes nothing
+            # Causal: what follows changes nothing.
+            rows.append(context + continuation + [prefix] * (protocol.context + 1 - width))
             scored.append([len(context) <= position < width for position in range(1, protocol.context + 1)])
             owner.append(index)
         words.append(process_results({"page": page}, (0.0,))["word_perplexity"][1])
@@ -175,10 +174,8 @@ class _Cutter:
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> Tensor:
-    limit, tokenizer.model_max_length = (
-        tokenizer.model_max_length,
-        1 << 62,
-    )  # no warning: the text is cut into windows here
+    # No warning: the text is cut into windows here.
+    limit, tokenizer.model_max_length = (tokenizer.model_max_length, 1 << 62)
     try:
         return torch.tensor(tokenizer(text, add_special_tokens=add_special_tokens).input_ids, dtype=torch.long)
     finally:

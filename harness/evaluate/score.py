@@ -52,9 +52,8 @@ class _Diverging:
         kld_N = torch.linalg.vecdot(p_NV, difference_NV) - reference_lse_N + model_lse_N
         self.kld_N.append(kld_N.double().cpu())
         first_N = model_NV.gather(1, reference_top_N[:, None]).squeeze(1)
-        self.same_top_N.append(
-            (first_N == model_NV.amax(dim=-1)).cpu()
-        )  # amax: argmax over a vocabulary is ten times slower
+        # Amax: argmax over a vocabulary is ten times slower.
+        self.same_top_N.append((first_N == model_NV.amax(dim=-1)).cpu())
 
     def summary(self, scored_NP: Tensor) -> Divergence:
         """`scored_NP`: which predictions of each window count."""

@@ -126,9 +126,8 @@ class Plan:
 
     @property
     def key(self) -> str:
-        tasks = (
-            [[task.key for task in self.tasks]] if self.tasks else []
-        )  # absent rather than empty: a run without has the folder it had
+        # Absent rather than empty: a run without has the folder it had.
+        tasks = [[task.key for task in self.tasks]] if self.tasks else []
         return digest([[cell.key for cell in self.cells], [protocol_key(p) for p in self.protocols], *tasks])[:12]
 
 

@@ -16,9 +16,8 @@ import numpy as np
 TOLERANCE = 1e-6  # of the solver, relative to the cost of the plan
 
 
-NODES = (
-    20_000  # of the branch-and-bound tree: a limit that cuts every machine off at the same plan, as seconds would not
-)
+# Of the branch-and-bound tree: a limit that cuts every machine off at the same plan, as seconds would not.
+NODES = 20_000
 
 
 def choose(bits: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], capacity: int) -> tuple[list[int], float]:
@@ -31,9 +30,8 @@ def choose(bits: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], capa
     spare = capacity - sum(row[front[0]] for row, front in zip(bits, fronts, strict=True))
     if spare < 0:
         raise ValueError("no choice fits the budget")
-    more = [
-        np.array([row[i] - row[front[0]] for i in front]) for row, front in zip(bits, fronts, strict=True)
-    ]  # bits over the least
+    # Bits over the least.
+    more = [np.array([row[i] - row[front[0]] for i in front]) for row, front in zip(bits, fronts, strict=True)]
     cost = [np.array([row[i] for i in front]) for row, front in zip(costs, fronts, strict=True)]
     picks, bound, price = lagrangian(more, cost, spare)
     if _total(cost, picks) > bound:

@@ -50,9 +50,8 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
         if kept > KEPT_BYTES:  # then one block's, and the states in front of all
             kept = kept // len(stock.blocks) + width * len(stock.blocks) * hidden * dtype_bytes
         factors = sum(_rank(cell.method, layer) * (layer.in_features + layer.out_features) for layer in stock.layers)
-        training = (
-            kept + 5 * 4 * width * vocabulary + 4 * 4 * factors
-        )  # value, gradient and the optimiser's two moments
+        # Value, gradient and the optimiser's two moments.
+        training = kept + 5 * 4 * width * vocabulary + 4 * 4 * factors
     scoring = BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(HEAD_LOGITS, vocabulary)
     python = 0.6 * 2**30  # interpreter, torch and transformers
     return (model + max(measuring, compressing, training, scoring) + python) / 2**30

@@ -43,10 +43,8 @@ from harness.progress import Progress, silent
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import prepare
 
-HESSIAN_TOKENS, GRADIENT_TOKENS = (
-    4096,
-    1024,
-)  # of the calibration's, in whole windows; twice as many move a layer's cost by a tenth
+# Of the calibration's, in whole windows; twice as many move a layer's cost by a tenth.
+HESSIAN_TOKENS, GRADIENT_TOKENS = (4096, 1024)
 RANDOM_CONTEXT = 512
 HEAD_TOKENS = 256  # through the head at once: a handful of copies of their logits are held
 DAMP = 0.01  # share of mean diag(H), as in compression
@@ -236,9 +234,8 @@ class _Squares:
         self.square_O: dict[str, Tensor] = {}
 
     def __call__(self, name: str, x: Tensor, out: Tensor) -> None:
-        self.square_O.setdefault(
-            name, torch.zeros(out.shape[-1], device=out.device)
-        )  # stays zero if no loss depends on it
+        # Stays zero if no loss depends on it.
+        self.square_O.setdefault(name, torch.zeros(out.shape[-1], device=out.device))
         out.register_hook(partial(self._backward, name))
 
     def _backward(self, name: str, gradient: Tensor) -> None:

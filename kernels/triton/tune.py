@@ -30,9 +30,8 @@ SHAPES = ((28672, 8192), (11008, 4096), (4096, 4096))
 NOISE = 0.98
 ROUNDS = 15
 DEVICE = "cuda"
-CACHES = (
-    4  # last caches that copies of one layer take: nothing else runs in between, and a GPU's is not emptied in order
-)
+# Last caches that copies of one layer take: nothing else runs in between, and a GPU's is not emptied in order.
+CACHES = 4
 
 
 def candidates(form: Form, batch: int) -> Iterator[launch.Launch]:

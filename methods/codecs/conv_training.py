@@ -73,9 +73,8 @@ def fit_conv(
         tensors |= {f"scales.{name}": tensor for name, tensor in scales.stored.items()}
         unit = scales.scale_OI
     target_NYX = to_patches(rest_OI / unit, layout.patch)
-    cost_NYX = to_patches(
-        cost_OI * unit.square(), layout.patch
-    )  # an error of a scaled entry costs scale^2, one of padding nothing
+    # An error of a scaled entry costs scale^2, one of padding nothing.
+    cost_NYX = to_patches(cost_OI * unit.square(), layout.patch)
     cost_NYX /= cost_NYX.mean().clamp_min(torch.finfo(torch.float32).tiny)
     with exact_convolutions():
         code_NCYX, network = _train(target_NYX, cost_NYX, layout, steps, sweeps, torch.Generator().manual_seed(seed))

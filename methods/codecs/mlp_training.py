@@ -25,10 +25,8 @@ from kernels.formats.mlp_table import MlpTable
 from methods.codecs.kmeans import kmeans, nearest
 
 STEPS_PER_BATCH = 20  # Adam steps on the means of one assignment
-FIRST_BATCH, LAST_BATCH = (
-    4,
-    12,
-)  # vectors per entry in the first and in the last batch: the later, the finer the gradient must be
+# Vectors per entry in the first and in the last batch: the later, the finer the gradient must be.
+FIRST_BATCH, LAST_BATCH = (4, 12)
 SMALLEST_BATCH = 16384
 SAMPLE_1D, ITERATIONS_1D = 8192, 30  # of the scalar codebooks it starts from
 RATE, WARM_UP, LAST_RATE = 2e-2, 0.02, 0.02  # Adam's rate, cosine to a fiftieth

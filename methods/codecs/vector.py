@@ -18,13 +18,10 @@ from methods.codecs.kmeans import kmeans, nearest
 
 SAMPLE = 16384  # vectors a codebook is fitted on, at least; and SAMPLE_PER_ENTRY for each of its entries
 SAMPLE_PER_ENTRY = 128
-COLD_ITERATIONS, WARM_ITERATIONS = (
-    15,
-    4,
-)  # of Lloyd's algorithm, from k-means++ and from the codebook of a similar matrix
-TABLE_SAMPLE = (
-    128  # of a table that many matrices share: vectors per entry, of all of them; with 64 it is 5 % worse on others
-)
+# Of Lloyd's algorithm, from k-means++ and from the codebook of a similar matrix.
+COLD_ITERATIONS, WARM_ITERATIONS = (15, 4)
+# Of a table that many matrices share: vectors per entry, of all of them; with 64 it is 5 % worse on others.
+TABLE_SAMPLE = 128
 MEASURED = 512  # entries of the longest codebook that an estimate is measured for
 TINY = 2.0**-20  # an all-zero block still needs a scale to divide by
 

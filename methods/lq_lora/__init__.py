@@ -39,9 +39,8 @@ LEVELS = 16  # storage levels of the default grid
 TABLE_ROUNDS = 3  # of the alternation, when only its error is wanted
 FIRST = ("lowrank", "quantised")
 FLOOR = 0.1  # least weight of a row or column, in units of their root mean square
-SPREAD = (
-    0.5  # standard deviation of the logarithm of the rows' sizes, in the matrix that configurations are compared on
-)
+# Standard deviation of the logarithm of the rows' sizes, in the matrix that configurations are compared on.
+SPREAD = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +52,8 @@ class LQLoRA(Adapted):
     first: str = "lowrank"  # half of a round that is done first
     rounds: int = 10
     tolerance: float = 1e-3  # stop at a smaller relative gain
-    grid: str = (
-        "levels"  # "paper": all 243 configurations, "released": the code's 432; otherwise at most LEVELS of them
-    )
+    # "paper": all 243 configurations, "released": the code's 432; otherwise at most LEVELS of them.
+    grid: str = "levels"
     bits: int | None = None
     block: int | None = None
     lora_rate: float = 5e-4  # factors that start fitted are many times larger than LoRA's own

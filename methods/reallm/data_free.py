@@ -20,11 +20,8 @@ from methods.reallm.alternation import alternate
 from methods.reallm.base import SharedCodebooks
 
 CONV: dict[str, Option] = dict(patch=64, latent_bits=2, stages=1, width=12, weight_bits=6, block=64, reorder=True)
-CONV_CHANNELS = (
-    2,
-    3,
-    4,
-)  # of the latents: 1, 1.5 and 2 bits a weight; at more they lose to vectors wherever it was tried
+# Of the latents: 1, 1.5 and 2 bits a weight; at more they lose to vectors wherever it was tried.
+CONV_CHANNELS = (2, 3, 4)
 # `unlikeness` of rows beyond which no decoder has been seen to beat vectors: none is trained for an estimate.
 CONV_UNLIKE = 0.85
 CONV_STEPS, CONV_SWEEPS = 200, 3  # of training a convolutional decoder

@@ -87,9 +87,8 @@ def test_it_decodes_by_its_definition():
     spec = CONV | dict(patch=4, latent_channels=1, latent_bits=2, stages=0, width=1, levels="uniform", scales="none")
     layer = PackedLinear.from_spec(spec | dict(out_features=4, in_features=4), "cpu")
     codes = torch.randint(0, 4, (1, 16), generator=torch.Generator().manual_seed(0))
-    weights = torch.tensor(
-        [[30, 15, 15, 15, 15, 30, 0, 15, 15, 15]]
-    )  # of 31 levels from -1 to 1: stem 1; head 1 and -1
+    # Of 31 levels from -1 to 1: stem 1; head 1 and -1.
+    weights = torch.tensor([[30, 15, 15, 15, 15, 30, 0, 15, 15, 15]])
     layer.fill(
         latents=pack(codes, 2)[0],
         weights=pack(weights, 5)[0],

@@ -126,9 +126,8 @@ def test_columns_are_ordered_greedily_and_once_each(weight):
             distance = [(rows[:, c] - mean).square().sum().item() for c in left]
             taken.append(left.pop(distance.index(min(distance))))
         assert sorted(band.tolist()) == list(range(80))
-        assert (
-            sum(a != b for a, b in zip(band.tolist(), taken, strict=True)) <= 8
-        )  # ties between equal columns, and rounding
+        # Ties between equal columns, and rounding.
+        assert sum(a != b for a, b in zip(band.tolist(), taken, strict=True)) <= 8
 
 
 def test_vectors_along_columns_are_vectors_along_rows_of_the_transposed_matrix(weight):
@@ -216,9 +215,8 @@ def test_calibrated_beats_gptq_at_equal_bits(name, inputs, weights):
     weight = weights[f"model.layers.3.{name}.weight"]
     hessian, held_out = (x.flatten(0, 1).T @ x.flatten(0, 1) for x in inputs[name].split(6))
     reallm = compress("reallm", weight, hessian, rank=1).packed
-    assert (
-        reallm.stored_bits().total < (3 + 16 / 60) * weight.numel()
-    )  # 3.20 bits on the smaller one, 0.02 of them its codebook
+    # 3.20 bits on the smaller one, 0.02 of them its codebook.
+    assert reallm.stored_bits().total < (3 + 16 / 60) * weight.numel()
     gptq = decode_uniform("gptq", weight, hessian, group=60)
     assert layer_error(weight, reallm.decode(), held_out) < layer_error(weight, gptq, held_out)
 

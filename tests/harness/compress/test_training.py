@@ -62,9 +62,8 @@ def test_training_lowers_the_loss_on_other_text(text, two_blocks, tokens, tmp_pa
     assert (report.steps, report.tokens, len(report.losses)) == (6, 12 * 64, 6)
     assert held_out(compressed.model, tokens) < before
     assert compressed.ledger() == bits
-    assert all(
-        torch.equal(layer.decode_base(), base[name]) for name, layer in compressed.packed.items()
-    )  # only what may be was trained
+    # Only what may be was trained.
+    assert all(torch.equal(layer.decode_base(), base[name]) for name, layer in compressed.packed.items())
     compressed.save(tmp_path / "saved")
     reloaded = CompressedModel.load(tmp_path / "saved", "cpu", torch.float32)
     with torch.no_grad():

@@ -37,9 +37,8 @@ def test_killed_at_five_random_moments_the_same_command_goes_on(truncated, asset
     duration = time.monotonic() - begin
 
     moments = sorted(random.SystemRandom().uniform(0.1, 0.75) * duration for _ in range(5))
-    print(
-        "killed after", [round(moment, 2) for moment in moments], "s of", round(duration, 2)
-    )  # shown when the test fails
+    # Shown when the test fails.
+    print("killed after", [round(moment, 2) for moment in moments], "s of", round(duration, 2))
     seen = set()
     for moment in moments:
         process = start("killed", "b")

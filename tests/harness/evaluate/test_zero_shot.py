@@ -292,9 +292,8 @@ def test_a_run_with_tasks(truncated, finished_cache, tmp_path):
     rows = read_rows(tmp_path / "two")
     before = read_rows(tmp_path / "bare")
     for label, row in rows.items():
-        assert all(
-            row[name] == value for name, value in before[label].items() if name != "peak_ram_gib"
-        )  # cells and scores are as they were
+        # Cells and scores are as they were.
+        assert all(row[name] == value for name, value in before[label].items() if name != "peak_ram_gib")
         assert row["provisional"] == "first 6 items of every task" and row["status"] == "ok"
         assert float(row["acc_average"]) == pytest.approx(
             (float(row["acc_norm_piqa"]) + float(row["acc_winogrande"])) / 2

@@ -99,9 +99,8 @@ def test_estimated_costs_are_those_of_the_packed_layer(method, reference, tokens
             for c in considered(parsed, layer, Fraction(13, 4))
             if 2.5 < c.stored_bits(layer).total / layer.weights < 4.5
         ]
-        configs = [
-            c for c in configs if not c.table_key or c["index_bits"] <= 9
-        ]  # longer ones take half a minute to fit
+        # Longer ones take half a minute to fit.
+        configs = [c for c in configs if not c.table_key or c["index_bits"] <= 9]
         configs = configs[:: max(1, len(configs) // 5)]
         estimates = parsed.expected_costs(weight, measured[name], layer, configs, seed=0)
         for config, estimate in zip(configs, estimates, strict=True):
