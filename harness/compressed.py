@@ -172,13 +172,6 @@ def _key(slug: str) -> str:
     return slug.replace("/", ".")
 
 
-def install(model: nn.Module, name: str, packed: PackedLinear) -> None:
-    """Put a packed layer in the place of a linear one, keeping its bias."""
-    bias = getattr(model.get_submodule(name), "bias", None)
-    packed.set_bias(bias)
-    model.set_submodule(name, packed)
-
-
 def round_rest(model: PreTrainedModel, stock: Inventory, half: torch.dtype) -> None:
     """Round everything that is not a block linear to its stored 16 bits, so that calibration sees what scoring will
     see."""

@@ -16,11 +16,13 @@ from pathlib import Path
 from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
 from kernels.formats.stored import StoredBits
 
-FILL_TOLERANCE = Fraction(2, 100)  # bits per weight a plan may leave unused before its row says `underspent`
+FILL_TOLERANCE = Fraction(2, 100)  # bits per weight an allocation may leave unused before its row says `underspent`
 
 
 @dataclass(frozen=True)
 class Ledger:
+    """The bits of a model's block weights, and how many weights they stand for."""
+
     bits: StoredBits  # packed layers
     uncovered_bits: int  # block weights no method covers, at 16 bits
     weights: int
@@ -36,20 +38,18 @@ class Ledger:
     def stored_bpw(self) -> float:
         return self.bpw(self.stored_bits)
 
-    @property
-    def code_bpw(self) -> float:
-        return self.bpw(self.bits.codes)
-
     def fits(self, budget: Fraction) -> bool:
         return self.stored_bits <= budget * self.weights
 
 
-def planned(plan: Mapping[str, LayerConfig], layers: Iterable[LayerSpec], uncovered_bits: int, weights: int) -> Ledger:
-    """What a plan will store, from shapes alone."""
+def planned(
+    configs: Mapping[str, LayerConfig], layers: Iterable[LayerSpec], uncovered_bits: int, weights: int
+) -> Ledger:
+    """What layers of these configurations will store, from shapes alone."""
     total = StoredBits()
     for layer in layers:
-        total += plan[layer.name].stored_bits(layer)
-    total += shared_bits(plan.values())
+        total += configs[layer.name].stored_bits(layer)
+    total += shared_bits(configs.values())
     return Ledger(total, uncovered_bits, weights)
 
 

@@ -67,7 +67,7 @@ def parse_method(text: str) -> Method:
         key, _, value = part.partition("=")
         if key not in options:
             raise ValueError(
-                f"method '{text}' has no option '{key}': {_where(key, method) or suggestion(key, options)}"
+                f"method '{name}' has no option '{key}': {_where(key, method) or suggestion(key, options)}"
             )
         values[key] = _parse_value(text, key, hints[key], value)
     try:

@@ -20,6 +20,8 @@ SHARE = 64  # of a matrix's shorter side is one component: rank 64 on Llama-2-7B
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted(Method):
+    """A mixin: the configurations of the method it is combined with, with adapters added."""
+
     track: ClassVar[Track] = Track.FINE_TUNED
     seeded: ClassVar[bool] = True
 

@@ -293,6 +293,7 @@ def codec_versions(method: type[Method]) -> dict[str, int]:
 
     Those are its own modules and what they import, at module level, from `methods` and the formats. A module without
     a `VERSION` is at 1, and one at 1 is left out: a codec's first change does not touch the keys of methods without it.
+    A module is found through a function or class that is imported from it, not through its constants.
     """
     own = (sys.modules[cls.__module__] for cls in method.__mro__ if issubclass(cls, Method))
     found: dict[str, int] = {}
@@ -313,7 +314,9 @@ def _imported(module: ModuleType) -> Iterator[ModuleType]:
     """Modules of `methods` and of the formats that a module takes names from."""
     formats = PackedLinear.__module__.rpartition(".")[0]
     packages = (__name__.rpartition(".")[0] + ".", formats + ".")
+    # What every method imports says nothing of what one stores.
+    common = (__name__, LayerConfig.__module__)
     for value in list(vars(module).values()):
         name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-        if isinstance(name, str) and name.startswith(packages) and name != __name__ and name in sys.modules:
+        if isinstance(name, str) and name.startswith(packages) and name not in common and name in sys.modules:
             yield sys.modules[name]

@@ -16,6 +16,8 @@ from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, 
 
 @dataclass(frozen=True, kw_only=True)
 class Half(Method):
+    """The weights at 16 bits."""
+
     name: ClassVar[str] = "fp16"
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.DATA_FREE

@@ -29,6 +29,8 @@ from methods.uniform_grid import UniformGridMethod
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(UniformGridMethod):
+    """Error feedback on uniform grids."""
+
     name: ClassVar[str] = "gptq"
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.CALIBRATED

@@ -26,6 +26,8 @@ from methods.vector_quantised import VectorQuantised
 
 @dataclass(frozen=True, kw_only=True)
 class GPTVQ(VectorQuantised):
+    """Error feedback on a vector codebook of each matrix's own."""
+
     name: ClassVar[str] = "gptvq"
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.CALIBRATED

@@ -27,6 +27,8 @@ BLOCKS = (8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 256)
 
 @dataclass(frozen=True, kw_only=True)
 class NormalFloat(Method):
+    """Quantiles of a normal distribution under absmax block scales."""
+
     name: ClassVar[str] = "nf"
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.DATA_FREE

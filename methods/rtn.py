@@ -13,6 +13,8 @@ from methods.uniform_grid import UniformGridMethod
 
 @dataclass(frozen=True, kw_only=True)
 class RoundToNearest(UniformGridMethod):
+    """The nearest level of a grid per group."""
+
     name: ClassVar[str] = "rtn"
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.DATA_FREE

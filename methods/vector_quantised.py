@@ -101,7 +101,7 @@ class VectorQuantised(Method):
         return {}
 
     def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
-        """At equal index bits longer vectors, then smaller blocks, then the largest rank that fits."""
+        """Index bits first; at equal ones longer vectors, then smaller blocks, then the largest rank that fits."""
         total = super().preference(config, bits, weights)[1]
         return (config["index_bits"] / config["dim"], config["dim"], -config["block"], total)
 

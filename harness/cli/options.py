@@ -205,7 +205,7 @@ def build_plan(
         half,
         arguments.allocate,
     )
-    if not from_config:
+    if not from_config and not getattr(arguments, "fresh", False):
         adopt(plan.cells, say)
     return replace(plan, tasks=request.tasks), stock, model
 

@@ -1,8 +1,4 @@
-"""Streams calibration tokens through the model one block at a time.
-
-`BlockInputs` records what every block receives besides its hidden state (masks, rotary angles), once, without running
-any block. `BlockRun` is one block as a method sees it: which layers share an input, the Hessian of an input, replacing
-a layer."""
+"""One block as a method sees it: which layers share an input, the Hessian of an input, replacing a layer."""
 
 from __future__ import annotations
 

@@ -150,9 +150,7 @@ def _adapted(compressed: CompressedModel, adaptation: Adaptation, seed: int) -> 
 
     packed = {name: layer for name, layer in compressed.packed.items() if layer.rank}
     if not packed:
-        raise ValueError(
-            "no layer of this plan has a low-rank part to train: write rank=8, say, among the method's options"
-        )
+        raise ValueError("no layer has a low-rank part to train: write rank=8, say, among the method's options")
     ranks = {name: layer.rank for name, layer in packed.items()}
     config = LoraConfig(  # alpha = rank: the product of the factors is what is added, as in the stored form
         r=1,

@@ -118,6 +118,8 @@ class Training(Record):
 
 @dataclass(frozen=True)
 class Profile:
+    """Protocols, calibration and training that go together."""
+
     protocols: tuple[str, ...]
     calibration: Calibration
     training: Training

@@ -1,12 +1,8 @@
 """Choosing a configuration per layer so that a whole model fits a stored-bit budget: one service for every method.
 
 `uniform` gives all layers the same configuration. `mixed` minimises the predicted divergence (harness.plan.sensitivity)
-over all choices, a multiple-choice knapsack:
-
-    min sum_l cost_l(c_l)   subject to   sum_l bits_l(c_l) <= budget * weights
-
-solved as an integer programme by HiGHS. Two lower bounds say how far from the optimum a plan can be: the solver's own,
-and the Lagrangian dual, computed here without it (Kellerer, Pferschy, Pisinger, Knapsack Problems, ch. 11)."""
+over all choices, a multiple-choice knapsack (harness.plan.knapsack) in which a table that layers share is a fixed
+charge."""
 
 from __future__ import annotations
 
@@ -32,22 +28,24 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Allocation:
+    """Which configuration every layer gets, what that stores, and what it is expected to cost."""
+
     layers: dict[str, LayerConfig]
     ledger: Ledger
-    predicted: float | None = None  # cost of the plan: nats per token for a calibrated method
-    bound: float | None = None  # no plan of the considered configurations costs less under the budget
+    predicted: float | None = None  # cost of the whole: nats per token for a calibrated method
+    bound: float | None = None  # no allocation of the considered configurations costs less under the budget
 
     @property
     def gap(self) -> float | None:
-        """Share of the cost by which the best possible plan may be better."""
+        """Share of the cost by which the best possible allocation may be better."""
         if self.predicted is None or self.bound is None:
             return None
         return max(0.0, self.predicted - self.bound) / self.predicted if self.predicted > 0 else 0.0
 
 
 def common_candidates(method: Method, stock: Inventory) -> list[tuple[dict[str, LayerConfig], Ledger]]:
-    """Every plan of one configuration for all layers (up to what `Method.family` leaves out), and what a whole model
-    then stores."""
+    """Every allocation of one configuration for all layers (up to what `Method.family` leaves out), and what a whole
+    model then stores."""
     representatives = alike(stock)
     own = {
         key: {method.family(config): config for config in method.candidates(layer)}
@@ -55,9 +53,9 @@ def common_candidates(method: Method, stock: Inventory) -> list[tuple[dict[str, 
     }
     found = []
     for family in next(iter(own.values())):
-        if all(family in configs for configs in own.values()):
-            plan = {layer.name: own[sort_of(layer)][family] for layer in stock.layers}
-            found.append((plan, planned(plan, stock.layers, stock.uncovered_bits, stock.weights)))
+        if all(family in of_sort for of_sort in own.values()):
+            configs = {layer.name: own[sort_of(layer)][family] for layer in stock.layers}
+            found.append((configs, planned(configs, stock.layers, stock.uncovered_bits, stock.weights)))
     return found
 
 
@@ -67,13 +65,15 @@ def uniform(method: Method, stock: Inventory, budget: Fraction | None) -> Alloca
     Raises BudgetError with the least the method reaches.
     """
     found = common_candidates(method, stock)
-    fitting = [(plan, ledger) for plan, ledger in found if budget is None or not method.budgeted or ledger.fits(budget)]
+    fitting = [
+        (configs, ledger) for configs, ledger in found if budget is None or not method.budgeted or ledger.fits(budget)
+    ]
     if not fitting:
         least = min((ledger.stored_bpw for _, ledger in found), default=math.inf)
         raise _least(method, least)
     first = stock.layers[0].name
-    plan, ledger = max(fitting, key=lambda item: method.preference(item[0][first], item[1].bits, item[1].weights))
-    return Allocation(plan, ledger)
+    configs, ledger = max(fitting, key=lambda item: method.preference(item[0][first], item[1].bits, item[1].weights))
+    return Allocation(configs, ledger)
 
 
 def require_mixable(method: Method, stock: Inventory, budget: Fraction) -> None:
@@ -96,30 +96,29 @@ def require_mixable(method: Method, stock: Inventory, budget: Fraction) -> None:
 
 
 def mixed(stock: Inventory, budget: Fraction, costs: Mapping[str, Mapping[LayerConfig, float]]) -> Allocation:
-    """The plan of least total cost under the budget. `costs` holds every layer's candidates; the bound is over
+    """The allocation of least total cost under the budget. `costs` holds every layer's candidates; the bound is over
     these."""
     capacity = math.floor(budget * stock.weights) - stock.uncovered_bits
     names = [layer.name for layer in stock.layers]
     require_finite(own.values() for own in costs.values())
-    configs, floor = _without_idle_tables(stock.layers, [costs[name] for name in names], capacity)
+    offers, floor = _without_idle_tables(stock.layers, [costs[name] for name in names], capacity)
     bits = [
-        [config.stored_bits(layer).total for config in own] for layer, own in zip(stock.layers, configs, strict=True)
+        [config.stored_bits(layer).total for config in own] for layer, own in zip(stock.layers, offers, strict=True)
     ]
-    room = capacity - shared_bits(config for own in configs for config in own).total
-    picks, bound = choose(
-        bits, [[costs[name][config] for config in own] for name, own in zip(names, configs, strict=True)], room
-    )
-    plan = {name: own[pick] for name, own, pick in zip(names, configs, picks, strict=True)}
-    predicted = math.fsum(costs[name][config] for name, config in plan.items())
-    ledger = planned(plan, stock.layers, stock.uncovered_bits, stock.weights)
-    return Allocation(plan, ledger, predicted, bound if floor is None else floor)
+    room = capacity - shared_bits(config for own in offers for config in own).total
+    offer_costs = [[costs[name][config] for config in own] for name, own in zip(names, offers, strict=True)]
+    picks, bound = choose(bits, offer_costs, room)
+    configs = {name: own[pick] for name, own, pick in zip(names, offers, picks, strict=True)}
+    predicted = math.fsum(costs[name][config] for name, config in configs.items())
+    ledger = planned(configs, stock.layers, stock.uncovered_bits, stock.weights)
+    return Allocation(configs, ledger, predicted, bound if floor is None else floor)
 
 
 def _without_idle_tables(
     layers: Sequence[LayerSpec], costs: Sequence[Mapping[LayerConfig, float]], capacity: int
 ) -> tuple[list[list[LayerConfig]], float | None]:
     """Every layer's configurations less those whose shared table is not worth its bits, and a bound on the cost of any
-    plan with any tables (None where none are on offer).
+    allocation with any tables (None where none are on offer).
 
     A table is a fixed charge. At the price of a bit (the Lagrange multiplier) it is worth what its users save on their
     own best choices without it; the least worth is dropped first, until all that are left save more than they take."""

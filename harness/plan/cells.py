@@ -29,7 +29,7 @@ ARTIFACT_VERSION = 2
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in what arithmetic a cell runs. Dtype and kind of device are part of its key, threads are recorded."""
+    """Where and in what arithmetic a cell runs. Dtype and type of device are part of its key, threads are recorded."""
 
     device: str
     dtype: str
@@ -114,6 +114,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
+    """The cells of a run, and what they are scored by."""
+
     cells: tuple[Cell, ...]
     protocols: tuple[Protocol, ...]
     tasks: tuple[Task, ...] = ()

@@ -22,8 +22,6 @@ from kernels.formats.layer import LayerConfig, LayerSpec
 from methods.base import Method, Sensitivity, layer_seed
 
 REACH = 2.0  # bits per weight from the budget beyond which a configuration is not considered for any layer
-
-
 SAVE_SECONDS = 20.0  # between two writes of a file of costs
 
 
@@ -95,9 +93,9 @@ class CostCache:
 
 def _median(measured: Mapping[str, Sensitivity], weight_OI: Tensor) -> Sensitivity:
     shape = tuple(weight_OI.shape)
-    alike = [s for s in measured.values() if (len(s.row_O), len(s.column_I)) == shape] or list(measured.values())
+    same_shape = [s for s in measured.values() if (len(s.row_O), len(s.column_I)) == shape] or list(measured.values())
     row, column = (
         median(float(vector.mean()) for vector in vectors)
-        for vectors in zip(*((s.row_O, s.column_I) for s in alike), strict=True)
+        for vectors in zip(*((s.row_O, s.column_I) for s in same_shape), strict=True)
     )
     return Sensitivity(weight_OI.new_full(shape[:1], row), weight_OI.new_full(shape[1:], column))

@@ -13,10 +13,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-TOLERANCE = 1e-6  # of the solver, relative to the cost of the plan
-
-
-# Of the branch-and-bound tree: a limit that cuts every machine off at the same plan, as seconds would not.
+TOLERANCE = 1e-6  # of the solver, relative to the cost of the choice
+# Of the branch-and-bound tree: a limit that cuts every machine off at the same choice, as seconds would not.
 NODES = 20_000
 
 
@@ -51,7 +49,7 @@ def require_finite(costs: Iterable[Iterable[float]]) -> None:
 
 
 def _pareto(bits: Sequence[int], costs: Sequence[float]) -> list[int]:
-    """Indices by rising bits and strictly falling cost; the others are never part of a best plan."""
+    """Indices by rising bits and strictly falling cost; the others are never part of a best choice."""
     front: list[int] = []
     for index in sorted(range(len(bits)), key=lambda i: (bits[i], costs[i])):
         if not front or costs[index] < costs[front[-1]]:
@@ -102,7 +100,7 @@ def _highs(
     its limits.
 
     It works in floating point, on costs in `unit`s, and may overstep the budget by its tolerance; bits are counted
-    again, and the room it is given shrinks by what it overstepped until its plan fits exactly."""
+    again, and the room it is given shrinks by what it overstepped until its choice fits exactly."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_matrix
 

@@ -11,7 +11,7 @@ Martens & Grosse, arXiv 1503.05671, cut down):
     row_o = mean g_o^2,   column_i = 1 / [H^-1]_ii given later columns
 
 The forward pass collects H; on the way back each block is run once more with gradients, from the states kept in front
-of it. Measured on the original model, so that a plan does not depend on itself.
+of it. Measured on the original model, so that an allocation does not depend on itself.
 
 A data-free method may not look at text. Its layers are measured on token ids drawn uniformly (as Malinovskii et al.,
 arXiv 2411.17525, do), without error feedback (column_i = mean x_i^2), and only the mean of either vector is kept: such

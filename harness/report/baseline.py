@@ -16,8 +16,8 @@ from harness.report.sheet import GOOD, label
 
 Rows = dict[str, dict[str, str]]
 # The reference has no choices to make. A quantiser's roundings may fall differently in another CPU's arithmetic, and
-# one code that flips early moves everything behind it, as does a near-tie of a mixed plan. On three windows of two
-# texts, two machines were up to 4.9 % apart (rtn; gptq 3.9 %, nf 2.2 %).
+# one code that flips early moves everything behind it, as does a near-tie of a mixed allocation. On three windows of
+# two texts, two machines were up to 4.9 % apart (rtn; gptq 3.9 %, nf 2.2 %).
 REFERENCE_TOLERANCE = 0.002
 TOLERANCE = 0.08
 STORED_TOLERANCE = 1e-9
@@ -52,8 +52,8 @@ def compare(rows: Rows, baseline: Rows, tolerance: float = TOLERANCE) -> list[st
         if now.get("status", "ok") not in GOOD:
             problems.append(f"{name}: {now['status']} ({now.get('reason', '')})")
             continue
-        # A mixed plan rests on a measurement, and may fall differently in another CPU's arithmetic too; both fill the
-        # budget.
+        # A mixed allocation rests on a measurement, and may fall differently in another CPU's arithmetic too; both fill
+        # the budget.
         exact = before.get("allocate") != "ilp"
         if not _close(
             now["stored_bpw"], before["stored_bpw"], STORED_TOLERANCE, 0.0 if exact else float(FILL_TOLERANCE)

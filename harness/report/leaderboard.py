@@ -60,7 +60,7 @@ def write_leaderboard(
         text = means + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
     if mixed := _mixed_layers(plan, reports):
         text += (
-            "\nStored bits per weight of each kind of matrix, mean (least to most); every matrix is in `cells/`:\n\n"
+            "\nStored bits per weight of each role of matrix, mean (least to most); every matrix is in `cells/`:\n\n"
         )
         sheets.append(allocation_sheet({label(row): mixed[str(row["cell"])] for row in rows if row["cell"] in mixed}))
         text += sheets[1].markdown()

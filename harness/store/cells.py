@@ -1,7 +1,7 @@
 """Results by content key: one folder per artifact, every file in it whole or absent.
 
 <key>/spec.json          what the cell was last asked for
-<key>/allocation.json    what every layer will be stored as, where the cell itself decided
+<key>/allocation.json    what every layer will be stored as, where the cell itself decided (earlier: plan.json)
 <key>/blocks/            finished blocks of an unfinished compression
 <key>/packed.safetensors ... packed.json      harness.compressed
 <key>/adapter/           of a trained method: its adapters as peft saves them

@@ -1,7 +1,7 @@
 // Fused decode-and-multiply on packed layers: y[b, o] = row_scale[o] * sum_i (base[o, i] + left[o] . right[:, i]) x[b, i] + bias[o],
 // with the base decoded in registers and never in memory.
 //
-// Reads the stored layout as it is (kernels/bitpack.py): codes of `bits` bits in a little-endian stream, one stream per row. A block of 64
+// Reads the stored layout as it is (kernels/formats/bitpack.py): codes of `bits` bits in a little-endian stream, one stream per row. A block of 64
 // columns is 8 * bits whole bytes. One or two inputs are multiplied as a block is decoded; for more, a panel of a few rows is decoded into the
 // first-level cache and multiplied with all of them there. Compiled once per instruction set (kernels/cpu/build.py).
 //

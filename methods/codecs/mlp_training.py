@@ -128,8 +128,8 @@ def _product_quantiser(
 
 
 def _first_gains(table: MlpTable) -> list[float]:
-    """Of the random weights, over one by the root of the inputs: the output layer is next to nothing, the skip not
-    random."""
+    """Sizes of the random weights, over one by the root of the inputs: the output layer is next to nothing, the skip
+    not random."""
     if len(table.shapes) == 1:
         return [1.0]
     return [1.5, *[0.5] * (len(table.shapes) - 3), 0.05, 1.0]

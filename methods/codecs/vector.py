@@ -1,7 +1,7 @@
 """Vector codebooks under block scales: the numerics behind `CodebookLinear`.
 
 A matrix [O, I] divided by its block scales is a set of vectors of d consecutive rows of one column, `vector_JID` with
-V = ceil(O / d). Rows are padded with zeros up to a multiple of d, and padded entries weigh nothing.
+J = ceil(O / d). Rows are padded with zeros up to a multiple of d, and padded entries weigh nothing.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def absmax_scales(weight_OI: Tensor, block: int, form: ScaleForm) -> Scales:
 
 
 def to_vectors(matrix_OI: Tensor, dim: int) -> Tensor:
-    """[O, I] -> [V, I, D], rows padded with zeros."""
+    """[O, I] -> [J, I, D], rows padded with zeros."""
     rows, columns = matrix_OI.shape
     padded = torch.nn.functional.pad(matrix_OI, (0, 0, 0, -rows % dim))
     return padded.view(-1, dim, columns).transpose(1, 2)
 
 
 def from_vectors(vector_JID: Tensor, rows: int) -> Tensor:
-    """[V, I, D] -> [O, I], padding cut off."""
+    """[J, I, D] -> [O, I], padding cut off."""
     vectors, columns, dim = vector_JID.shape
     return vector_JID.transpose(1, 2).reshape(vectors * dim, columns)[:rows]
 
@@ -110,8 +110,8 @@ def fit_table(vector_ND: Tensor, weight_ND: Tensor, entries: int, seed: int, sta
     """A codebook [entries, D] of a `table_sample` by k-means; fp32 values of fp16 numbers. `start_KD` is that of other
     matrices: under their scales all are much alike."""
     if start_KD is None:  # most of the way on an eighth of the sample
-        few = len(vector_ND) // 8
-        start_KD = kmeans(vector_ND[:few], weight_ND[:few], entries, seed=seed, iterations=COLD_ITERATIONS)
+        eighth = len(vector_ND) // 8
+        start_KD = kmeans(vector_ND[:eighth], weight_ND[:eighth], entries, seed=seed, iterations=COLD_ITERATIONS)
     return (
         kmeans(vector_ND, weight_ND, entries, seed=seed, iterations=WARM_ITERATIONS, start_KD=start_KD).half().float()
     )

@@ -14,5 +14,7 @@ from methods.fp16 import Half
 
 @dataclass(frozen=True, kw_only=True)
 class HalfLoRA(Adapted, Half):
+    """The uncompressed model with adapters that start at zero."""
+
     name: ClassVar[str] = "fp16-lora"
     version: ClassVar[int] = 1

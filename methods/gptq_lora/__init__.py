@@ -16,6 +16,8 @@ from methods.gptq import GPTQ
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQLoRA(Adapted, GPTQ):
+    """GPTQ with adapters that start at zero."""
+
     name: ClassVar[str] = "gptq-lora"
     version: ClassVar[int] = 1
 

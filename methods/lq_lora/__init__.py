@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import ClassVar
 
@@ -45,6 +45,8 @@ SPREAD = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class LQLoRA(Adapted):
+    """NormalFloat with adapters fitted together with it."""
+
     name: ClassVar[str] = "lq-lora"
     version: ClassVar[int] = 1
 
@@ -151,12 +153,12 @@ def decompose(
     Each half of a round fits one part to what the stored form of the other leaves. The low-rank half is the best there
     is for its norm; rounding is not, so the error may rise: then the loop ends, and the best round is kept."""
     assert isinstance(packed, CodebookLinear) and packed.lowrank is not None
-    weigh: Callable[[Tensor], Tensor] = weighting or (lambda matrix_OI: matrix_OI)
+    weigh: Callable[[Tensor], Tensor] = weighting or _plain
     norm = float(weigh(weight_OI).norm()) or 1.0
     parts = {name: torch.zeros_like(weight_OI) for name in FIRST}
     fit = {
-        "lowrank": lambda rest_OI: _lowrank(rest_OI, packed, weighting, seed),
-        "quantised": lambda rest_OI: _quantised(rest_OI, packed),
+        "lowrank": partial(_lowrank, packed=packed, weighting=weighting, seed=seed),
+        "quantised": partial(_quantised, packed=packed),
     }
     order = (first, next(name for name in FIRST if name != first))
     best: dict[str, Tensor] = {}
@@ -173,6 +175,11 @@ def decompose(
         if done > 1 and not gain > tolerance * previous:
             break
     return best, {"rounds": done, "relative_error": best_error}
+
+
+def _plain(matrix_OI: Tensor) -> Tensor:
+    """The weighting of a method that weighs all errors alike."""
+    return matrix_OI
 
 
 def _lowrank(
@@ -209,9 +216,9 @@ def _config(bits: int, scale_bits: int, dtype: str, block: int, group: int) -> L
 
 @cache
 def _levels() -> tuple[LayerConfig, ...]:
-    """At most LEVELS of the configurations that are best for their bits on a normal matrix with rows of different
-    sizes, evenly spread. The paper's integer programme chooses among all; its choices are among these or next to one of
-    them."""
+    """Configurations of the default grid: at most LEVELS of those that are best for their bits on a normal matrix with
+    rows of different sizes, evenly spread. The paper's integer programme chooses among all; its choices are among these
+    or next to one of them."""
     generator = torch.Generator().manual_seed(0)
     matrix_OI = torch.randn(64, 1024, generator=generator) * (SPREAD * torch.randn(64, 1, generator=generator)).exp()
     found = []

@@ -15,6 +15,8 @@ from methods.nf import NormalFloat
 
 @dataclass(frozen=True, kw_only=True)
 class QLoRA(Adapted, NormalFloat):
+    """NormalFloat with adapters that start at zero."""
+
     name: ClassVar[str] = "qlora"
     version: ClassVar[int] = 1
 

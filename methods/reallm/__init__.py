@@ -3,5 +3,5 @@ autoencoder.
 
 The decoder is the identity by default, the form the released code uses for every language model it evaluates: Q is a
 k-means codebook over short vectors under block scales, plus a low-rank part. `decoder=mlp` and `decoder=conv` offer
-neural ones to the plan beside it. One file per algorithm; README.md lists the paper's claims, ours, each divergence,
-and maps its symbols to options."""
+neural ones to the allocation beside it. One file per algorithm; README.md lists the paper's claims, ours, each
+divergence, and maps its symbols to options."""

@@ -2,7 +2,8 @@
 share.
 
 `ReALLM` adds a low-rank part to vector quantisation. `SharedCodebooks` offers long codebooks, one for all matrices of a
-role or of the model, plain or drawn by a small perceptron, which the plan buys where they are worth their bits."""
+role or of the model, plain or drawn by a small perceptron, which the allocation buys where they are worth their
+bits."""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ from methods.reallm.tuning import Schedule, tune_block
 
 @dataclass(frozen=True, kw_only=True)
 class Blockwise(Calibrated):
+    """Calibrated, then tuned block by block."""
+
     algorithm: ClassVar[str] = "blockwise"
     track: ClassVar[Track] = Track.FINE_TUNED
     fewest_epochs: ClassVar[int] = 1

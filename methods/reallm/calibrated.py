@@ -29,6 +29,8 @@ FOLLOW_DAMP = 0.1  # share of mean diag(H)
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(SharedCodebooks):
+    """The default: vectors, codebooks and low-rank part chosen under the Hessian."""
+
     track: ClassVar[Track] = Track.CALIBRATED
 
     act_order: bool = True
@@ -37,11 +39,11 @@ class Calibrated(SharedCodebooks):
     follow: float = 0.5  # share of the inputs' drift that weights, and blocks as they are tuned, take back
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.decoder == "conv":
             raise ValueError(
                 "a convolutional decoder is trained on the weights alone: write reallm:data-free,decoder=conv"
             )
+        super().__post_init__()
         check_damp(self.damp)
         if self.refit < 0:
             raise ValueError("refit must not be negative")

@@ -1,6 +1,6 @@
 """`reallm:data-free`: the paper's alternation of SVD and vector quantisation, which looks at nothing but the weights.
 
-With `decoder=conv` a convolutional decoder per matrix is on offer to mixed plans, beside the vectors.
+With `decoder=conv` a convolutional decoder per matrix is on offer to mixed allocations, beside the vectors.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ CONV_STEPS, CONV_SWEEPS = 200, 3  # of training a convolutional decoder
 
 @dataclass(frozen=True, kw_only=True)
 class DataFree(SharedCodebooks):
+    """The alternation, and what it offers a mixed allocation."""
+
     algorithm: ClassVar[str] = "data-free"
     track: ClassVar[Track] = Track.DATA_FREE
     decoders: ClassVar[tuple[str, ...]] = ("identity", "mlp", "conv")

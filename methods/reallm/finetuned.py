@@ -14,6 +14,8 @@ from methods.reallm.blockwise import Blockwise
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuned(Blockwise):
+    """Tuned block by block, then trained end to end."""
+
     algorithm: ClassVar[str] = "finetuned"
     fewest_epochs: ClassVar[int] = 0
 

@@ -16,6 +16,8 @@ from methods.reallm.base import ReALLM
 
 @dataclass(frozen=True, kw_only=True)
 class Released(ReALLM):
+    """The alternation with column orders and row scales, at the authors' settings."""
+
     algorithm: ClassVar[str] = "released"
     track: ClassVar[Track] = Track.DATA_FREE
 

@@ -93,8 +93,8 @@ class TunedLinear(nn.Module):
 
 
 def tune_block(block: Block, packed: Mapping[str, CodebookLinear], schedule: Schedule, seed: int) -> dict[str, float]:
-    """Train the layers in place; they are left in the block as `TunedLinear`s, to be installed again. Returns {steps,
-    tokens, loss_before, loss_after}, losses as in `_errors`.
+    """Train the layers in place; they are left in the block as `TunedLinear`s, to be installed again. Returns
+    {tuning_steps, tuning_tokens, loss_before, loss_after}, losses as in `_errors`.
 
     The numbers of the epoch with the least loss over all windows are kept; the start is one of them, so tuning never
     hurts on them."""

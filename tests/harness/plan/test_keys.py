@@ -54,13 +54,16 @@ def test_an_option_added_with_its_default_changes_no_key():
         ("vector", {"gptvq", "reallm", "nf", "lq-lora", "qlora"}, {"rtn", "fp16"}),
         ("vector_feedback", {"gptvq", "reallm"}, {"gptq", "lq-lora"}),
         ("grids", {"rtn", "gptq", "gptq-lora"}, {"nf", "gptvq"}),
+        ("kernels.formats.scales", {"nf", "gptvq", "reallm", "lq-lora"}, {"fp16"}),
+        ("kernels.formats.order", {"reallm"}, {"rtn", "gptq", "fp16"}),
     ],
 )
 def test_a_change_of_a_codec_reaches_every_method_that_uses_it(codec, users, others, monkeypatch):
     classes = {name: METHODS.get(name) for name in METHODS}
     before = {name: cell(name).key for name in classes}
     codec_versions.cache_clear()
-    monkeypatch.setattr(sys.modules[f"methods.codecs.{codec}"], "VERSION", 2, raising=False)
+    module = codec if "." in codec else f"methods.codecs.{codec}"
+    monkeypatch.setattr(sys.modules[module], "VERSION", 2, raising=False)
     try:
         changed = {name for name in classes if cell(name).key != before[name]}
     finally:
