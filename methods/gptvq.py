@@ -19,28 +19,18 @@ from typing import ClassVar
 
 from kernels.formats.codebook import CodebookLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Track
-from methods.codecs.error_feedback import check_damp, prepare
+from methods.codecs.error_feedback import prepare
 from methods.codecs.vector_feedback import damped_hessian, quantise_vectors
-from methods.vector_quantised import VectorQuantised
+from methods.under_hessian import UnderHessian
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTVQ(VectorQuantised):
+class GPTVQ(UnderHessian):
     """Error feedback on a vector codebook of each matrix's own."""
 
     name: ClassVar[str] = "gptvq"
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.CALIBRATED
-
-    act_order: bool = True
-    damp: float = 0.1  # share of mean diag(H) added to it
-    refit: int = 6  # conjugate-gradient steps on the codebook
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_damp(self.damp)
-        if self.refit < 0:
-            raise ValueError("refit must not be negative")
 
     @property
     def needs(self) -> Needs:

@@ -19,23 +19,21 @@ from torch import Tensor
 
 from kernels.formats.codebook import CodebookLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Track
-from methods.codecs.error_feedback import check_damp, prepare
+from methods.codecs.error_feedback import prepare
 from methods.codecs.svd import lowrank_part
 from methods.codecs.vector_feedback import damped_hessian, quantise_vectors
 from methods.reallm.base import SharedCodebooks
+from methods.under_hessian import UnderHessian
 
 FOLLOW_DAMP = 0.1  # share of mean diag(H)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrated(SharedCodebooks):
+class Calibrated(SharedCodebooks, UnderHessian):
     """The default: vectors, codebooks and low-rank part chosen under the Hessian."""
 
     track: ClassVar[Track] = Track.CALIBRATED
 
-    act_order: bool = True
-    damp: float = 0.1  # share of mean diag(H) added to it
-    refit: int = 6  # conjugate-gradient steps on the codebook
     follow: float = 0.5  # share of the inputs' drift that weights, and blocks as they are tuned, take back
 
     def __post_init__(self) -> None:
@@ -44,9 +42,6 @@ class Calibrated(SharedCodebooks):
                 "a convolutional decoder is trained on the weights alone: write reallm:data-free,decoder=conv"
             )
         super().__post_init__()
-        check_damp(self.damp)
-        if self.refit < 0:
-            raise ValueError("refit must not be negative")
         if not 0 <= self.follow <= 1:
             raise ValueError("follow must be 0 to 1")
 
