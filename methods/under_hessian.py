@@ -1,4 +1,4 @@
-"""The base of methods that assign vectors under a layer's Hessian (`gptvq`, `reallm:calibrated`): what that can be told."""
+"""The base of methods that assign vectors under a layer's Hessian (`gptvq`, `reallm:calibrated`): their common options."""
 
 from __future__ import annotations
 
