@@ -1,4 +1,4 @@
-"""The base of methods that assign vectors under a layer's Hessian (`gptvq`, `reallm:calibrated`): their common options."""
+"""The base of `gptvq` and `reallm:calibrated`, which assign vectors under a layer's Hessian: their common options."""
 
 from __future__ import annotations
 
