@@ -14,6 +14,14 @@ from harness.data.assets import DEFAULT_MODEL, ResolvedModel, resolve_model
 from harness.data.files import locked
 from harness.model import load_tokenizer
 
+# Files that take longest, and keep processes of their own busy: begun last, they would run while a worker idles.
+LONGEST = ("test_regression.py", "test_shell_lines.py", "test_local.py", "test_measurement.py", "test_triton.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:

@@ -158,7 +158,7 @@ def test_a_plan_without_adapters_and_a_loss_that_is_none(two_blocks, tokens, tmp
     model = load_reference(two_blocks.path, "cpu", torch.float32)
     plan = uniform(parse_method("nf"), inventory(model), Fraction(4)).layers
     plain = compress_model(model, inventory(model), parse_method("nf"), plan, None, 0, tmp_path / "plain")[0]
-    with pytest.raises(ValueError, match="no layer of this plan has a low-rank part"):
+    with pytest.raises(ValueError, match="no layer has a low-rank part"):
         finetune(plain, adaptation, tokens[:2], 1, 0, tmp_path)
 
 
