@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.cpu.build import library
 from kernels.cpu.view import LAYOUTS, View, view
 from kernels.dispatch import Backend
+from kernels.formats.dense import DenseLinear
 from kernels.formats.packed import PackedLinear
 
 SMALL = 32
@@ -30,32 +31,30 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
     seen, compiled = view(layer), library()
     assert compiled is not None
     flat_NI = x.reshape(-1, layer.in_features).float()
-    if seen.order_I is not None:
-        flat_NI = flat_NI[:, seen.order_I]
     if len(flat_NI) > SMALL:
         out_NO = _tiled(compiled, layer, seen, flat_NI)
     else:
         flat_NI = flat_NI.contiguous()
         out_NO = flat_NI.new_empty(len(flat_NI), layer.out_features)
         compiled.product(
-            seen.address,
-            flat_NI.data_ptr(),
-            layer.in_features,
-            len(flat_NI),
-            out_NO.data_ptr(),
-            torch.get_num_threads(),
+            seen.address, flat_NI.data_ptr(), len(flat_NI), out_NO.data_ptr(), torch.get_num_threads()
         )
     return out_NO.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 
 
 def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Tensor:
     """The product of many inputs: a tile of rows at a time."""
+    if seen.order_I is not None:
+        x_NI = x_NI[:, seen.order_I]
     rows = max(1, TILE_WEIGHTS // layer.in_features // LONGEST) * LONGEST  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
     tile_OI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
     for first in range(0, layer.out_features, rows):
         count = min(rows, layer.out_features - first)
-        compiled.decode(seen.address, first, count, tile_OI.data_ptr(), torch.get_num_threads())
+        if isinstance(layer, DenseLinear):
+            tile_OI[:count] = layer.weight[first : first + count]
+        else:
+            compiled.decode(seen.address, first, count, tile_OI.data_ptr(), torch.get_num_threads())
         torch.mm(x_NI, tile_OI[:count].t(), out=out_NO[:, first : first + count])
     if layer.lowrank is not None:
         left_OR, right_RI = layer.lowrank.factors()

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("fused.cpp")
-WIDE = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx2", "fma", "f16c")
+WIDE = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", "avx2", "fma", "f16c")
 NARROW = ("avx2", "fma", "f16c")
 
 
@@ -44,9 +44,8 @@ def _instructions() -> tuple[str, ...]:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"they are written for x86-64, this is {platform.machine()}")
     try:
-        flags = set(
-            next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
-        )
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = set(next(line for line in lines if line.startswith("flags")).replace("avx512_", "avx512").split())
     except (OSError, StopIteration):
         raise RuntimeError("the instructions of this CPU are not known") from None
     for wanted_set in (WIDE, NARROW):
@@ -83,8 +82,9 @@ def _built(instructions: tuple[str, ...], compiler: str) -> Path:
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    loaded.product.argtypes = [pointer, pointer, number, number, pointer, number]
+    loaded.product.argtypes = [pointer, pointer, number, pointer, number]
     loaded.decode.argtypes = [pointer, number, number, pointer, number]
-    for function in (loaded.product, loaded.decode):
+    loaded.step.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
+    for function in (loaded.product, loaded.decode, loaded.step):
         function.restype = None
     return loaded

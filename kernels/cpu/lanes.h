@@ -1,4 +1,4 @@
-// Sixteen fp32 lanes, their codes and their tables, once in AVX-512 with VBMI and once in AVX2: all that decoders.h and fused.cpp know of
+// Sixteen fp32 lanes, their codes and their tables, once in AVX-512 with VBMI and VNNI and once in AVX2: all that decoders.h and fused.cpp know of
 // either.
 
 #pragma once
@@ -9,7 +9,7 @@
 
 #define LANES 16
 
-#if defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 
 typedef __m512 Vec;
 typedef __m512i Int;
@@ -24,6 +24,14 @@ static inline void store(int32_t *p, Int v) { _mm512_storeu_si512(p, v); }
 static inline Vec gather(const float *table, Int i) { return _mm512_i32gather_ps(i, table, 4); }
 static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 static inline Int octets(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline Vec load(const float *p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1), p); }  // zeros behind n
+static inline Vec plus(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+static inline Vec minus(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+static inline Vec over(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+static inline Vec least(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+static inline Vec most(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+static inline Vec whole(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vec doubled(Vec a, Vec times) { return _mm512_scalef_ps(a, times); }  // a * 2**times, whole numbers
 
 struct Unpack {  // of sixty-four codes, sixteen to a vector
     Int bytes, shifts, mask, later[4];
@@ -74,28 +82,32 @@ struct Register {
 };
 
 // Codes of at most eight bits, a byte each, and tables of fp16 values as two planes of bytes, the low ones and the high ones.
-#define PLANES 1
-typedef __m512i Octets;  // sixty-four codes; octets 0 to 3 in the even quadwords and 4 to 7 in the odd ones, so that unpacking orders them
+#define PLANES 1  // and integer products (integers.h)
+typedef __m512i Octets;  // sixty-four codes; for words octets 0 to 3 in the even quadwords and 4 to 7 in the odd ones
 
 struct UnpackBytes {
-    __m512i at, by;
+    __m512i at, by, mask;
     __mmask64 block;
     int64_t bits;
-    explicit UnpackBytes(int64_t b) : bits(b) {
+    // In their natural order, or so that unpacking bytes to words orders them.
+    UnpackBytes(int64_t b, bool for_words) : bits(b) {
         uint8_t from[64], shift[64];
         for (int q = 0; q < 8; ++q)
             for (int k = 0; k < 8; ++k) {
-                from[8 * q + k] = (uint8_t)((q / 2 + q % 2 * 4) * b + k);
+                from[8 * q + k] = (uint8_t)((for_words ? q / 2 + q % 2 * 4 : q) * b + k);
                 shift[8 * q + k] = (uint8_t)(k * b);
             }
         at = _mm512_loadu_si512(from);
         by = _mm512_loadu_si512(shift);
+        mask = _mm512_set1_epi8((char)((1u << b) - 1));
         block = Unpack::first(8 * b);
     }
+    // Bits above a code stay: tables repeat themselves.
     Octets operator()(const uint8_t *p, int64_t left) const {
         const __m512i raw = _mm512_maskz_loadu_epi8(left >= 8 * bits ? block : Unpack::first(left), p);
         return _mm512_multishift_epi64_epi8(by, _mm512_permutexvar_epi8(at, raw));
     }
+    Octets masked(const uint8_t *p, int64_t left) const { return _mm512_and_si512((*this)(p, left), mask); }
 };
 
 // SIZE bytes, 64, 128 or 256: a shorter table is repeated.
@@ -140,6 +152,9 @@ static inline void entries4(const uint16_t *table, Int code, Vec *v) {
 
 static inline Int scaled(Int i, int by) { return _mm512_mullo_epi32(i, _mm512_set1_epi32(by)); }
 static inline Vec halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline Vec brains(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
 static inline Vec bytes(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
 
 #else  // AVX2 with FMA and F16C
@@ -164,6 +179,25 @@ static inline float sum(Vec v) {
     const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
+
+static inline Vec load(const float *p, int64_t n) {
+    if (n >= 16) return load(p);
+    float copy[16] = {0};
+    memcpy(copy, p, sizeof(float) * (size_t)n);
+    return load(copy);
+}
+static inline Vec plus(Vec a, Vec b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+static inline Vec minus(Vec a, Vec b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
+static inline Vec over(Vec a, Vec b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
+static inline Vec least(Vec a, Vec b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
+static inline Vec most(Vec a, Vec b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
+static inline Vec whole(Vec a) {
+    return {_mm256_round_ps(a.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), _mm256_round_ps(a.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+static inline __m256 doubled(__m256 a, __m256 times) {
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(times), _mm256_set1_epi32(127)), 23)));
+}
+static inline Vec doubled(Vec a, Vec times) { return {doubled(a.a, times.a), doubled(a.b, times.b)}; }
 
 struct Unpack {
     Int at, shifts;
@@ -216,6 +250,8 @@ static inline Int scaled(Int i, int by) {
 static inline Vec halves(const uint16_t *p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
 }
+static inline __m256 brains8(const uint16_t *p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16)); }
+static inline Vec brains(const uint16_t *p) { return {brains8(p), brains8(p + 8)}; }
 static inline Vec bytes(const int8_t *p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8))))};

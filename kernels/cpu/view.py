@@ -4,6 +4,7 @@ read."""
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,14 @@ from torch import Tensor
 from kernels import views
 from kernels.dispatch import Layout
 from kernels.formats.codebook import CodebookLinear
+from kernels.formats.dense import DenseLinear
 from kernels.formats.normal_float import dynamic_map
 from kernels.formats.packed import PackedLinear
 from kernels.formats.uniform import UniformLinear
 from kernels.views import readable_codebook
+
+
+FIXED = 16383  # the largest entry of a table in fixed point: four products with 16-bit inputs are a sum of 32 bits
 
 
 class Layer(ctypes.Structure):
@@ -26,12 +31,15 @@ class Layer(ctypes.Structure):
         ("columns", ctypes.c_int64),
         ("bits", ctypes.c_int64),
         ("dim", ctypes.c_int64),
+        ("uniform", ctypes.c_int64),
         ("words", ctypes.c_int64),
         ("codes", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         ("half_table", ctypes.c_void_p),
         ("planes", ctypes.c_void_p),
         ("plane", ctypes.c_int64),
+        ("fixed", ctypes.c_void_p),
+        ("fixed_step", ctypes.c_double),
         ("group", ctypes.c_int64),
         ("groups", ctypes.c_int64),
         ("half", ctypes.c_void_p),
@@ -44,6 +52,9 @@ class Layer(ctypes.Structure):
         ("minima", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
         ("centre", ctypes.c_double),
+        ("order", ctypes.c_void_p),
+        ("dense", ctypes.c_void_p),
+        ("dense_kind", ctypes.c_int64),
         ("rank", ctypes.c_int64),
         ("left", ctypes.c_void_p),
         ("right", ctypes.c_void_p),
@@ -54,18 +65,20 @@ class Layer(ctypes.Structure):
     ]
 
 
+DENSE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # `Dense` of layer.h
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a format adds to a layer's structure: fields that are numbers, and tensors whose addresses are fields."""
 
-    codes: Tensor
     numbers: dict[str, float]
     tensors: dict[str, Tensor | None]
-    order_I: Tensor | None = None  # the columns of the input in the order of the codes, if that is another one
+    order_I: Tensor | None = None  # int32: the column that stands at every place of the codes, if that is another one
 
 
 class View:
-    """A layer's structure, the tensors it points to, and the order its inputs are wanted in."""
+    """A layer's structure, and the tensors it points to."""
 
     def __init__(self, layer: PackedLinear) -> None:
         parts = LAYOUTS[layer.format].parts(layer)
@@ -75,16 +88,20 @@ class View:
             tensors |= {name: getattr(layer.lowrank, name) for name in ("left", "right", "left_scale", "right_scale")}
             if self.order_I is not None:  # inputs come in the base's order of columns
                 tensors["right"] = layer.lowrank.right[:, self.order_I].contiguous()
+        if self.order_I is not None:
+            tensors["order"] = self.order_I
         tensors |= {"row_scale": layer.row_scale, "bias": layer.bias}
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}  # kept alive
-        assert all(tensor.is_contiguous() for tensor in self.tensors.values())
-        assert self.tensors.keys() <= {field[0] for field in Layer._fields_}
-        shape = dict(rows=layer.out_features, columns=layer.in_features, words=parts.codes.shape[1])
-        pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
-        self.structure = Layer(**shape, codes=parts.codes.data_ptr(), **numbers, **pointers)
+        self.structure = structure(layer.out_features, layer.in_features, numbers, self.tensors)
         self.address = ctypes.addressof(self.structure)
-        if self.order_I is not None:
-            self.tensors["order"] = self.order_I
+
+
+def structure(rows: int, columns: int, numbers: Mapping[str, float], tensors: Mapping[str, Tensor]) -> Layer:
+    """The structure of a weight [rows, columns]; the tensors must outlive it."""
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert tensors.keys() | numbers.keys() <= {field[0] for field in Layer._fields_}
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    return Layer(rows=rows, columns=columns, **numbers, **pointers)
 
 
 def view(layer: PackedLinear) -> View:
@@ -92,40 +109,42 @@ def view(layer: PackedLinear) -> View:
     return views.view(layer, "_cpu_view", View)
 
 
+def _dense(layer: DenseLinear) -> Parts:
+    return Parts(dict(dim=1, dense_kind=DENSE_KINDS[layer.weight.dtype]), {"dense": layer.weight})
+
+
 def _uniform(layer: UniformLinear) -> Parts:
-    numbers: dict[str, float] = dict(bits=layer.bits, dim=1, group=layer.group, groups=layer.groups)
-    tensors = {"half": layer.scales, "minima": layer.minima, "zeros": layer.zeros}
-    centre = float(2 ** (layer.bits - 1)) if layer.offset == "symmetric" else 0.0
-    # A table in a register is as fast as the conversion of a code to a number, and takes the centre off as well.
-    if layer.bits <= 4:
-        tensors["table"] = torch.arange(2**layer.bits, dtype=torch.float32) - centre
-    else:
-        numbers["centre"] = centre
-    order_I = None if layer.order is None else layer.order.long() & 0xFFFF
-    return Parts(layer.codes, numbers, tensors, order_I)
+    numbers: dict[str, float] = dict(bits=layer.bits, dim=1, uniform=1, group=layer.group, groups=layer.groups)
+    numbers |= dict(words=layer.codes.shape[1], centre=2.0 ** (layer.bits - 1) if layer.offset == "symmetric" else 0.0)
+    tensors = {"codes": layer.codes, "half": layer.scales, "minima": layer.minima, "zeros": layer.zeros}
+    return Parts(numbers, tensors, None if layer.order is None else layer.order.int() & 0xFFFF)
 
 
 def _codebook(layer: CodebookLinear) -> Parts:
     scales, form = layer.scales, layer.scales.form
     numbers: dict[str, float] = dict(bits=layer.index_bits, dim=layer.dim, group=layer.block, groups=scales.blocks)
+    numbers["words"] = layer.codes.shape[1]
     table_KD = layer.entries().contiguous()
-    tensors: dict[str, Tensor | None] = {"table": table_KD}
+    tensors: dict[str, Tensor | None] = {"codes": layer.codes, "table": table_KD}
     half_KD = table_KD.half()
     if torch.equal(half_KD.float(), table_KD):
         tensors["half_table"] = half_KD
         if layer.index_bits <= 8:
-            planes = _planes(half_KD)
-            tensors["planes"], numbers["plane"] = planes, planes.shape[2]
+            tensors["planes"] = _planes(half_KD)
+    if layer.index_bits <= 8:
+        step = table_KD.abs().max().item() / FIXED or 1.0
+        tensors["fixed"] = _planes((table_KD / step).round().to(torch.int16))
+        numbers |= dict(fixed_step=step, plane=max(64, 2**layer.index_bits))
     if scales.direct is not None:
-        return Parts(layer.codes, numbers, tensors | {"half": scales.direct})
+        return Parts(numbers, tensors | {"half": scales.direct})
     assert scales.steps is not None and scales.offset is not None
     numbers |= dict(scale_bits=form.bits, per_step=form.group, offset=scales.offset.item())
     tensors["map"] = dynamic_map() if form.scheme == "dynamic" else None
-    return Parts(layer.codes, numbers, tensors | {"scale_codes": scales.codes, "steps": scales.steps.float()})
+    return Parts(numbers, tensors | {"scale_codes": scales.codes, "steps": scales.steps.float()})
 
 
 def _planes(table_KD: Tensor) -> Tensor:
-    """Low bytes and high bytes of fp16 entries, uint8 [D, 2, 64, 128 or 256], repeated to fill."""
+    """Low bytes and high bytes of 16-bit entries, uint8 [D, 2, 64, 128 or 256], repeated to fill."""
     size = max(64, len(table_KD))
     repeated_DS = table_KD.repeat(-(-size // len(table_KD)), 1)[:size].t().contiguous()
     return repeated_DS.view(torch.uint8).view(-1, size, 2).transpose(1, 2).contiguous()
@@ -133,6 +152,7 @@ def _planes(table_KD: Tensor) -> Tensor:
 
 # Every format that is served, said once.
 LAYOUTS = {
+    DenseLinear.format: Layout(_dense),
     UniformLinear.format: Layout(_uniform),
     CodebookLinear.format: Layout(_codebook, readable_codebook),
 }

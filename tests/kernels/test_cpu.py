@@ -15,6 +15,7 @@ from tests.kernels.served import ADDED, SCALAR, UNIFORM, VECTOR
 
 SHAPES = [(576, 576), (192, 577), (7, 13), (1, 1), (101, 97), (1100, 1024), (45, 4200)]
 BATCHES = (1, 2, 3, 5, 9, 33)
+EXACT = {"avx512": 6e-5, "avx2": 1e-5}  # integers, and fp32
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative, of the norm
 
 
@@ -49,11 +50,10 @@ def test_products_are_those_of_the_decoded_weights(spec, instructions):
             x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
             expected = x.double() @ weight_OI.t() + (layer.bias.double() if layer.bias is not None else 0)
             found = linear(layer, x)
-            assert found.shape == expected.shape and (found.double() - expected).norm() <= 1e-5 * expected.norm(), (
-                rows,
-                columns,
-                batch,
-            )
+            # What is lost is a part of the inputs: it shows against products of this size, of any sign.
+            size = weight_OI.norm() * x.double().norm() / columns**0.5
+            off = (found.double() - expected).norm().item()
+            assert found.shape == expected.shape and off <= EXACT[instructions] * size, (rows, columns, batch, off / size)
             assert torch.equal(found, linear(layer, x))
 
 

@@ -1,0 +1,149 @@
+// What a layer is multiplied with: a batch of vectors, in every form that its rows ask for. Each thread makes its own: that takes less time
+// than agreeing on who does.
+
+#pragma once
+
+#include "scales.h"
+
+// Where blocks lie under more than one scale: of every vector of `WIDTH` columns a lane the first lane's group, and how many groups behind it
+// each is. The same for all rows.
+struct Under {
+    int32_t *first;
+    uint8_t *behind;
+
+    void make(const Layer &l, int64_t width, Arena &arena) {
+        const int64_t columns = padded(l.columns);
+        first = arena.take<int32_t>(columns / (LANES * width));
+        behind = arena.take<uint8_t>(columns / width);
+        int64_t g = 0, next = l.group;
+        for (int64_t lane = 0; lane < columns / width; ++lane) {
+            while (lane * width >= next && g + 1 < l.groups) ++g, next += l.group;  // padding is under the last one
+            if (lane % LANES == 0) first[lane / LANES] = (int32_t)g;
+            behind[lane] = (uint8_t)(g - first[lane / LANES]);
+        }
+    }
+    // Of the lanes of vector v: `values` is [groups] of one row.
+    Vec operator()(const float *values, int64_t v) const { return Register(values + first[v]).at(octets(behind + v * LANES)); }
+};
+
+struct Inputs {
+    int64_t batch, stride, blocks;  // columns padded to whole blocks of 64; blocks padded to whole vectors
+    const float *x;                 // [batch, stride], in the order of the codes; what integers stand for, where there are any
+    const float *sums;              // [batch, groups]: of the inputs under every scale, where rows have shifts
+    const float *lowrank;           // [batch, rank]: right @ x, scaled so that what is left to do is a sum over left's codes
+    const float *repeated;          // [batch, stride, dim]: every input once for every row of a vector
+    const int8_t *bytes;            // [batch, stride / 64, 2, 64]: high and low bytes of 16-bit integers, both signed
+    const int16_t *words;           // [batch, stride]: 16-bit integers
+    const float *step;              // [batch, blocks]: what a block's integers are multiplied by
+    Under under;
+};
+
+// How rows are multiplied; see rows.h.
+enum Way { FLOATS, BYTES_WAY, WORDS_WAY, REPEATED, DENSE };
+
+static inline Way way_of(const Layer &l, int64_t batch);
+
+static float low_rank_input(const Layer &l, int64_t r, const float *x) {
+    const int8_t *codes = (const int8_t *)l.right + r * l.columns;
+    const uint16_t *numbers = (const uint16_t *)l.right + r * l.columns;
+    Vec total[2] = {zero(), zero()};
+    float value = 0;
+    int64_t i = 0;
+    for (int k = 0; i + LANES <= l.columns; i += LANES, k ^= 1) total[k] = fma(l.right_scale ? bytes(codes + i) : halves(numbers + i), load(x + i), total[k]);
+    for (; i < l.columns; ++i) value += x[i] * (l.right_scale ? (float)codes[i] : wide(numbers[i]));
+    value += sum(plus(total[0], total[1]));
+    return l.right_scale ? value * wide(l.right_scale[r]) * wide(l.left_scale[r]) : value;
+}
+
+static float sum_of(const float *x, int64_t count) {
+    Vec total = zero();
+    for (int64_t i = 0; i < count; i += LANES) total = plus(load(x + i, count - i), total);
+    return sum(total);
+}
+
+static float dot(const float *a, const float *b, int64_t count) {
+    Vec total = zero();
+    for (int64_t i = 0; i < count; i += LANES) total = fma(load(a + i, count - i), load(b + i, count - i), total);
+    return sum(total);
+}
+
+#if PLANES
+// Sixty-four inputs to integers of at most `most`, in magnitude, times the returned step. Not finite: neither is the step.
+static float integers(const float *x, float most, __m512i *integer, float *rounded) {
+    Vec v[4], size = zero(), odd = zero();
+    for (int k = 0; k < 4; ++k) {
+        v[k] = load(x + LANES * k);
+        size = _mm512_max_ps(size, _mm512_abs_ps(v[k]));
+        odd = fma(v[k], zero(), odd);
+    }
+    const float largest = _mm512_reduce_max_ps(size);
+    const float step = largest / most + sum(odd), per = largest > 1e-30f ? most / largest : 0;
+    for (int k = 0; k < 4; ++k) {
+        integer[k] = _mm512_cvtps_epi32(times(v[k], all(per)));
+        store(rounded + LANES * k, times(number(integer[k]), all(step)));
+    }
+    return step;
+}
+
+static void to_integers(Inputs &in, const float *x, bool as_bytes, Arena &arena) {
+    float *rounded = arena.take<float>(in.batch * in.stride), *step = arena.zeros<float>(in.batch * in.blocks);
+    int8_t *high_low = as_bytes ? arena.take<int8_t>(2 * in.batch * in.stride) : 0;
+    int16_t *words = as_bytes ? 0 : arena.take<int16_t>(in.batch * in.stride);
+    for (int64_t b = 0; b < in.batch; ++b)
+        for (int64_t c = 0; c < in.stride; c += BLOCK) {
+            const int64_t at = b * in.stride + c;
+            __m512i integer[4];
+            step[b * in.blocks + c / BLOCK] = integers(x + at, as_bytes ? 32512.0f : 32767.0f, integer, rounded + at);
+            for (int k = 0; k < 4; ++k) {
+                if (as_bytes) {
+                    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(integer[k], _mm512_set1_epi32(128)), 8);
+                    const __m512i low = _mm512_sub_epi32(integer[k], _mm512_slli_epi32(high, 8));
+                    _mm_storeu_si128((__m128i *)(high_low + 2 * at + LANES * k), _mm512_cvtepi32_epi8(high));
+                    _mm_storeu_si128((__m128i *)(high_low + 2 * at + BLOCK + LANES * k), _mm512_cvtepi32_epi8(low));
+                } else {
+                    _mm256_storeu_si256((__m256i *)(words + at + LANES * k), _mm512_cvtepi32_epi16(integer[k]));
+                }
+            }
+        }
+    in.x = rounded, in.step = step, in.bytes = high_low, in.words = words;
+}
+#endif
+
+// x [batch, stride] in the layer's own order of columns.
+static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batch, Arena &arena, Inputs &in) {
+    memset(&in, 0, sizeof in);
+    const int64_t width = padded(l.columns);
+    in.batch = batch, in.stride = width, in.blocks = (width / BLOCK + LANES - 1) / LANES * LANES, in.x = x;
+    if (l.order || stride != width) {
+        float *copy = arena.take<float>(batch * width);
+        for (int64_t b = 0; b < batch; ++b) {
+            const float *from = x + b * stride;
+            if (l.order) for (int64_t i = 0; i < l.columns; ++i) copy[b * width + i] = from[l.order[i]];
+            else memcpy(copy + b * width, from, sizeof(float) * (size_t)l.columns);
+            memset(copy + b * width + l.columns, 0, sizeof(float) * (size_t)(width - l.columns));
+        }
+        in.x = copy;
+    }
+    if (l.rank) {
+        float *lowrank = arena.take<float>(batch * l.rank);
+        for (int64_t i = 0; i < batch * l.rank; ++i) lowrank[i] = low_rank_input(l, i % l.rank, in.x + i / l.rank * width);
+        in.lowrank = lowrank;
+    }
+    const Way way = way_of(l, batch);
+    if (way == DENSE) return;
+    if (!is_even(l)) in.under.make(l, way == BYTES_WAY ? 4 : way == WORDS_WAY ? 2 : 1, arena);
+#if PLANES
+    if (way == BYTES_WAY || way == WORDS_WAY) to_integers(in, in.x, way == BYTES_WAY, arena);
+#endif
+    if (way == REPEATED) {
+        float *repeated = arena.take<float>(batch * width * l.dim);
+        for (int64_t i = 0; i < batch * width; ++i) for (int64_t d = 0; d < l.dim; ++d) repeated[i * l.dim + d] = in.x[i];
+        in.repeated = repeated;
+    }
+    if (has_shift(l)) {
+        float *sums = arena.take<float>(batch * l.groups);
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t g = 0; g < l.groups; ++g) sums[b * l.groups + g] = sum_of(in.x + b * width + g * l.group, columns_under(l, g));
+        in.sums = sums;
+    }
+}

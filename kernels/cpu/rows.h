@@ -1,0 +1,381 @@
+// y[b, o] of rows of a layer: the ways in which they are multiplied, and which a layer takes.
+//
+//   BYTES_WAY  codes that are numbers, at most eight bits: times both bytes of 16-bit inputs, summed as integers (VNNI)
+//   WORDS_WAY  tables of at most 256 entries: 15-bit entries times 16-bit inputs, summed as integers (VNNI)
+//   REPEATED   larger tables of vectors of four or eight rows: entries are loaded whole and multiplied in the order in which they lie
+//   DENSE      uncompressed weights
+//   FLOATS     everything else, and where there is no VNNI: decoded to fp32 in registers, or a panel at a time for many inputs
+//
+// Integers are made anew from every sixty-four inputs, so what is lost is 2**-16 of the largest of them: a relative error of 2e-5 to 5e-5 in a product.
+
+#pragma once
+
+#include <type_traits>
+
+#include "inputs.h"
+
+#define AHEAD 4096  // bytes of codes asked for in advance
+#define PANEL 1024  // columns of a decoded panel
+
+// Every line of what a later block reads: they come from memory, and the processor's own prefetching is soon lost among rows this short.
+static inline void prefetch(const uint8_t *p, int64_t count) {
+    for (int64_t line = 0; line < count; line += 64) _mm_prefetch((const char *)(p + line), _MM_HINT_T0);
+}
+
+static float low_rank(const Layer &l, int64_t o, const float *inputs) {
+    Vec total = zero();
+    float value = 0;
+    int64_t r = 0;
+    const int8_t *codes = (const int8_t *)l.left + o * l.rank;
+    const uint16_t *numbers = (const uint16_t *)l.left + o * l.rank;
+    for (; r + LANES <= l.rank; r += LANES) total = fma(l.left_scale ? bytes(codes + r) : halves(numbers + r), load(inputs + r), total);
+    for (; r < l.rank; ++r) value += inputs[r] * (l.left_scale ? (float)codes[r] : wide(numbers[r]));
+    return value + sum(total);
+}
+
+struct Rows {
+    const Layer &l;
+    const Inputs &in;
+    float *y;        // [batch, stride]
+    int64_t stride;  // of y
+    Arena &arena;
+
+    void finish(int64_t o, int64_t b, float value) const {
+        if (l.rank) value += low_rank(l, o, in.lowrank + b * l.rank);
+        if (l.row_scale) value *= wide(l.row_scale[o]);
+        y[b * stride + o] = value + (l.bias ? wide(l.bias[o]) : 0.0f);
+    }
+    float shifted(int64_t b, const float *shift) const { return in.sums ? dot(shift, in.sums + b * l.groups, l.groups) : 0; }
+};
+
+// Of the rows of vector v; those behind the last row are zero.
+static void load_scales(const Layer &l, int64_t v, float *scale, float *shift) {
+    const int64_t present = l.rows - v * l.dim < l.dim ? l.rows - v * l.dim : l.dim;
+    if (present < l.dim) memset(scale, 0, sizeof(float) * (size_t)(l.dim * l.groups)), memset(shift, 0, sizeof(float) * (size_t)(l.dim * l.groups));
+    for (int64_t d = 0; d < present; ++d) scales_of(l, v * l.dim + d, scale + d * l.groups, shift + d * l.groups);
+}
+
+// ---- fp32 ------------------------------------------------------------------------------------------------------------------------------
+
+// Columns [from, to) of the D rows of vector v, fp32 [D, stride], whole blocks.
+template <class Dec, int D, bool EVEN>
+static void decode_rows(const Layer &l, int64_t v, const Dec &decoder, const float *scale, const float *shift, const Under &under, int64_t from, int64_t to, float *out, int64_t stride) {
+    const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
+    const int64_t bytes = 4 * l.words;
+    const bool shifted = has_shift(l);
+    for (int64_t c = from, at = from / BLOCK * 8 * l.bits; c < to; c += BLOCK, at += 8 * l.bits) {
+        const int64_t g = EVEN ? c / l.group : 0;
+        prefetch(codes + at + AHEAD, 8 * l.bits);
+        typename Dec::Block block;
+        decoder.open(codes + at, bytes - at, block);
+        for (int d = 0; d < D; ++d) {
+            Vec value[4];
+            decoder.place(block, d, value);
+            for (int k = 0; k < 4; ++k) {
+                const Vec by = EVEN ? all(scale[d * l.groups + g]) : under(scale + d * l.groups, c / LANES + k);
+                const Vec added = !shifted ? zero() : EVEN ? all(shift[d * l.groups + g]) : under(shift + d * l.groups, c / LANES + k);
+                store(out + d * stride + (c - from) + LANES * k, fma(value[k], by, added));
+            }
+        }
+    }
+}
+
+// y [rows, batch] += w [rows, columns] x^T, R rows and B inputs at a time in registers.
+template <int R, int B> static void corner(const float *w, int64_t w_stride, const float *x, int64_t x_stride, int64_t columns, float *y, int64_t batch) {
+    Vec total[R][B];
+    for (int r = 0; r < R; ++r) for (int b = 0; b < B; ++b) total[r][b] = zero();
+    for (int64_t c = 0; c < columns; c += LANES) {
+        Vec row[R];
+        for (int r = 0; r < R; ++r) row[r] = load(w + r * w_stride + c);
+        for (int b = 0; b < B; ++b) {
+            const Vec input = load(x + b * x_stride + c);
+            for (int r = 0; r < R; ++r) total[r][b] = fma(row[r], input, total[r][b]);
+        }
+    }
+    for (int r = 0; r < R; ++r) for (int b = 0; b < B; ++b) y[r * batch + b] += sum(total[r][b]);
+}
+
+#define CORNER (PLANES ? 4 : 2)  // as many accumulators as there are registers for
+template <int R> static void multiply_panel(const float *w, int64_t w_stride, const Inputs &in, int64_t from, int64_t columns, float *y) {
+    for (int64_t b = 0; b < in.batch;) {
+        const float *x = in.x + b * in.stride + from;
+        const int64_t left = in.batch - b;
+        if (CORNER >= 4 && left >= 4) corner<R, 4>(w, w_stride, x, in.stride, columns, y + b, in.batch), b += 4;
+        else if (left >= 2) corner<R, 2>(w, w_stride, x, in.stride, columns, y + b, in.batch), b += 2;
+        else corner<R, 1>(w, w_stride, x, in.stride, columns, y + b, in.batch), b += 1;
+    }
+}
+
+template <class Dec, int D, bool EVEN> struct Floats : Rows {
+    const Dec &decoder;
+
+    // One pass over the codes for B inputs, decoded in registers.
+    template <int B> void few(int64_t begin, int64_t end) const {
+        float *scale = arena.take<float>(D * l.groups), *shift = arena.take<float>(D * l.groups);
+        const int64_t bytes = 4 * l.words, step = 8 * l.bits;
+        for (int64_t v = begin; v < end; ++v) {
+            load_scales(l, v, scale, shift);
+            const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
+            Vec total[D][B];
+            for (int d = 0; d < D; ++d) for (int b = 0; b < B; ++b) total[d][b] = zero();
+            int64_t g = 0, next = l.group;
+            for (int64_t c = 0, at = 0; c < l.columns; c += BLOCK, at += step) {
+                if (EVEN && c == next) ++g, next += l.group;
+                prefetch(codes + at + AHEAD, step);
+                typename Dec::Block block;
+                decoder.open(codes + at, bytes - at, block);
+                Vec x[B][4];
+                for (int b = 0; b < B; ++b) for (int k = 0; k < 4; ++k) x[b][k] = load(in.x + b * in.stride + c + LANES * k);
+                for (int d = 0; d < D; ++d) {
+                    Vec value[4];
+                    decoder.place(block, d, value);
+                    if (!EVEN) for (int k = 0; k < 4; ++k) value[k] = times(value[k], in.under(scale + d * l.groups, c / LANES + k));
+                    for (int b = 0; b < B; ++b) {
+                        Vec part = times(value[0], x[b][0]);
+                        for (int k = 1; k < 4; ++k) part = fma(value[k], x[b][k], part);
+                        total[d][b] = EVEN ? fma(part, all(scale[d * l.groups + g]), total[d][b]) : plus(part, total[d][b]);
+                    }
+                }
+            }
+            for (int64_t d = 0; d < D && v * D + d < l.rows; ++d)
+                for (int b = 0; b < B; ++b) finish(v * D + d, b, sum(total[d][b]) + shifted(b, shift + d * l.groups));
+        }
+    }
+
+    // A panel of rows decoded into the cache, for any number of inputs.
+    void many(int64_t begin, int64_t end) const {
+        const int VECTORS = D >= CORNER ? 1 : CORNER / D, ROWS = VECTORS * D;
+        const int64_t width = D == 8 ? PANEL / 2 : PANEL, batch = in.batch, each = D * l.groups;
+        float *scale = arena.take<float>(VECTORS * each), *shift = arena.take<float>(VECTORS * each);
+        float *panel = arena.zeros<float>(ROWS * width), *out = arena.take<float>(ROWS * batch);
+        for (int64_t first = begin; first < end; first += VECTORS) {
+            const int64_t last = first + VECTORS < end ? first + VECTORS : end;
+            memset(out, 0, sizeof(float) * (size_t)(ROWS * batch));
+            for (int64_t v = first; v < last; ++v) load_scales(l, v, scale + (v - first) * each, shift + (v - first) * each);
+            for (int64_t from = 0; from < l.columns; from += width) {
+                const int64_t to = from + width < padded(l.columns) ? from + width : padded(l.columns);
+                // Behind the last vector the panel keeps older rows: their products go nowhere.
+                for (int64_t v = first; v < last; ++v)
+                    decode_rows<Dec, D, EVEN>(l, v, decoder, scale + (v - first) * each, shift + (v - first) * each, in.under, from, to, panel + (v - first) * D * width, width);
+                for (int r = 0; r < ROWS; r += CORNER) multiply_panel<CORNER>(panel + r * width, width, in, from, to - from, out + r * batch);
+            }
+            for (int64_t r = 0; r < (last - first) * D && first * D + r < l.rows; ++r)
+                for (int64_t b = 0; b < batch; ++b) finish(first * D + r, b, out[r * batch + b]);
+        }
+    }
+
+    void operator()(int64_t begin, int64_t end) const {
+        if (in.batch == 1) few<1>(begin, end);
+        else if (in.batch == 2) few<2>(begin, end);
+        else many(begin, end);
+    }
+};
+
+// ---- larger tables ---------------------------------------------------------------------------------------------------------------------
+
+// Entries of D fp16 values, D = 4 or 8, taken 16 / D at a time: a lane is a row of the vector, in every D-th one the same. The inputs are repeated
+// to match. A load for every code is what this costs; gathering the same entries place by place takes twice the time.
+template <int D> struct Repeated : Rows {
+    static Vec entries(const uint16_t *table, const uint32_t *code) {
+#if PLANES
+        __m256i half;
+        if (D == 4) {
+            const long long *e = (const long long *)table;
+            const __m128i low = _mm_insert_epi64(_mm_cvtsi64_si128(e[code[0]]), e[code[1]], 1);
+            half = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_insert_epi64(_mm_cvtsi64_si128(e[code[2]]), e[code[3]], 1), 1);
+        } else {
+            const __m128i *e = (const __m128i *)table;
+            half = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(e + code[0])), _mm_loadu_si128(e + code[1]), 1);
+        }
+        return _mm512_cvtph_ps(half);
+#else
+        uint16_t sixteen[16];
+        for (int k = 0; k < LANES / D; ++k) memcpy(sixteen + k * D, table + code[k] * D, 2 * D);
+        return halves(sixteen);
+#endif
+    }
+
+    template <int B> void few(int64_t first_input, int64_t begin, int64_t end) const {
+        const Unpack unpack(l.bits);
+        const int64_t bytes = 4 * l.words, step = 8 * l.bits;
+        float *scale = arena.take<float>(D * l.groups), *shift = arena.take<float>(D * l.groups);
+        float *across = arena.take<float>(LANES * l.groups);  // [groups, 16]: the scale of every lane's row
+        const float *x = in.repeated + first_input * in.stride * D;
+        for (int64_t v = begin; v < end; ++v) {
+            load_scales(l, v, scale, shift);
+            for (int64_t g = 0; g < l.groups; ++g) for (int64_t k = 0; k < LANES; ++k) across[g * LANES + k] = scale[k % D * l.groups + g];
+            const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
+            Vec total[B];
+            for (int b = 0; b < B; ++b) total[b] = zero();
+            for (int64_t c = 0, at = 0; c < l.columns; c += BLOCK, at += step) {
+                prefetch(codes + at + AHEAD, step);
+                Int four[4];
+                uint32_t code[BLOCK];
+                unpack.template operator()<false>(codes + at, bytes - at, four);
+                for (int k = 0; k < 4; ++k) store((int32_t *)code + LANES * k, four[k]);
+                Vec part[B][2];
+                for (int b = 0; b < B; ++b) part[b][0] = part[b][1] = zero();
+                for (int k = 0; k < BLOCK * D / LANES; ++k) {
+                    const Vec value = entries(l.half_table, code + k * (LANES / D));
+                    for (int b = 0; b < B; ++b) part[b][k % 2] = fma(value, load(x + (b * in.stride + c) * D + k * LANES), part[b][k % 2]);
+                }
+                for (int b = 0; b < B; ++b) total[b] = fma(plus(part[b][0], part[b][1]), load(across + c / l.group * LANES), total[b]);
+            }
+            for (int b = 0; b < B; ++b) {
+                float lanes[LANES];
+                store(lanes, total[b]);
+                for (int64_t d = 0; d < D && v * D + d < l.rows; ++d) {
+                    float value = 0;
+                    for (int k = 0; k < LANES / D; ++k) value += lanes[k * D + d];
+                    finish(v * D + d, first_input + b, value);
+                }
+            }
+        }
+    }
+
+    void operator()(int64_t begin, int64_t end) const {
+        int64_t b = 0;
+        for (; b + 2 <= in.batch; b += 2) few<2>(b, begin, end);
+        if (b < in.batch) few<1>(b, begin, end);
+    }
+};
+
+// ---- uncompressed ----------------------------------------------------------------------------------------------------------------------
+
+template <int KIND> struct Dense_ : Rows {
+    static Vec weights(const void *w, int64_t i) {
+        return KIND == FP16 ? halves((const uint16_t *)w + i) : KIND == BF16 ? brains((const uint16_t *)w + i) : load((const float *)w + i);
+    }
+    static float weight(const void *w, int64_t i) {
+        if (KIND == FP32) return ((const float *)w)[i];
+        if (KIND == FP16) return wide(((const uint16_t *)w)[i]);
+        const uint32_t bits = (uint32_t)((const uint16_t *)w)[i] << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
+    }
+
+    template <int R, int B> void some(int64_t o, int64_t b) const {
+        Vec total[R][B];
+        for (int r = 0; r < R; ++r) for (int k = 0; k < B; ++k) total[r][k] = zero();
+        const float *x = in.x + b * in.stride;
+        const int64_t whole = l.columns / LANES * LANES, bytes = KIND == FP32 ? 4 : 2;
+        for (int64_t c = 0; c < whole; c += LANES) {
+            Vec w[R];
+            for (int r = 0; r < R; ++r) {
+                if (KIND == FP32 || c % 32 == 0) _mm_prefetch((const char *)l.dense + ((o + r) * l.columns + c) * bytes + AHEAD, _MM_HINT_T0);
+                w[r] = weights(l.dense, (o + r) * l.columns + c);
+            }
+            for (int k = 0; k < B; ++k) {
+                const Vec input = load(x + k * in.stride + c);
+                for (int r = 0; r < R; ++r) total[r][k] = fma(w[r], input, total[r][k]);
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int k = 0; k < B; ++k) {
+                float value = sum(total[r][k]);
+                for (int64_t c = whole; c < l.columns; ++c) value += weight(l.dense, (o + r) * l.columns + c) * x[k * in.stride + c];
+                finish(o + r, b + k, value);
+            }
+    }
+    template <int R> void rows(int64_t o) const {
+        int64_t b = 0;
+        for (; b + 4 <= in.batch; b += 4) some<R, 4>(o, b);
+        for (; b < in.batch; ++b) some<R, 1>(o, b);
+    }
+    void operator()(int64_t begin, int64_t end) const {
+        int64_t o = begin;
+        for (; o + 4 <= end; o += 4) rows<4>(o);
+        for (; o < end; ++o) rows<1>(o);
+    }
+};
+
+#include "integer_rows.h"
+
+// ---- which way a layer takes -----------------------------------------------------------------------------------------------------------
+
+static inline Way way_of(const Layer &l, int64_t batch) {
+    if (l.dense) return DENSE;
+#if PLANES
+    if (l.uniform && l.bits <= 8 && (is_even(l) || l.group % 4 == 0)) return BYTES_WAY;
+    if (l.fixed && batch <= 2 && (is_even(l) || l.group % 2 == 0)) return WORDS_WAY;
+#endif
+    if (l.bits > 8 && l.dim >= 4 && l.half_table && is_even(l) && batch <= 2) return REPEATED;
+    return FLOATS;
+}
+
+template <int N> using Constant = std::integral_constant<int, N>;
+
+// Calls `then(decoder, D, EVEN)` with the decoder of a packed layer, its rows to a vector, and whether blocks lie under one scale each.
+template <class Dec, int D, class Then> static void with(const Layer &l, Then then) {
+    const Dec decoder(l);
+    if (is_even(l)) then(decoder, Constant<D>(), std::true_type());
+    else then(decoder, Constant<D>(), std::false_type());
+}
+
+template <int D, class Then> static void from_table(const Layer &l, Then then) {
+    if (l.bits <= 4 && D <= 2) return with<Decoder<REGISTER, D>, D>(l, then);
+#if PLANES
+    if (l.planes && l.plane == 64) return with<Planes<64, D>, D>(l, then);
+    if (l.planes && l.plane == 128) return with<Planes<128, D>, D>(l, then);
+    if (l.planes) return with<Planes<256, D>, D>(l, then);
+#endif
+    with<Decoder<MEMORY, D>, D>(l, then);
+}
+
+template <class Then> static void decoded(const Layer &l, Then then) {
+    if (l.uniform) with<Decoder<NUMBER, 1>, 1>(l, then);
+    else if (l.dim == 1) from_table<1>(l, then);
+    else if (l.dim == 2) from_table<2>(l, then);
+    else if (l.dim == 4) from_table<4>(l, then);
+    else from_table<8>(l, then);
+}
+
+#if PLANES
+template <int SIZE, int D> static void words(const Rows &rows, int64_t begin, int64_t end) {
+    if (is_even(rows.l)) Words<SIZE, D, true>{rows}(begin, end);
+    else Words<SIZE, D, false>{rows}(begin, end);
+}
+
+template <int D> static void words(const Rows &rows, int64_t begin, int64_t end) {
+    if (rows.l.plane == 64) words<64, D>(rows, begin, end);
+    else if (rows.l.plane == 128) words<128, D>(rows, begin, end);
+    else words<256, D>(rows, begin, end);
+}
+#endif
+
+// Vectors [begin, end) of rows; `rows.l.dim` rows each.
+static void multiply(const Rows &rows, int64_t begin, int64_t end) {
+    const Layer &l = rows.l;
+    const Arena::Mark mark = rows.arena.mark();
+    switch (way_of(l, rows.in.batch)) {
+    case DENSE:
+        if (l.dense_kind == FP16) Dense_<FP16>{rows}(begin, end);
+        else if (l.dense_kind == BF16) Dense_<BF16>{rows}(begin, end);
+        else Dense_<FP32>{rows}(begin, end);
+        break;
+#if PLANES
+    case BYTES_WAY:
+        if (is_even(l)) Bytes<true>{rows}(begin, end);
+        else Bytes<false>{rows}(begin, end);
+        break;
+    case WORDS_WAY:
+        if (l.dim == 1) words<1>(rows, begin, end);
+        else if (l.dim == 2) words<2>(rows, begin, end);
+        else if (l.dim == 4) words<4>(rows, begin, end);
+        else words<8>(rows, begin, end);
+        break;
+#endif
+    case REPEATED:
+        if (l.dim == 4) Repeated<4>{rows}(begin, end);
+        else Repeated<8>{rows}(begin, end);
+        break;
+    default:
+        decoded(l, [&](const auto &decoder, auto dim, auto even) {
+            Floats<std::decay_t<decltype(decoder)>, decltype(dim)::value, decltype(even)::value>{rows, decoder}(begin, end);
+        });
+    }
+    rows.arena.back(mark);
+}
+
+static int64_t vectors(const Layer &l) { return l.dense ? l.rows : (l.rows + l.dim - 1) / l.dim; }

@@ -1,0 +1,70 @@
+// Scales and shifts of rows, however they are stored, as fp32.
+
+#pragma once
+
+#include "decoders.h"
+#include "arena.h"
+
+static inline int64_t padded(int64_t columns) { return (columns + BLOCK - 1) / BLOCK * BLOCK; }
+static inline int64_t columns_under(const Layer &l, int64_t g) {  // scale g of a row
+    return l.columns - g * l.group < l.group ? l.columns - g * l.group : l.group;
+}
+static inline bool is_even(const Layer &l) { return l.groups == 1 || l.group % BLOCK == 0; }  // a block lies under one scale
+static inline bool has_shift(const Layer &l) { return l.minima || l.zeros || l.centre != 0; }
+
+static inline float wide(uint16_t half) { return _cvtsh_ss(half); }
+
+static inline uint32_t code_at(const uint32_t *stream, int64_t index, int64_t bits) {
+    const int64_t bit = index * bits, word = bit >> 5, shift = bit & 31;
+    uint64_t two = stream[word];
+    if (shift + bits > 32) two |= (uint64_t)stream[word + 1] << 32;
+    return (uint32_t)(two >> shift) & ((1u << bits) - 1);
+}
+
+// Eight at a time, the rest one by one.
+static void converted(const uint16_t *from, int64_t count, float *to) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+    for (; i < count; ++i) to[i] = wide(from[i]);
+}
+
+static void mapped(const uint8_t *code, const float *map, float size, float offset, int64_t count, float *to) {
+    const __m256 sizes = _mm256_set1_ps(size), offsets = _mm256_set1_ps(offset);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(code + i)));
+        const __m256 value = map ? _mm256_i32gather_ps(map, index, 4) : _mm256_cvtepi32_ps(index);
+        _mm256_storeu_ps(to + i, _mm256_fmadd_ps(value, sizes, offsets));
+    }
+    for (; i < count; ++i) to[i] = __builtin_fmaf(map ? map[code[i]] : (float)code[i], size, offset);
+}
+
+// What the values of every group of a row are multiplied by, and what is added to them.
+static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
+    const int64_t first = row * l.groups;
+    if (l.half) {
+        converted(l.half + first, l.groups, scale);
+    } else {
+        int64_t step = first / l.per_step, left = (step + 1) * l.per_step - first;  // one division a row, none a scale
+        for (int64_t g = 0; g < l.groups; ++step, left = l.per_step) {
+            const int64_t end = g + left < l.groups ? g + left : l.groups;
+            const float size = l.steps[step], offset = (float)l.offset;
+            if (l.scale_bits == 8) {
+                mapped((const uint8_t *)l.scale_codes + first + g, l.map, size, offset, end - g, scale + g);
+                g = end;
+            } else {
+                for (; g < end; ++g) scale[g] = (float)code_at((const uint32_t *)l.scale_codes, first + g, l.scale_bits) * size + offset;
+            }
+        }
+    }
+    if (l.minima) {
+        converted(l.minima + first, l.groups, shift);
+    } else if (l.zeros) {
+        for (int64_t g = 0; g < l.groups; ++g) shift[g] = -scale[g] * (float)code_at(l.zeros, first + g, l.bits);
+    } else if (l.centre != 0) {
+        for (int64_t g = 0; g < l.groups; ++g) shift[g] = -scale[g] * (float)l.centre;
+    }
+}
+
+// What a vector of rows is multiplied with: its scales and shifts [dim, groups].
+struct Scales { float *scale, *shift; };
