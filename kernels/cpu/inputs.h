@@ -5,24 +5,23 @@
 
 #include "scales.h"
 
-// Where blocks lie under more than one scale: of every vector of `WIDTH` columns a lane the first lane's group, and how many groups behind it
-// each is. The same for all rows.
+// Which scale each lane is under, for lanes of `width` columns: of every sixteen lanes the first one's group, and how many groups behind it each
+// is. The same for all rows.
 struct Under {
     int32_t *first;
     uint8_t *behind;
 
-    void make(const Layer &l, int64_t width, Arena &arena) {
-        const int64_t columns = padded(l.columns);
-        first = arena.take<int32_t>(columns / (LANES * width));
-        behind = arena.take<uint8_t>(columns / width);
+    void make(const Layer &l, int64_t width, int64_t lanes, Arena &arena) {
+        first = arena.take<int32_t>(lanes / LANES);
+        behind = arena.take<uint8_t>(lanes);
         int64_t g = 0, next = l.group;
-        for (int64_t lane = 0; lane < columns / width; ++lane) {
+        for (int64_t lane = 0; lane < lanes; ++lane) {
             while (lane * width >= next && g + 1 < l.groups) ++g, next += l.group;  // padding is under the last one
             if (lane % LANES == 0) first[lane / LANES] = (int32_t)g;
             behind[lane] = (uint8_t)(g - first[lane / LANES]);
         }
     }
-    // Of the lanes of vector v: `values` is [groups] of one row.
+    // Of lanes 16 v to 16 v + 15: `values` is [groups] of one row, and may be read for fifteen more.
     Vec operator()(const float *values, int64_t v) const { return Register(values + first[v]).at(octets(behind + v * LANES)); }
 };
 
@@ -35,7 +34,7 @@ struct Inputs {
     const int8_t *bytes;            // [batch, stride / 64, 2, 64]: high and low bytes of 16-bit integers, both signed
     const int16_t *words;           // [batch, stride]: 16-bit integers
     const float *step;              // [batch, blocks]: what a block's integers are multiplied by
-    Under under;
+    Under under;                    // of the way's lanes; of blocks of 64 where these lie under one scale each
 };
 
 // How rows are multiplied; see rows.h.
@@ -131,7 +130,12 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
     }
     const Way way = way_of(l, batch);
     if (way == DENSE) return;
-    if (!is_even(l)) in.under.make(l, way == BYTES_WAY ? 4 : way == WORDS_WAY ? 2 : 1, arena);
+    if (is_even(l)) {
+        in.under.make(l, BLOCK, in.blocks, arena);
+    } else {
+        const int64_t lane = way == BYTES_WAY ? 4 : way == WORDS_WAY ? 2 : 1;
+        in.under.make(l, lane, width / lane, arena);
+    }
 #if PLANES
     if (way == BYTES_WAY || way == WORDS_WAY) to_integers(in, in.x, way == BYTES_WAY, arena);
 #endif

@@ -8,24 +8,13 @@
 
 #if PLANES
 
+#define UNROLL _Pragma("GCC unroll 16")  // arrays of registers stay in registers
+
 // A row's scales times the steps of the inputs' integers, [B, blocks]; of rows whose blocks lie under one scale each.
-static void factors(const Layer &l, const Inputs &in, const float *scale, int64_t first_input, int64_t count, float *factor) {
-    const int64_t per = l.group / BLOCK, blocks = in.stride / BLOCK;
-    for (int64_t c = 0; c < blocks; c += LANES) {
-        Vec of_block;
-        if (l.groups == 1) {
-            of_block = all(scale[0]);
-        } else if (per == 1) {
-            of_block = load(scale + c, l.groups - c);
-        } else {
-            float each[LANES];
-            for (int64_t k = 0, g = c / per, left = per - c % per; k < LANES; ++k) {
-                each[k] = scale[g];
-                if (--left == 0 && g + 1 < l.groups) ++g, left = per;
-            }
-            of_block = load(each);
-        }
-        for (int64_t b = 0; b < count; ++b) store(factor + b * in.blocks + c, times(of_block, load(in.step + (first_input + b) * in.blocks + c)));
+static void factors(const Inputs &in, const float *scale, int64_t first_input, int64_t count, float *factor) {
+    for (int64_t v = 0; v < in.blocks / LANES; ++v) {
+        const Vec of_block = in.under(scale, v);
+        for (int64_t b = 0; b < count; ++b) store(factor + b * in.blocks + v * LANES, times(of_block, load(in.step + (first_input + b) * in.blocks + v * LANES)));
     }
 }
 
@@ -33,33 +22,33 @@ static void factors(const Layer &l, const Inputs &in, const float *scale, int64_
 template <bool EVEN> struct Bytes : Rows {
     template <int R, int B> void some(const UnpackBytes &unpack, int64_t o, int64_t b, float *scale, float *shift, float *factor) const {
         const uint8_t *codes[R];
-        const int64_t bytes = 4 * l.words, step = 8 * l.bits;
+        const int64_t bytes = 4 * l.words, step = 8 * l.bits, ahead = (AHEAD + R * bytes - 1) / (R * bytes) * R * bytes;
         for (int r = 0; r < R; ++r) {
             codes[r] = (const uint8_t *)(l.codes + (o + r) * l.words);
             scales_of(l, o + r, scale + r * l.groups, shift + r * l.groups);
-            if (EVEN) factors(l, in, scale + r * l.groups, b, B, factor + r * B * in.blocks);
+            if (EVEN) factors(in, scale + r * l.groups, b, B, factor + r * B * in.blocks);
         }
         Vec total[R][B];
-        for (int r = 0; r < R; ++r) for (int k = 0; k < B; ++k) total[r][k] = zero();
-        for (int64_t c = 0, at = 0; c < in.stride / BLOCK; ++c, at += step) {
+        UNROLL for (int r = 0; r < R; ++r) UNROLL for (int k = 0; k < B; ++k) total[r][k] = zero();
+        const int64_t blocks = in.stride / BLOCK, apart = in.blocks, stride = 2 * in.stride;
+        const int8_t *x = in.bytes + b * stride;
+        for (int64_t c = 0, at = 0; c < blocks; ++c, at += step, x += 2 * BLOCK) {
+            const __mmask64 present = unpack.bytes(bytes - at);
             __m512i high[B], low[B];
-            for (int k = 0; k < B; ++k) {
-                const int8_t *x = in.bytes + 2 * ((b + k) * in.stride + c * BLOCK);
-                high[k] = _mm512_loadu_si512(x), low[k] = _mm512_loadu_si512(x + BLOCK);
-            }
-            for (int r = 0; r < R; ++r) {
-                _mm_prefetch((const char *)codes[r] + at + AHEAD, _MM_HINT_T0);
-                const __m512i code = unpack.masked(codes[r] + at, bytes - at);
-                for (int k = 0; k < B; ++k) {
+            UNROLL for (int k = 0; k < B; ++k) high[k] = _mm512_loadu_si512(x + k * stride), low[k] = _mm512_loadu_si512(x + k * stride + BLOCK);
+            UNROLL for (int r = 0; r < R; ++r) {
+                _mm_prefetch((const char *)codes[r] + at + ahead, _MM_HINT_T0);
+                const __m512i code = unpack.alone(codes[r] + at, present);
+                UNROLL for (int k = 0; k < B; ++k) {
                     __m512i dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), code, high[k]);
                     dots = _mm512_dpbusd_epi32(_mm512_slli_epi32(dots, 8), code, low[k]);
-                    const Vec by = EVEN ? all(factor[(r * B + k) * in.blocks + c]) : times(in.under(scale + r * l.groups, c), all(in.step[(b + k) * in.blocks + c]));
+                    const Vec by = EVEN ? all(factor[(r * B + k) * apart + c]) : times(in.under(scale + r * l.groups, c), all(in.step[(b + k) * apart + c]));
                     total[r][k] = fma(number(dots), by, total[r][k]);
                 }
             }
         }
-        for (int r = 0; r < R; ++r)
-            for (int k = 0; k < B; ++k) finish(o + r, b + k, sum(total[r][k]) + shifted(b + k, shift + r * l.groups));
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int k = 0; k < B; ++k) finish(o + r, b + k, sum(total[r][k]) + shifted(b + k, shift + r * l.groups));
     }
 
     template <int R> void rows(const UnpackBytes &unpack, int64_t o, float *scale, float *shift, float *factor) const {
@@ -85,33 +74,36 @@ template <int SIZE, int D, bool EVEN> struct Words : Rows {
         const float entry = (float)l.fixed_step;
         for (int64_t v = begin; v < end; ++v) {
             load_scales(l, v, scale, shift);
-            if (EVEN) for (int d = 0; d < D; ++d) factors(l, in, scale + d * l.groups, b, B, factor + d * B * in.blocks);
+            if (EVEN) for (int d = 0; d < D; ++d) factors(in, scale + d * l.groups, b, B, factor + d * B * in.blocks);
             const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
             Vec total[D][B];
-            for (int d = 0; d < D; ++d) for (int k = 0; k < B; ++k) total[d][k] = zero();
-            for (int64_t c = 0, at = 0; c < in.stride / BLOCK; ++c, at += step) {
+            UNROLL for (int d = 0; d < D; ++d) UNROLL for (int k = 0; k < B; ++k) total[d][k] = zero();
+            const int64_t blocks = in.stride / BLOCK, apart = in.blocks, stride = in.stride;
+            const int16_t *x = in.words + b * stride;
+            for (int64_t c = 0, at = 0; c < blocks; ++c, at += step, x += BLOCK) {
                 prefetch(codes + at + AHEAD, step);
-                const Octets code = unpack(codes + at, bytes - at);
-                __m512i x[B][2];
-                for (int k = 0; k < B; ++k) for (int h = 0; h < 2; ++h) x[k][h] = _mm512_loadu_si512(in.words + (b + k) * in.stride + c * BLOCK + 32 * h);
-                for (int d = 0; d < D; ++d) {
+                const Octets code = unpack(codes + at, unpack.bytes(bytes - at));
+                __m512i early[B], late[B];
+                UNROLL for (int k = 0; k < B; ++k) early[k] = _mm512_loadu_si512(x + k * stride), late[k] = _mm512_loadu_si512(x + k * stride + 32);
+                UNROLL for (int d = 0; d < D; ++d) {
                     const __m512i low = plane<SIZE>(l.fixed + 2 * SIZE * d, code), high = plane<SIZE>(l.fixed + 2 * SIZE * d + SIZE, code);
-                    const __m512i w[2] = {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
-                    for (int k = 0; k < B; ++k) {
-                        const __m512i dots = _mm512_dpwssd_epi32(_mm512_setzero_si512(), w[0], x[k][0]);
+                    const __m512i a = _mm512_unpacklo_epi8(low, high), z = _mm512_unpackhi_epi8(low, high);
+                    UNROLL for (int k = 0; k < B; ++k) {
+                        const __m512i dots = _mm512_dpwssd_epi32(_mm512_setzero_si512(), a, early[k]);
                         if (EVEN) {
-                            const Vec by = all(factor[(d * B + k) * in.blocks + c]);
-                            total[d][k] = fma(number(_mm512_dpwssd_epi32(dots, w[1], x[k][1])), by, total[d][k]);
+                            const Vec by = all(factor[(d * B + k) * apart + c]);
+                            total[d][k] = fma(number(_mm512_dpwssd_epi32(dots, z, late[k])), by, total[d][k]);
                         } else {
-                            const __m512i later = _mm512_dpwssd_epi32(_mm512_setzero_si512(), w[1], x[k][1]);
                             const float *of_row = scale + d * l.groups;
-                            const Vec part = fma(number(later), in.under(of_row, 2 * c + 1), times(number(dots), in.under(of_row, 2 * c)));
-                            total[d][k] = fma(part, all(in.step[(b + k) * in.blocks + c]), total[d][k]);
+                            const Vec later = number(_mm512_dpwssd_epi32(_mm512_setzero_si512(), z, late[k]));
+                            const Vec part = fma(later, in.under(of_row, 2 * c + 1), times(number(dots), in.under(of_row, 2 * c)));
+                            total[d][k] = fma(part, all(in.step[(b + k) * apart + c]), total[d][k]);
                         }
                     }
                 }
             }
-            for (int64_t d = 0; d < D && v * D + d < l.rows; ++d) for (int k = 0; k < B; ++k) finish(v * D + d, b + k, entry * sum(total[d][k]));
+            UNROLL for (int d = 0; d < D; ++d)
+                if (v * D + d < l.rows) UNROLL for (int k = 0; k < B; ++k) finish(v * D + d, b + k, entry * sum(total[d][k]));
         }
     }
     void operator()(int64_t begin, int64_t end) const {

@@ -102,12 +102,13 @@ struct UnpackBytes {
         mask = _mm512_set1_epi8((char)((1u << b) - 1));
         block = Unpack::first(8 * b);
     }
+    // Which bytes belong to a block, of which the row has `left` more.
+    __mmask64 bytes(int64_t left) const { return left >= 8 * bits ? block : Unpack::first(left); }
     // Bits above a code stay: tables repeat themselves.
-    Octets operator()(const uint8_t *p, int64_t left) const {
-        const __m512i raw = _mm512_maskz_loadu_epi8(left >= 8 * bits ? block : Unpack::first(left), p);
-        return _mm512_multishift_epi64_epi8(by, _mm512_permutexvar_epi8(at, raw));
+    Octets operator()(const uint8_t *p, __mmask64 bytes) const {
+        return _mm512_multishift_epi64_epi8(by, _mm512_permutexvar_epi8(at, _mm512_maskz_loadu_epi8(bytes, p)));
     }
-    Octets masked(const uint8_t *p, int64_t left) const { return _mm512_and_si512((*this)(p, left), mask); }
+    Octets alone(const uint8_t *p, __mmask64 bytes) const { return _mm512_and_si512((*this)(p, bytes), mask); }
 };
 
 // SIZE bytes, 64, 128 or 256: a shorter table is repeated.
