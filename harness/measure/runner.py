@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from harness.compressed import CompressedModel
+from harness.measure.halves import keep_halves
+from harness.measure.native import token_decoder
+from kernels.dispatch import fused
 from kernels.formats.packed import PackedLinear
 from kernels.formats.stored import StoredModule
 from kernels.timing import Call, graphed
@@ -22,13 +25,18 @@ WARM = 2  # steps before anything is timed
 
 
 def timed_model(loaded: CompressedModel) -> PreTrainedModel:
-    """The model that is run: packed layers as they are, uncompressed ones as the linear layers they stand for. Their
-    16-bit weights (with trained adapters added) are converted to the compute dtype once, not for every product: the
-    fastest an uncompressed model can be."""
+    """The model that is run, packed layers as they are.
+
+    On a CPU 16-bit weights stay 16-bit weights, those of uncompressed layers, of the embedding and of the head: they are
+    multiplied as they are stored. Elsewhere (where the vendor's product of 16-bit weights is the fastest there is), and
+    where no kernel can be compiled, uncompressed layers are the linear layers they stand for, in the compute dtype."""
     model = loaded.model
+    on_cpu = model.device.type == "cpu"
     for name, layer in loaded.packed.items():
-        if layer.format == "dense":
+        if layer.format == "dense" and not (on_cpu and fused(layer, "cpu")):
             model.set_submodule(name, _linear(layer, model.dtype))
+    if on_cpu:
+        keep_halves(model, loaded.half)
     return model
 
 
@@ -43,29 +51,48 @@ def _linear(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
 
 class Runner:
     """A batch of sequences behind their prompts [B, T]; every `step` appends a token to each, at most `left` of
-    them."""
+    them: the likeliest, unless `ids_B1` is set before.
 
-    def __init__(self, model: PreTrainedModel, prompt_BT: Tensor) -> None:
+    `name` says what runs a step: "native" (kernels.cpu.model, on a CPU), "cuda-graph" (transformers' forward, recorded
+    once it is warm), or "transformers" (the interpreter in between); `reason` why it is not native."""
+
+    def __init__(self, model: PreTrainedModel, prompt_BT: Tensor, native: bool = True) -> None:
         self.model, self.device = model, str(prompt_BT.device)
         self.left = _room(model)
-        self.cache = _cache(model, prompt_BT.shape[1] + self.left)
+        self.position = prompt_BT.shape[1] - 1
+        positions = prompt_BT.shape[1] + self.left
+        self.cache = _cache(model, positions)
         self._keep = _keep(model)
         if prompt_BT.shape[1] > 1:
             self._forward(prompt_BT[:, :-1])
         self.ids_B1 = prompt_BT[:, -1:].clone()
         self.logits_BV: Tensor | None = None
         self._replayed: Call = self._step
+        on_cpu = torch.device(self.device).type == "cpu"
+        self.name = "transformers" if on_cpu else "cuda-graph"
+        self.reason = "" if on_cpu else "on a GPU transformers' forward is recorded"
+        if native and on_cpu and prompt_BT.shape[1] > 1:
+            decoder = token_decoder(model, self.cache, positions)
+            if isinstance(decoder, str):
+                self.reason = decoder
+            else:
+                self.name, self._decoder, self._replayed = "native", decoder, self._native_step
 
     def warm(self) -> None:
         """Run steps until everything that is prepared at first use is there; on a GPU then one step becomes a graph."""
         for _ in range(WARM):
             self.step()
-        self._replayed = graphed(self._step, self.device)
+        self._replayed = graphed(self._replayed, self.device)
 
     def step(self) -> None:
         assert self.left > 0, "no room in the cache"
         self.left -= 1
         self._replayed()
+        self.position += 1
+
+    def _native_step(self) -> None:
+        self._decoder.step(self.ids_B1, self.position)
+        self.logits_BV = self._decoder.logits_BV
 
     @torch.inference_mode()
     def _step(self) -> None:
