@@ -23,6 +23,12 @@ static inline void store(float *p, Vec v) { _mm512_storeu_ps(p, v); }
 static inline void store(int32_t *p, Int v) { _mm512_storeu_si512(p, v); }
 static inline Vec gather(const float *table, Int i) { return _mm512_i32gather_ps(i, table, 4); }
 static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+static inline void sums(const Vec *v, float *four) {  // of four vectors
+    __m256 half[4];
+    for (int k = 0; k < 4; ++k) half[k] = _mm256_add_ps(_mm512_castps512_ps256(v[k]), _mm512_extractf32x8_ps(v[k], 1));
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(four, _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
+}
 static inline Int octets(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 static inline Vec load(const float *p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1), p); }  // zeros behind n
 static inline Vec plus(Vec a, Vec b) { return _mm512_add_ps(a, b); }
@@ -153,6 +159,9 @@ static inline void entries4(const uint16_t *table, Int code, Vec *v) {
 
 static inline Int scaled(Int i, int by) { return _mm512_mullo_epi32(i, _mm512_set1_epi32(by)); }
 static inline Vec halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline Vec halves(const uint16_t *p, int64_t n) {  // zeros behind n
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1), p));
+}
 static inline Vec brains(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
@@ -250,6 +259,12 @@ static inline Int scaled(Int i, int by) {
 }
 static inline Vec halves(const uint16_t *p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
+}
+static inline Vec halves(const uint16_t *p, int64_t n) {
+    if (n >= 16) return halves(p);
+    uint16_t copy[16] = {0};
+    memcpy(copy, p, sizeof(uint16_t) * (size_t)n);
+    return halves(copy);
 }
 static inline __m256 brains8(const uint16_t *p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16)); }
 static inline Vec brains(const uint16_t *p) { return {brains8(p), brains8(p + 8)}; }

@@ -15,7 +15,7 @@ static void decode_base(const Layer &l, int64_t first, int64_t count, float *out
     Under under = {0, 0};
     if (!is_even(l)) under.make(l, 1, padded(l.columns), arena);
     const int64_t width = padded(l.columns);
-    float *scale = arena.take<float>(l.dim * l.groups), *shift = arena.take<float>(l.dim * l.groups), *row = arena.take<float>(l.dim * width);
+    float *scale = arena.take<float>(l.dim * room(l)), *shift = arena.take<float>(l.dim * room(l)), *row = arena.take<float>(l.dim * width);
     decoded(l, [&](const auto &decoder, auto dim, auto even) {
         const int64_t D = decltype(dim)::value;
 #pragma omp for schedule(static)

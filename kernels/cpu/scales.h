@@ -21,11 +21,9 @@ static inline uint32_t code_at(const uint32_t *stream, int64_t index, int64_t bi
     return (uint32_t)(two >> shift) & ((1u << bits) - 1);
 }
 
-// Eight at a time, the rest one by one.
-static void converted(const uint16_t *from, int64_t count, float *to) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
-    for (; i < count; ++i) to[i] = wide(from[i]);
+// Sixteen at a time; `to` has room for whole vectors.
+static inline void converted(const uint16_t *from, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i += LANES) store(to + i, halves(from + i, count - i));
 }
 
 static void mapped(const uint8_t *code, const float *map, float size, float offset, int64_t count, float *to) {
@@ -39,7 +37,7 @@ static void mapped(const uint8_t *code, const float *map, float size, float offs
     for (; i < count; ++i) to[i] = __builtin_fmaf(map ? map[code[i]] : (float)code[i], size, offset);
 }
 
-// What the values of every group of a row are multiplied by, and what is added to them.
+// What the values of every group of a row are multiplied by, and what is added to them; there is room for whole vectors.
 static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
     const int64_t first = row * l.groups;
     if (l.half) {
@@ -62,9 +60,6 @@ static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
     } else if (l.zeros) {
         for (int64_t g = 0; g < l.groups; ++g) shift[g] = -scale[g] * (float)code_at(l.zeros, first + g, l.bits);
     } else if (l.centre != 0) {
-        for (int64_t g = 0; g < l.groups; ++g) shift[g] = -scale[g] * (float)l.centre;
+        for (int64_t g = 0; g < l.groups; g += LANES) store(shift + g, times(load(scale + g), all(-(float)l.centre)));
     }
 }
-
-// What a vector of rows is multiplied with: its scales and shifts [dim, groups].
-struct Scales { float *scale, *shift; };
