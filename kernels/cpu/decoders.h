@@ -1,6 +1,6 @@
 // Sixty-four codes to weights without their scales: one decoder per kind of table, for vectors of D rows.
 //
-//   NUMBER    a code is its own value                     REGISTER  at most 16 entries, in one register for each place of a vector
+//   NUMBER    a code less the centre                      REGISTER  at most 16 entries, in one register for each place of a vector
 //   BYTES     at most 256 fp16 entries, as planes of      MEMORY    any table: a load for every entry
 //             bytes (AVX-512 with VBMI alone)
 //
@@ -20,10 +20,11 @@ template <int KIND, int D> struct Decoder;
 template <> struct Decoder<NUMBER, 1> {
     struct Block { Int code[4]; };
     Unpack unpack;
-    explicit Decoder(const Layer &l) : unpack(l.bits) {}
+    const Vec centre;
+    explicit Decoder(const Layer &l) : unpack(l.bits), centre(all((float)l.centre)) {}
     void open(const uint8_t *p, int64_t left, Block &block) const { unpack.operator()<false>(p, left, block.code); }
     void place(const Block &block, int, Vec *v) const {
-        for (int k = 0; k < 4; ++k) v[k] = number(block.code[k]);
+        for (int k = 0; k < 4; ++k) v[k] = minus(number(block.code[k]), centre);
     }
 };
 

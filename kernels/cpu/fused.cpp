@@ -14,14 +14,15 @@ extern "C" {
 void product(const Layer *layer, const float *x, int64_t batch, float *y, int64_t threads) {
     const Layer &l = *layer;
     const int64_t count = vectors(l), shares = l.rows * l.columns * batch <= ALONE ? 1 : threads, share = chunk(count, l.columns * l.dim * batch, shares);
-    std::atomic<int64_t> next(0);
+    Team team(shares, 1);
 #pragma omp parallel num_threads((int)shares)
     {
+        team.meet();
         Arena arena;
         Inputs in;
         prepare(l, x, l.columns, batch, arena, in);
         const Rows rows = {l, in, y, l.rows, arena};
-        for (int64_t v; (v = next.fetch_add(share)) < count;) multiply(rows, v, v + share < count ? v + share : count);
+        team.share(0, (count + share - 1) / share, omp_get_thread_num(), [&](int64_t t) { multiply(rows, t * share, (t + 1) * share < count ? (t + 1) * share : count); });
     }
 }
 

@@ -28,7 +28,7 @@ struct Under {
 struct Inputs {
     int64_t batch, stride, blocks;  // columns padded to whole blocks of 64; blocks padded to whole vectors
     const float *x;                 // [batch, stride], in the order of the codes; what integers stand for, where there are any
-    const float *sums;              // [batch, groups]: of the inputs under every scale, where rows have shifts
+    const float *sums;              // [batch, groups]: of the inputs under every scale, where rows have shifts; or times minus the centre
     const float *lowrank;           // [batch, rank]: right @ x, scaled so that what is left to do is a sum over left's codes
     const float *repeated;          // [batch, stride, dim]: every input once for every row of a vector
     const int8_t *bytes;            // [batch, stride / 64, 2, 64]: high and low bytes of 16-bit integers, both signed
@@ -144,10 +144,11 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
         for (int64_t i = 0; i < batch * width; ++i) for (int64_t d = 0; d < l.dim; ++d) repeated[i * l.dim + d] = in.x[i];
         in.repeated = repeated;
     }
-    if (has_shift(l)) {
+    const bool centred = way == BYTES_WAY && l.centre != 0;
+    if (has_shift(l) || centred) {
         float *sums = arena.take<float>(batch * l.groups);
         for (int64_t b = 0; b < batch; ++b)
-            for (int64_t g = 0; g < l.groups; ++g) sums[b * l.groups + g] = sum_of(in.x + b * width + g * l.group, columns_under(l, g));
+            for (int64_t g = 0; g < l.groups; ++g) sums[b * l.groups + g] = sum_of(in.x + b * width + g * l.group, columns_under(l, g)) * (centred ? -(float)l.centre : 1.0f);
         in.sums = sums;
     }
 }

@@ -30,6 +30,7 @@ struct Tile {
             }
             for (int k = 0; k < B; ++k) {
                 Vec sums = zero();
+                const float *shift = has_shift(l) ? this->shift : scale;  // a centre is in the sums
                 for (int64_t g = 0; in.sums && g < l.groups; g += LANES) sums = fma(load(shift + r * each + g, l.groups - g), load(in.sums + (b + k) * l.groups + g, l.groups - g), sums);
                 store(start + (r * B + k) * LANES, sums);
             }

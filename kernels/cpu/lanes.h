@@ -209,6 +209,10 @@ static inline __m256 doubled(__m256 a, __m256 times) {
 }
 static inline Vec doubled(Vec a, Vec times) { return {doubled(a.a, times.a), doubled(a.b, times.b)}; }
 
+static inline void sums(const Vec *v, float *four) {
+    for (int k = 0; k < 4; ++k) four[k] = sum(v[k]);
+}
+
 struct Unpack {
     Int at, shifts;
     __m256i mask;

@@ -75,9 +75,19 @@ class Decoder_ {
         const float *keys = block.keys + ((b * m.kv_heads + kv) * m.positions + begin) * size;
         const float *values = block.values + ((b * m.kv_heads + kv) * m.positions + begin) * size;
         const Arena::Mark mark = arena.mark();
-        float *weight = arena.take<float>(count), most_ = -INFINITY;
+        float *weight = arena.take<float>(count + LANES), most_ = -INFINITY;
+        for (int64_t t = 0; t < count; t += 4) {  // four positions at once; behind the last, the last again
+            Vec v[4] = {zero(), zero(), zero(), zero()};
+            const float *key[4];
+            for (int k = 0; k < 4; ++k) key[k] = keys + (t + k < count ? t + k : count - 1) * size;
+            for (int64_t i = 0; i < size; i += LANES) {
+                const Vec q = load(query + i, size - i);
+                for (int k = 0; k < 4; ++k) v[k] = fma(q, load(key[k] + i, size - i), v[k]);
+            }
+            sums(v, weight + t);
+        }
         for (int64_t t = 0; t < count; ++t) {
-            weight[t] = dot(query, keys + t * size, size) * (float)m.attention_scale;
+            weight[t] *= (float)m.attention_scale;
             if (m.attention_cap != 0) weight[t] = (float)m.attention_cap * tanhf(weight[t] / (float)m.attention_cap);
             most_ = fmaxf(most_, weight[t]);
         }
@@ -113,11 +123,21 @@ class Decoder_ {
         arena.back(mark);
     }
 
-    void rows_of(int64_t stage, const Layer &l, const float *x, float *y, Arena &arena) {
+    // A stage is done. Until the others are, the first bytes of the thread's share of the next layer are on their way.
+    void finished(int64_t thread, const Layer &after) {
+        const int64_t row = after.dense ? after.columns * (after.dense_kind == FP32 ? 4 : 2) : 4 * after.words, count = vectors(after);
+        const uint8_t *codes = after.dense ? (const uint8_t *)after.dense : (const uint8_t *)after.codes;
+        const int64_t begin = team.first(thread, count) * row, left = count * row - begin;
+        prefetch(codes + begin, left < AHEAD ? left : AHEAD);
+        team.wait();
+    }
+
+    void rows_of(int64_t stage, int64_t thread, const Layer &l, const float *x, float *y, const Layer &after, Arena &arena) {
         Inputs in;
         prepare(l, x, l.columns, batch, arena, in);
         const int64_t count = vectors(l), share = chunk(count, l.columns * l.dim * batch, threads);
-        team.share(stage, (count + share - 1) / share, [&](int64_t t) { multiply({l, in, y, l.rows, arena}, t * share, (t + 1) * share < count ? (t + 1) * share : count); });
+        team.share(stage, (count + share - 1) / share, thread, [&](int64_t t) { multiply({l, in, y, l.rows, arena}, t * share, (t + 1) * share < count ? (t + 1) * share : count); });
+        finished(thread, after);
     }
 
     void run(const int64_t *ids, float *logits, int64_t thread) {
@@ -131,27 +151,28 @@ class Decoder_ {
             const DecoderBlock &block = m.block[n];
             const Arena::Mark mark = arena.mark();
             for (int64_t b = 0; b < batch; ++b) normed(hidden + b * m.hidden, block.norm_before_attention, m.hidden, x + b * m.hidden);
-            attention_inputs(stage++, block, x, arena);
-            team.share(stage++, batch * m.heads, [&](int64_t t) { attend(block, t / m.heads, t % m.heads, arena); });
-            rows_of(stage++, *block.output, attended, output, arena);
+            attention_inputs(stage++, thread, block, x, arena);
+            team.share(stage++, batch * m.heads, thread, [&](int64_t t) { attend(block, t / m.heads, t % m.heads, arena); });
+            finished(thread, *block.output);
+            rows_of(stage++, thread, *block.output, attended, output, *block.gate, arena);
             add(hidden, block.norm_after_attention, arena);
             for (int64_t b = 0; b < batch; ++b) normed(hidden + b * m.hidden, block.norm_before_mlp, m.hidden, x + b * m.hidden);
-            activations(stage++, block, x, arena);
-            rows_of(stage++, *block.down, inner, output, arena);
+            activations(stage++, thread, block, x, arena);
+            rows_of(stage++, thread, *block.down, inner, output, n + 1 < m.blocks ? *m.block[n + 1].query : *m.head, arena);
             add(hidden, block.norm_after_mlp, arena);
             arena.back(mark);
         }
         for (int64_t b = 0; b < batch; ++b) normed(hidden + b * m.hidden, m.norm, m.hidden, x + b * m.hidden);
-        head(stage, x, logits, thread, arena);
+        head(stage, thread, x, logits, arena);
     }
 
-    void attention_inputs(int64_t stage, const DecoderBlock &block, const float *x, Arena &arena) {
+    void attention_inputs(int64_t stage, int64_t thread, const DecoderBlock &block, const float *x, Arena &arena) {
         Inputs of_query, of_key, of_value;
         prepare(*block.query, x, m.hidden, batch, arena, of_query);
         prepare(*block.key, x, m.hidden, batch, arena, of_key);
         prepare(*block.value, x, m.hidden, batch, arena, of_value);
         const int64_t size = m.head_dim;
-        team.share(stage, m.heads + 2 * m.kv_heads, [&](int64_t t) {
+        team.share(stage, m.heads + 2 * m.kv_heads, thread, [&](int64_t t) {
             const Arena::Mark mark = arena.mark();
             if (t < m.heads) {
                 project(*block.query, of_query, t, queries, arena);
@@ -169,16 +190,17 @@ class Decoder_ {
             }
             arena.back(mark);
         });
+        team.wait();
     }
 
     // inner = activation(gate x) * up x, a few rows of both at a time.
-    void activations(int64_t stage, const DecoderBlock &block, const float *x, Arena &arena) {
+    void activations(int64_t stage, int64_t thread, const DecoderBlock &block, const float *x, Arena &arena) {
         Inputs of_gate, of_up;
         prepare(*block.gate, x, m.hidden, batch, arena, of_gate);
         prepare(*block.up, x, m.hidden, batch, arena, of_up);
         const int64_t share = chunk(m.inner, 2 * m.hidden * batch, threads);  // a multiple of every vector length
         float *up = arena.take<float>(batch * m.inner);
-        team.share(stage, (m.inner + share - 1) / share, [&](int64_t t) {
+        team.share(stage, (m.inner + share - 1) / share, thread, [&](int64_t t) {
             const int64_t first = t * share, end = first + share < m.inner ? first + share : m.inner;
             const Layer &g = *block.gate, &u = *block.up;
             multiply({g, of_gate, inner, m.inner, arena}, first / g.dim, (end + g.dim - 1) / g.dim);
@@ -191,15 +213,16 @@ class Decoder_ {
                     memcpy(at, copy, sizeof(float) * (size_t)(end - i < LANES ? end - i : LANES));
                 }
         });
+        finished(thread, *block.down);
     }
 
-    void head(int64_t stage, const float *x, float *logits, int64_t thread, Arena &arena) {
+    void head(int64_t stage, int64_t thread, const float *x, float *logits, Arena &arena) {
         const Layer &l = *m.head;
         Inputs in;
         prepare(l, x, l.columns, batch, arena, in);
         const int64_t share = chunk(l.rows, l.columns * batch, threads);
         for (int64_t b = 0; b < batch; ++b) best[thread * batch + b] = -INFINITY, best_at[thread * batch + b] = l.rows;
-        team.share(stage, (l.rows + share - 1) / share, [&](int64_t t) {
+        team.share(stage, (l.rows + share - 1) / share, thread, [&](int64_t t) {
             const int64_t first = t * share, end = first + share < l.rows ? first + share : l.rows;
             multiply({l, in, logits, l.rows, arena}, first / l.dim, (end + l.dim - 1) / l.dim);
             for (int64_t b = 0; b < batch; ++b)
@@ -212,7 +235,7 @@ class Decoder_ {
     }
 
   public:
-    Decoder_(const Model &m, int64_t batch, int64_t position, int64_t threads) : m(m), batch(batch), position(position), threads(threads), team(5 * m.blocks + 1) {
+    Decoder_(const Model &m, int64_t batch, int64_t position, int64_t threads) : m(m), batch(batch), position(position), threads(threads), team(threads, 5 * m.blocks + 1) {
         queries = shared.take<float>(batch * m.heads * m.head_dim), attended = shared.take<float>(batch * m.heads * m.head_dim);
         inner = shared.take<float>(batch * m.inner), output = shared.take<float>(batch * m.hidden);
         best = shared.take<float>(threads * batch), best_at = shared.take<int64_t>(threads * batch);

@@ -16,7 +16,7 @@
 
 #define AHEAD 4096  // bytes of codes asked for in advance
 #define PANEL 1024  // columns of a decoded panel
-#define UNROLL _Pragma("GCC unroll 16")  // arrays of registers stay in registers
+#define UNROLL _Pragma("GCC unroll 32")  // arrays of registers stay in registers
 
 // Every line of what a later block reads: they come from memory, and the processor's own prefetching is soon lost among rows this short.
 static inline void prefetch(const uint8_t *p, int64_t count) {
@@ -205,28 +205,32 @@ template <int D> struct Repeated : Rows {
         const int64_t bytes = 4 * l.words, step = 8 * l.bits, each = room(l);
         float *scale = arena.take<float>(D * each), *shift = arena.take<float>(D * each);
         float *across = arena.take<float>(LANES * l.groups);  // [groups, 16]: the scale of every lane's row
-        const float *x = in.repeated + first_input * in.stride * D;
+        const int64_t stride = in.stride;
+        const uint16_t *table = l.half_table;
+        const float *x = in.repeated + first_input * stride * D;
         for (int64_t v = begin; v < end; ++v) {
             load_scales(l, v, scale, shift);
             for (int64_t g = 0; g < l.groups; ++g) for (int64_t k = 0; k < LANES; ++k) across[g * LANES + k] = scale[k % D * each + g];
             const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
             Vec total[B];
-            for (int b = 0; b < B; ++b) total[b] = zero();
-            for (int64_t c = 0, at = 0; c < l.columns; c += BLOCK, at += step) {
+            UNROLL for (int b = 0; b < B; ++b) total[b] = zero();
+            const float *by = across;
+            for (int64_t c = 0, at = 0, next = l.group; c < l.columns; c += BLOCK, at += step) {
+                if (c == next) by += LANES, next += l.group;
                 prefetch(codes + at + AHEAD, step);
                 Int four[4];
                 uint32_t code[BLOCK];
                 unpack.template operator()<false>(codes + at, bytes - at, four);
                 for (int k = 0; k < 4; ++k) store((int32_t *)code + LANES * k, four[k]);
                 Vec part[B][2];
-                for (int b = 0; b < B; ++b) part[b][0] = part[b][1] = zero();
-                for (int k = 0; k < BLOCK * D / LANES; ++k) {
-                    const Vec value = entries(l.half_table, code + k * (LANES / D));
-                    for (int b = 0; b < B; ++b) part[b][k % 2] = fma(value, load(x + (b * in.stride + c) * D + k * LANES), part[b][k % 2]);
+                UNROLL for (int b = 0; b < B; ++b) part[b][0] = part[b][1] = zero();
+                UNROLL for (int k = 0; k < BLOCK * D / LANES; ++k) {
+                    const Vec value = entries(table, code + k * (LANES / D));
+                    UNROLL for (int b = 0; b < B; ++b) part[b][k % 2] = fma(value, load(x + (b * stride + c) * D + k * LANES), part[b][k % 2]);
                 }
-                for (int b = 0; b < B; ++b) total[b] = fma(plus(part[b][0], part[b][1]), load(across + c / l.group * LANES), total[b]);
+                UNROLL for (int b = 0; b < B; ++b) total[b] = fma(plus(part[b][0], part[b][1]), load(by), total[b]);
             }
-            for (int b = 0; b < B; ++b) {
+            UNROLL for (int b = 0; b < B; ++b) {
                 float lanes[LANES];
                 store(lanes, total[b]);
                 for (int64_t d = 0; d < D && v * D + d < l.rows; ++d) {

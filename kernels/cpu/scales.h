@@ -10,7 +10,7 @@ static inline int64_t columns_under(const Layer &l, int64_t g) {  // scale g of 
     return l.columns - g * l.group < l.group ? l.columns - g * l.group : l.group;
 }
 static inline bool is_even(const Layer &l) { return l.groups == 1 || l.group % BLOCK == 0; }  // a block lies under one scale
-static inline bool has_shift(const Layer &l) { return l.minima || l.zeros || l.centre != 0; }
+static inline bool has_shift(const Layer &l) { return l.minima || l.zeros; }
 
 static inline float wide(uint16_t half) { return _cvtsh_ss(half); }
 
@@ -37,7 +37,7 @@ static void mapped(const uint8_t *code, const float *map, float size, float offs
     for (; i < count; ++i) to[i] = __builtin_fmaf(map ? map[code[i]] : (float)code[i], size, offset);
 }
 
-// What the values of every group of a row are multiplied by, and what is added to them; there is room for whole vectors.
+// What the values of every group of a row are multiplied by, and what is added to them, where `has_shift`; there is room for whole vectors.
 static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
     const int64_t first = row * l.groups;
     if (l.half) {
@@ -59,7 +59,5 @@ static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
         converted(l.minima + first, l.groups, shift);
     } else if (l.zeros) {
         for (int64_t g = 0; g < l.groups; ++g) shift[g] = -scale[g] * (float)code_at(l.zeros, first + g, l.bits);
-    } else if (l.centre != 0) {
-        for (int64_t g = 0; g < l.groups; g += LANES) store(shift + g, times(load(scale + g), all(-(float)l.centre)));
     }
 }

@@ -1,5 +1,6 @@
-// Threads that work through the stages of a token together: tasks are taken one by one, and whoever is done waits for the rest by spinning, which
-// takes a tenth of the time of going to sleep.
+// Threads that work through the stages of a token together. Each begins with a share of a stage's tasks, in their order, so that it reads one
+// stream of bytes, and when it has done them helps the others; whoever is done waits for the rest by spinning, which takes a tenth of the time
+// of going to sleep.
 
 #pragma once
 
@@ -23,14 +24,15 @@ static inline int64_t chunk(int64_t count, int64_t weights_each, int64_t threads
 
 class Team {
     struct alignas(64) Counter { std::atomic<int64_t> value; };
-    Counter arrived, round, *next;
+    Counter arrived, round, *next;  // next: [stages, most], the first task of a thread's share that nobody has taken
+    const int64_t most;
     int64_t threads;
 
   public:
-    explicit Team(int64_t stages) : threads(1) {
+    Team(int64_t most, int64_t stages) : most(most), threads(1) {
         arrived.value = 0, round.value = 0;
-        next = (Counter *)aligned_alloc(64, sizeof(Counter) * (size_t)stages);
-        for (int64_t s = 0; s < stages; ++s) new (&next[s].value) std::atomic<int64_t>(0);
+        next = (Counter *)aligned_alloc(64, sizeof(Counter) * (size_t)(stages * most));
+        for (int64_t i = 0; i < stages * most; ++i) new (&next[i].value) std::atomic<int64_t>(0);
     }
     ~Team() { free(next); }
 
@@ -53,9 +55,15 @@ class Team {
             }
         }
     }
+    // The first task of a thread's share of `tasks`.
+    int64_t first(int64_t thread, int64_t tasks) const { return thread * tasks / threads; }
+
     // Every task of a stage is done by one thread; then all go on.
-    template <class Task> void share(int64_t stage, int64_t tasks, Task task) {
-        for (int64_t t; (t = next[stage].value.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(t);
-        wait();
+    template <class Task> void share(int64_t stage, int64_t tasks, int64_t thread, Task task) {
+        for (int64_t k = 0; k < threads; ++k) {
+            const int64_t whose = (thread + k) % threads, begin = first(whose, tasks), end = first(whose + 1, tasks);
+            std::atomic<int64_t> &taken = next[stage * most + whose].value;
+            for (int64_t t; taken.load(std::memory_order_relaxed) < end - begin && (t = begin + taken.fetch_add(1, std::memory_order_relaxed)) < end;) task(t);
+        }
     }
 };
