@@ -30,7 +30,6 @@ struct Inputs {
     const float *x;                 // [batch, stride], in the order of the codes; what integers stand for, where there are any
     const float *sums;              // [batch, groups]: of the inputs under every scale, where rows have shifts; or times minus the centre
     const float *lowrank;           // [batch, rank]: right @ x, scaled so that what is left to do is a sum over left's codes
-    const float *repeated;          // [batch, stride, dim]: every input once for every row of a vector
     const int8_t *bytes;            // [batch, stride / 64, 2, 64]: high and low bytes of 16-bit integers, both signed
     const int16_t *words;           // [batch, stride]: 16-bit integers
     const float *step;              // [batch, blocks]: what a block's integers are multiplied by
@@ -38,7 +37,7 @@ struct Inputs {
 };
 
 // How rows are multiplied; see rows.h.
-enum Way { FLOATS, BYTES_WAY, WORDS_WAY, REPEATED, DENSE };
+enum Way { FLOATS, BYTES_WAY, WORDS_WAY, FOURS_WAY, ENTRIES, DENSE };
 
 static inline Way way_of(const Layer &l, int64_t batch);
 
@@ -137,13 +136,8 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
         in.under.make(l, lane, width / lane, arena);
     }
 #if PLANES
-    if (way == BYTES_WAY || way == WORDS_WAY) to_integers(in, in.x, way == BYTES_WAY, arena);
+    if (way == BYTES_WAY || way == WORDS_WAY || way == FOURS_WAY) to_integers(in, in.x, way == BYTES_WAY, arena);
 #endif
-    if (way == REPEATED) {
-        float *repeated = arena.take<float>(batch * width * l.dim);
-        for (int64_t i = 0; i < batch * width; ++i) for (int64_t d = 0; d < l.dim; ++d) repeated[i * l.dim + d] = in.x[i];
-        in.repeated = repeated;
-    }
     const bool centred = way == BYTES_WAY && l.centre != 0;
     if (has_shift(l) || centred) {
         float *sums = arena.take<float>(batch * l.groups);

@@ -148,4 +148,87 @@ template <int SIZE, int D, bool EVEN> struct Words : Rows {
     }
 };
 
+// Codes of nine to fourteen bits of vectors of four rows. Two entries, loaded whole and interleaved, are two columns of four rows; eight make a
+// register, whose lanes are pairs of columns of one row each, and inputs are spread to match. Four products at most are a sum of 32 bits.
+struct Fours : Rows {
+    template <int B> void some(int64_t v, int64_t b, const Tile &tile, const Int *spread) const {
+        const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
+        const int64_t bytes = 4 * l.words, bits = l.bits, step = 8 * bits, apart = in.blocks, stride = in.stride;
+        const uint64_t mask = (1u << bits) - 1;
+        const long long *table = (const long long *)l.fixed;
+        const int16_t *x = in.words + b * stride;
+        Vec total[B];
+        UNROLL for (int k = 0; k < B; ++k) total[k] = zero();
+        for (int64_t c = 0, at = 0; c < stride / BLOCK; ++c, at += step, x += BLOCK) {
+            prefetch(codes + at + AHEAD, step);
+            const uint8_t *p = codes + at;
+            uint8_t last[8 * 14 + 8];
+            if (bytes - at < step + 8) {  // eight bytes are read where fewer may be left
+                memset(last, 0, sizeof last);
+                memcpy(last, p, (size_t)(bytes - at < step ? bytes - at : step));
+                p = last;
+            }
+            Vec part[B];
+            UNROLL for (int k = 0; k < B; ++k) part[k] = zero();
+            UNROLL for (int h = 0; h < 2; ++h) {
+                __m512i pairs[B], dots[B];
+                UNROLL for (int k = 0; k < B; ++k) pairs[k] = _mm512_loadu_si512(x + k * stride + 32 * h), dots[k] = _mm512_setzero_si512();
+                UNROLL for (int e = 0; e < 4; ++e) {
+                    __m256i eight[2];
+                    UNROLL for (int f = 0; f < 2; ++f) {
+                        const int64_t bit = (32 * h + 8 * e + 4 * f) * bits;
+                        uint64_t four;
+                        memcpy(&four, p + (bit >> 3), 8);
+                        four >>= bit & 7;
+                        const __m128i first = _mm_unpacklo_epi16(_mm_cvtsi64_si128(table[four & mask]), _mm_cvtsi64_si128(table[four >> bits & mask]));
+                        const __m128i then = _mm_unpacklo_epi16(_mm_cvtsi64_si128(table[four >> 2 * bits & mask]), _mm_cvtsi64_si128(table[four >> 3 * bits & mask]));
+                        eight[f] = _mm256_inserti128_si256(_mm256_castsi128_si256(first), then, 1);
+                    }
+                    const __m512i w = _mm512_inserti64x4(_mm512_castsi256_si512(eight[0]), eight[1], 1);
+                    UNROLL for (int k = 0; k < B; ++k) {
+                        dots[k] = _mm512_dpwssd_epi32(dots[k], w, _mm512_permutexvar_epi32(spread[e], pairs[k]));
+                        if (e % 2) part[k] = plus(part[k], number(dots[k])), dots[k] = _mm512_setzero_si512();
+                    }
+                }
+            }
+            UNROLL for (int k = 0; k < B; ++k) {
+                const __m512 of_rows = _mm512_broadcast_f32x4(_mm_loadu_ps(tile.factor + (k * apart + c) * 4));
+                total[k] = fma(part[k], of_rows, total[k]);
+            }
+        }
+        UNROLL for (int k = 0; k < B; ++k) {
+            float lanes[LANES];
+            store(lanes, total[k]);
+            for (int64_t d = 0; d < 4 && v * 4 + d < l.rows; ++d)
+                finish(v * 4 + d, b + k, (float)l.fixed_step * (lanes[d] + lanes[4 + d] + lanes[8 + d] + lanes[12 + d]));
+        }
+    }
+
+    // Factors of the four rows of a vector side by side, [B, blocks, 4].
+    void factors(const Tile &tile, int64_t count, int64_t b) const {
+        const int64_t blocks = in.stride / BLOCK;
+        for (int64_t k = 0; k < count; ++k)
+            for (int64_t c = 0, g = 0, next = l.group; c < blocks; ++c) {
+                if (c * BLOCK >= next && g + 1 < l.groups) ++g, next += l.group;
+                const float by = in.step[(b + k) * in.blocks + c];
+                for (int d = 0; d < 4; ++d) tile.factor[(k * in.blocks + c) * 4 + d] = by * tile.scale[d * tile.each + g];
+            }
+    }
+    void operator()(int64_t begin, int64_t end) const {
+        Int spread[4];
+        for (int e = 0; e < 4; ++e) {
+            uint8_t of_lane[LANES];
+            for (int lane = 0; lane < LANES; ++lane) of_lane[lane] = (uint8_t)(4 * e + lane / 4);
+            spread[e] = octets(of_lane);
+        }
+        Tile tile(l, in, 2, arena);
+        for (int64_t v = begin; v < end; ++v) {
+            load_scales(l, v, tile.scale, tile.shift);
+            int64_t b = 0;
+            for (; b + 2 <= in.batch; b += 2) factors(tile, 2, b), some<2>(v, b, tile, spread);
+            if (b < in.batch) factors(tile, 1, b), some<1>(v, b, tile, spread);
+        }
+    }
+};
+
 #endif

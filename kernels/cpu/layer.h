@@ -16,7 +16,7 @@ typedef struct {
     const uint16_t *half_table;  // the same in fp16, where that is exact
     const uint8_t *planes;       // the same [dim, 2, plane]: low bytes, high bytes, repeated up to 64, 128 or 256
     int64_t plane;
-    const uint8_t *fixed;        // planes of 15-bit integers, where there are planes: entries are these
+    const uint8_t *fixed;        // entries as 15-bit integers: planes of at most 256 of them, or int16 [2**bits, 4]
     double fixed_step;           // times this number
     int64_t group, groups;       // columns under a scale, scales to a row
     const uint16_t *half;        // fp16 scales [rows, groups], or

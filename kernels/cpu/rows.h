@@ -2,7 +2,8 @@
 //
 //   BYTES_WAY  codes that are numbers, at most eight bits: times both bytes of 16-bit inputs, summed as integers (VNNI)
 //   WORDS_WAY  tables of at most 256 entries: 15-bit entries times 16-bit inputs, summed as integers (VNNI)
-//   REPEATED   larger tables of vectors of four or eight rows: entries are loaded whole and multiplied in the order in which they lie
+//   ENTRIES    other larger tables of vectors of four or eight rows: entries loaded whole, and multiplied in the order in which they lie
+//   FOURS_WAY  larger tables of vectors of four rows: the same, entries loaded whole (VNNI)
 //   DENSE      uncompressed weights
 //   FLOATS     everything else, and where there is no VNNI: decoded to fp32 in registers, or a panel at a time for many inputs
 //
@@ -178,55 +179,73 @@ template <class Dec, int D, bool EVEN> struct Floats : Rows {
 
 // ---- larger tables ---------------------------------------------------------------------------------------------------------------------
 
-// Entries of D fp16 values, D = 4 or 8, taken 16 / D at a time: a lane is a row of the vector, in every D-th one the same. The inputs are repeated
-// to match. A load for every code is what this costs; gathering the same entries place by place takes twice the time.
-template <int D> struct Repeated : Rows {
-    static Vec entries(const uint16_t *table, const uint32_t *code) {
+// Entries of D fp16 values, D = 4 or 8, taken 16 / D at a time: a lane is a row of the vector, in every D-th one the same, and inputs are
+// spread to match. A load for every code is what this costs; gathering the same entries place by place takes more than twice the time.
+template <int D> struct Entries : Rows {
+    // 16 / D entries, of codes from `first` on, of the four that begin at `four`.
+    static Vec entries(const uint16_t *table, uint64_t four, int first, int64_t bits) {
+        uint64_t at[4];
+        for (int k = 0; k < LANES / D; ++k) at[k] = four >> ((first + k) * bits) & ((1u << bits) - 1);
 #if PLANES
         __m256i half;
         if (D == 4) {
             const long long *e = (const long long *)table;
-            const __m128i low = _mm_insert_epi64(_mm_cvtsi64_si128(e[code[0]]), e[code[1]], 1);
-            half = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_insert_epi64(_mm_cvtsi64_si128(e[code[2]]), e[code[3]], 1), 1);
+            const __m128i low = _mm_unpacklo_epi64(_mm_cvtsi64_si128(e[at[0]]), _mm_cvtsi64_si128(e[at[1]]));
+            const __m128i high = _mm_unpacklo_epi64(_mm_cvtsi64_si128(e[at[2]]), _mm_cvtsi64_si128(e[at[3]]));
+            half = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
         } else {
             const __m128i *e = (const __m128i *)table;
-            half = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(e + code[0])), _mm_loadu_si128(e + code[1]), 1);
+            half = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(e + at[0])), _mm_loadu_si128(e + at[1]), 1);
         }
         return _mm512_cvtph_ps(half);
 #else
         uint16_t sixteen[16];
-        for (int k = 0; k < LANES / D; ++k) memcpy(sixteen + k * D, table + code[k] * D, 2 * D);
+        for (int k = 0; k < LANES / D; ++k) memcpy(sixteen + k * D, table + at[k] * D, 2 * D);
         return halves(sixteen);
 #endif
     }
 
     template <int B> void few(int64_t first_input, int64_t begin, int64_t end) const {
-        const Unpack unpack(l.bits);
-        const int64_t bytes = 4 * l.words, step = 8 * l.bits, each = room(l);
+        const int64_t bytes = 4 * l.words, bits = l.bits, step = 8 * bits, each = room(l), stride = in.stride;
+        const uint16_t *table = l.half_table;
         float *scale = arena.take<float>(D * each), *shift = arena.take<float>(D * each);
         float *across = arena.take<float>(LANES * l.groups);  // [groups, 16]: the scale of every lane's row
-        const int64_t stride = in.stride;
-        const uint16_t *table = l.half_table;
-        const float *x = in.repeated + first_input * stride * D;
+        const float *inputs = in.x + first_input * stride;
+        Int spread[D];  // lanes of sixteen inputs
+        for (int k = 0; k < D; ++k) {
+            uint8_t of_lane[LANES];
+            for (int lane = 0; lane < LANES; ++lane) of_lane[lane] = (uint8_t)((k * LANES + lane) / D);
+            spread[k] = octets(of_lane);
+        }
         for (int64_t v = begin; v < end; ++v) {
             load_scales(l, v, scale, shift);
             for (int64_t g = 0; g < l.groups; ++g) for (int64_t k = 0; k < LANES; ++k) across[g * LANES + k] = scale[k % D * each + g];
             const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
+            const float *by = across, *x = inputs;
             Vec total[B];
             UNROLL for (int b = 0; b < B; ++b) total[b] = zero();
-            const float *by = across;
-            for (int64_t c = 0, at = 0, next = l.group; c < l.columns; c += BLOCK, at += step) {
+            for (int64_t c = 0, at = 0, next = l.group; c < l.columns; c += BLOCK, at += step, x += BLOCK) {
                 if (c == next) by += LANES, next += l.group;
                 prefetch(codes + at + AHEAD, step);
-                Int four[4];
-                uint32_t code[BLOCK];
-                unpack.template operator()<false>(codes + at, bytes - at, four);
-                for (int k = 0; k < 4; ++k) store((int32_t *)code + LANES * k, four[k]);
+                const uint8_t *p = codes + at;
+                uint8_t last[8 * 14 + 8];
+                if (bytes - at < step + 8) {  // eight bytes are read where fewer may be left
+                    memset(last, 0, sizeof last);
+                    memcpy(last, p, (size_t)(bytes - at < step ? bytes - at : step));
+                    p = last;
+                }
                 Vec part[B][2];
                 UNROLL for (int b = 0; b < B; ++b) part[b][0] = part[b][1] = zero();
-                UNROLL for (int k = 0; k < BLOCK * D / LANES; ++k) {
-                    const Vec value = entries(table, code + k * (LANES / D));
-                    UNROLL for (int b = 0; b < B; ++b) part[b][k % 2] = fma(value, load(x + (b * stride + c) * D + k * LANES), part[b][k % 2]);
+                Register sixteen[B];
+                UNROLL for (int k = 0; k < BLOCK / 4; ++k) {
+                    if (k % 4 == 0) UNROLL for (int b = 0; b < B; ++b) sixteen[b] = Register(x + b * stride + 4 * k);
+                    uint64_t four;  // of at most fourteen bits each
+                    memcpy(&four, p + (4 * k * bits >> 3), 8);
+                    four >>= 4 * k * bits & 7;
+                    UNROLL for (int h = 0; h < D / 4; ++h) {
+                        const Vec value = entries(table, four, h * (LANES / D), bits);
+                        UNROLL for (int b = 0; b < B; ++b) part[b][k % 2] = fma(value, sixteen[b].at(spread[k % 4 * (D / 4) + h]), part[b][k % 2]);
+                    }
                 }
                 UNROLL for (int b = 0; b < B; ++b) total[b] = fma(plus(part[b][0], part[b][1]), load(by), total[b]);
             }
@@ -316,9 +335,10 @@ static inline Way way_of(const Layer &l, int64_t batch) {
     if (l.dense) return DENSE;
 #if PLANES
     if (l.uniform && l.bits <= 8 && (is_even(l) || l.group % 4 == 0)) return BYTES_WAY;
-    if (l.fixed && batch <= 2 && (is_even(l) || l.group % 2 == 0)) return WORDS_WAY;
+    if (l.fixed && l.bits <= 8 && batch <= 2 && (is_even(l) || l.group % 2 == 0)) return WORDS_WAY;
+    if (l.fixed && l.bits > 8 && batch <= 2 && is_even(l)) return FOURS_WAY;
 #endif
-    if (l.bits > 8 && l.dim >= 4 && l.half_table && is_even(l) && batch <= 2) return REPEATED;
+    if (l.bits > 8 && l.bits <= 14 && l.dim >= 4 && l.half_table && is_even(l) && batch <= 2) return ENTRIES;
     return FLOATS;
 }
 
@@ -383,10 +403,13 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
         else if (l.dim == 4) words<4>(rows, begin, end);
         else words<8>(rows, begin, end);
         break;
+    case FOURS_WAY:
+        Fours{rows}(begin, end);
+        break;
 #endif
-    case REPEATED:
-        if (l.dim == 4) Repeated<4>{rows}(begin, end);
-        else Repeated<8>{rows}(begin, end);
+    case ENTRIES:
+        if (l.dim == 4) Entries<4>{rows}(begin, end);
+        else Entries<8>{rows}(begin, end);
         break;
     default:
         decoded(l, [&](const auto &decoder, auto dim, auto even) {

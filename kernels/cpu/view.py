@@ -131,10 +131,14 @@ def _codebook(layer: CodebookLinear) -> Parts:
         tensors["half_table"] = half_KD
         if layer.index_bits <= 8:
             tensors["planes"] = _planes(half_KD)
+    step = table_KD.abs().max().item() / FIXED or 1.0
+    fixed_KD = (table_KD / step).round().to(torch.int16)
     if layer.index_bits <= 8:
-        step = table_KD.abs().max().item() / FIXED or 1.0
-        tensors["fixed"] = _planes((table_KD / step).round().to(torch.int16))
+        tensors["fixed"] = _planes(fixed_KD)
         numbers |= dict(fixed_step=step, plane=max(64, 2**layer.index_bits))
+    elif layer.dim == 4:
+        tensors["fixed"] = fixed_KD
+        numbers["fixed_step"] = step
     if scales.direct is not None:
         return Parts(numbers, tensors | {"half": scales.direct})
     assert scales.steps is not None and scales.offset is not None
