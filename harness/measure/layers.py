@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harness.progress import Progress, silent
 from harness.store.results import ProductTime, Spread
-from kernels.dispatch import kind
+from kernels.dispatch import fused, kind
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.packed import PackedLinear
 from kernels.synthetic import random_layer
@@ -82,8 +82,12 @@ def random_group(spec: dict[str, Any], rows: int, columns: int, device: str) -> 
     return Group(rows, columns, describe(first), [layer.to(device) for layer in layers])
 
 
-def vendor_group(rows: int, columns: int, device: str, dtype: torch.dtype) -> list[nn.Linear]:
-    """Uncompressed layers of random weights, again as many as the caches ask for."""
+def vendor_group(rows: int, columns: int, device: str, dtype: torch.dtype) -> Sequence[nn.Module]:
+    """Uncompressed layers of random weights, again as many as the caches ask for: on a CPU those of 16 bits that its
+    backend multiplies, elsewhere the vendor's."""
+    half = random_group({"format": "dense", "dtype": "float16"}, rows, columns, device)
+    if torch.device(device).type == "cpu" and fused(half.layers[0], "cpu"):
+        return half.layers
     count = copies(rows * columns * dtype.itemsize, device)
     return [
         nn.Linear(columns, rows, bias=False, device=device, dtype=dtype).requires_grad_(False) for _ in range(count)
@@ -92,7 +96,7 @@ def vendor_group(rows: int, columns: int, device: str, dtype: torch.dtype) -> li
 
 def product_times(
     groups: Sequence[Group],
-    vendor: Mapping[tuple[int, int], Sequence[nn.Linear]],
+    vendor: Mapping[tuple[int, int], Sequence[nn.Module]],
     device: str,
     dtype: torch.dtype,
     seconds: float,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -50,28 +51,29 @@ def _linear(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
 
 
 class Runner:
-    """A batch of sequences behind their prompts [B, T]; every `step` appends a token to each, at most `left` of
-    them: the likeliest, unless `ids_B1` is set before.
+    """A batch of sequences behind their prompts [B, T], T of two or more; every `step` appends the tokens `ids_B1` and
+    puts the likeliest next ones in their place, at most `steps` times (as often as a cache has room for).
 
     `name` says what runs a step: "native" (kernels.cpu.model, on a CPU), "cuda-graph" (transformers' forward, recorded
     once it is warm), or "transformers" (the interpreter in between); `reason` why it is not native."""
 
-    def __init__(self, model: PreTrainedModel, prompt_BT: Tensor, native: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompt_BT: Tensor, steps: int | None = None, native: bool = True
+    ) -> None:
         self.model, self.device = model, str(prompt_BT.device)
-        self.left = _room(model)
+        self.left = _room(model) if steps is None else steps
         self.position = prompt_BT.shape[1] - 1
         positions = prompt_BT.shape[1] + self.left
         self.cache = _cache(model, positions)
         self._keep = _keep(model)
-        if prompt_BT.shape[1] > 1:
-            self._forward(prompt_BT[:, :-1])
+        self._forward(prompt_BT[:, :-1])
         self.ids_B1 = prompt_BT[:, -1:].clone()
         self.logits_BV: Tensor | None = None
         self._replayed: Call = self._step
         on_cpu = torch.device(self.device).type == "cpu"
         self.name = "transformers" if on_cpu else "cuda-graph"
         self.reason = "" if on_cpu else "on a GPU transformers' forward is recorded"
-        if native and on_cpu and prompt_BT.shape[1] > 1:
+        if native and on_cpu:
             decoder = token_decoder(model, self.cache, positions)
             if isinstance(decoder, str):
                 self.reason = decoder
@@ -113,9 +115,31 @@ def read_prompt(model: PreTrainedModel, prompt_BT: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def scored_logits(model: PreTrainedModel, window_BT: Tensor) -> Tensor:
-    """Logits [B, V] of a window's last token, without a cache: how perplexities are scored."""
-    return model(window_BT, use_cache=False, **_keep(model)).logits[:, -1]
+def scored_logits(model: PreTrainedModel, window_BT: Tensor, count: int = 1) -> Tensor:
+    """Logits [B, count, V] of a window's last tokens, without a cache: how perplexities are scored."""
+    return model(window_BT, use_cache=False, **_keep(model, count)).logits[:, -count:]
+
+
+def decode_gap(model: PreTrainedModel, windows_NT: Tensor) -> float:
+    """How far the perplexity of windows [N, T], decoded token by token by the runner that is timed, lies from the one
+    that is scored, as a fraction of it. The first two tokens of a window are its prompt."""
+    decoded, scored = [], []
+    for window_1T in windows_NT.split(1):
+        targets_P = window_1T[0, 2:]
+        scored.append(_losses(scored_logits(model, window_1T[:, :-1], len(targets_P))[0], targets_P))
+        runner = Runner(model, window_1T[:, :2], steps=len(targets_P))
+        losses = []
+        for place in range(1, window_1T.shape[1] - 1):
+            runner.ids_B1.copy_(window_1T[:, place : place + 1])
+            runner.step()
+            assert runner.logits_BV is not None
+            losses.append(_losses(runner.logits_BV, window_1T[0, place + 1 : place + 2]))
+        decoded.append(torch.cat(losses))
+    return math.expm1((torch.cat(decoded).mean() - torch.cat(scored).mean()).item())
+
+
+def _losses(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits_PV.float(), targets_P, reduction="none").double()
 
 
 def prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
@@ -139,9 +163,9 @@ def _cache(model: PreTrainedModel, length: int) -> StaticCache:
     return StaticCache(config=model.config, max_cache_len=length)
 
 
-def _keep(model: PreTrainedModel) -> dict[str, Any]:
-    """The head is asked for the last token alone, where the model can be."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def _keep(model: PreTrainedModel, count: int = 1) -> dict[str, Any]:
+    """The head is asked for the last tokens alone, where the model can be."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def bytes_per_token(loaded: CompressedModel) -> int:

@@ -24,6 +24,8 @@ COLUMNS = (
     "peak_gib",
     "bandwidth_gb_s",
     "bench_threads",
+    "runner",
+    "ppl_decode_gap",
 )
 KERNEL_COLUMNS = (
     "model",
@@ -76,6 +78,8 @@ def bench_values(bench: Bench, bandwidth: float) -> Row:
     row["resident_gib"] = bench.memory.resident_bytes / 2**30
     row["peak_gib"] = bench.memory.peak_bytes / 2**30
     row["bandwidth_gb_s"], row["bench_threads"] = bandwidth / 1e9, bench.machine.threads
+    row["runner"] = bench.runner
+    row["ppl_decode_gap"] = "" if bench.decode_gap is None else 100 * bench.decode_gap
     return row
 
 

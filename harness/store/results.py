@@ -194,3 +194,6 @@ class Bench(Record):
     decode: dict[str, Timing]  # by batch size
     prefill: PromptTiming
     kernels: tuple[ProductTime, ...] = ()
+    runner: str = "transformers"  # what ran a step (harness.measure.runner.Runner)
+    runner_reason: str = ""  # why it was not the native one
+    decode_gap: float | None = None  # of the perplexity, decoded token by token; None: not asked

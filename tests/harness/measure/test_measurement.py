@@ -51,7 +51,9 @@ def test_every_row_of_a_run_has_memory_and_latency_of_its_own_bytes(truncated, u
     rows = rows_of(tmp_path / "out" / "leaderboard.csv")
     assert [row["method"] for row in rows][0] == "fp16" and len(rows) == 3
     for row in rows:
-        assert all(float(row[column]) > 0 for column in COLUMNS), row
+        numbers = set(COLUMNS) - {"runner", "ppl_decode_gap"}
+        assert all(float(row[column]) > 0 for column in numbers), row
+        assert row["runner"] == "native" and abs(float(row["ppl_decode_gap"])) < 0.1
         assert float(row["decode_tok_s_b1"]) == pytest.approx(1e3 / float(row["decode_ms_b1"]))
         assert (
             float(row["decode_speedup_b1_p10"])
@@ -125,13 +127,14 @@ def test_a_decoded_token_is_the_scored_one_and_bytes_are_counted_once(stored):
     window = prompt(model, 2, CONTEXT)
     runner = Runner(model, window)
     runner.step()
-    assert torch.allclose(runner.logits_BV, scored_logits(model, window), atol=1e-3)
-    after = torch.cat([window, scored_logits(model, window).argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.allclose(runner.logits_BV, scored_logits(model, window)[:, -1], atol=1e-2)
+    after = torch.cat([window, scored_logits(model, window)[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
     runner.step()
-    assert torch.allclose(runner.logits_BV, scored_logits(model, after), atol=1e-3)
+    assert torch.allclose(runner.logits_BV, scored_logits(model, after)[:, -1], atol=1e-2)
 
     packed_bytes = stored.ledger().stored_bits // 8
-    others = sum(p.numel() * 4 for p in model.parameters())  # tied: the head is the embedding, and all of it is read
+    others = sum(p.numel() * 4 for p in model.parameters())
+    others += 2 * model.get_input_embeddings().weight.numel()  # tied: the head is the embedding, and all of it is read
     assert packed_bytes + others <= bytes_per_token(stored) < packed_bytes + others + 10_000  # rotary frequencies
     assert bytes_per_token(stored) <= resident_bytes(model) < 1.1 * bytes_per_token(stored)
 
