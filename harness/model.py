@@ -48,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
     "llama2-13b": _llama(5120, 13824, 40, 40, 40, 32000),
     "llama2-70b": _llama(8192, 28672, 80, 64, 8, 32000),
+    "llama3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256) | {"tie_word_embeddings": True},
     "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
     "llama3-70b": _llama(8192, 28672, 80, 64, 8, 128256),
     "mistral-7b": _llama(4096, 14336, 32, 32, 8, 32000, "mistral"),

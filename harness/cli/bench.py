@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -15,15 +15,27 @@ from rich.console import Console
 from harness.cli.leaderboard import measure_stored, report
 from harness.cli.options import Request, add_bench_options, add_plan_options, build_plan, read_request
 from harness.cli.sheets import print_sheet
+from harness.compressed import CompressedModel
 from harness.data.files import write_json
 from harness.measure import machine
+from harness.measure.end_to_end import random_model, uncompressed
 from harness.measure.layers import product_times, random_group, vendor_group
+from harness.measure.measurement import measure
 from harness.model import PRESETS, Inventory, half_dtype, inventory, read_config, skeleton
 from harness.plan.allocation import BudgetError, uniform
-from harness.report.latency import KERNEL_COLUMNS, kernel_rows, kernel_sheet
+from harness.progress import silent
+from harness.report.latency import (
+    END_TO_END_COLUMNS,
+    KERNEL_COLUMNS,
+    bench_values,
+    best_bandwidth,
+    end_to_end_sheet,
+    kernel_rows,
+    kernel_sheet,
+)
 from harness.report.leaderboard import write_csv
 from harness.store.cells import CellStore
-from harness.store.results import ProductTime
+from harness.store.results import Bench, ProductTime
 from kernels.formats.layer import LayerConfig
 
 
@@ -41,6 +53,11 @@ def register(verbs: argparse._SubParsersAction) -> None:
         metavar="MODELS",
         help=f"comma list of presets, folders or hub ids: random stored bits ({', '.join(PRESETS)})",
     )
+    parser.add_argument(
+        "--end-to-end",
+        action="store_true",
+        help="with --shapes: whole models of random stored bits, beside the uncompressed one, instead of single products",
+    )
     parser.set_defaults(main=main)
 
 
@@ -50,6 +67,10 @@ def main(arguments: argparse.Namespace) -> int:
     request = read_request(arguments)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.end_to_end and not arguments.shapes:
+        raise ValueError("--end-to-end builds random models: say of which shapes (--shapes llama3.2-1b)")
+    if arguments.end_to_end:
+        return _end_to_end(arguments, request, console)
     if arguments.shapes:
         return _shapes(arguments, request, console)
     plan, _, _ = build_plan(arguments, request, partial(console.print, style="dim"))
@@ -70,7 +91,7 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
     bandwidth = 0.0
     with machine.quiet(partial(console.print, "waiting until nothing else of ours runs on this machine", style="dim")):
         here = machine.describe(device, arguments.bench_threads)
-        for name in [part.strip() for part in arguments.shapes.split(",") if part.strip()]:
+        for name in _names(arguments.shapes):
             config = read_config(name, arguments.revision)
             stock = inventory(skeleton(config))
             dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else half_dtype(config)))
@@ -90,6 +111,63 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
     print_sheet(kernel_sheet(rows))
     console.print(f"{folder}/kernels.csv", style="dim")
     return 0
+
+
+def _end_to_end(arguments: argparse.Namespace, request: Request, console: Console) -> int:
+    """Whole models of the shapes, packed by every method with one configuration for all matrices: a row each, and one of
+    the uncompressed model, which all others take turns with."""
+    device = arguments.device
+    torch.set_num_threads(arguments.bench_threads)
+    benches: list[tuple[str, str, CompressedModel, Bench]] = []
+    with machine.quiet(partial(console.print, "waiting until nothing else of ours runs on this machine", style="dim")):
+        for name in _names(arguments.shapes):
+            config = read_config(name, arguments.revision)
+            stock = inventory(skeleton(config))
+            dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else half_dtype(config)))
+            dense = dict.fromkeys((layer.name for layer in stock.layers), uncompressed(config))
+            load_reference = cache(partial(random_model, config, dense, device, dtype))
+            for row, shapes in (("fp16", None), *_uniform_rows(request, stock, console)):
+                console.print(f"{name}, {row}", style="dim")
+                if shapes is None:
+                    loaded = load_reference()
+                else:
+                    layers = {layer.name: shapes[layer.out_features, layer.in_features] for layer in stock.layers}
+                    loaded = random_model(config, layers, device, dtype)
+                found = measure(
+                    partial(_itself, loaded),
+                    load_reference if shapes else None,
+                    device,
+                    dtype,
+                    arguments.bench_seconds,
+                    silent,
+                    single_products=False,
+                )
+                benches.append((name, row, loaded, found))
+    bandwidth = best_bandwidth(bench for _, _, _, bench in benches)
+    rows = [
+        {"model": name, "row": row, "stored_bpw": loaded.ledger().stored_bpw}
+        | bench_values(bench, bandwidth)
+        | {"bytes_per_token": bench.bytes_per_token, "processor": bench.machine.gpu or bench.machine.processor}
+        for name, row, loaded, bench in benches
+    ]
+    folder = arguments.out or Path("results") / "end-to-end"
+    write_csv(
+        folder / "end_to_end.csv",
+        list(END_TO_END_COLUMNS),
+        [{k: v for k, v in row.items() if k in END_TO_END_COLUMNS} for row in rows],
+    )
+    write_json(folder / "machine.json", benches[0][3].machine.to_json())
+    print_sheet(end_to_end_sheet(rows))
+    console.print(f"{folder}/end_to_end.csv", style="dim")
+    return 0
+
+
+def _itself(loaded: CompressedModel) -> CompressedModel:
+    return loaded
+
+
+def _names(shapes: str) -> list[str]:
+    return [part.strip() for part in shapes.split(",") if part.strip()]
 
 
 def _uniform_rows(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,11 @@ def work(spec: CellSpec, conditions: Conditions, progress: Progress) -> None:
     store, reference = CellStore(spec.key), CellStore(spec.reference)
     torch.set_num_threads(conditions.threads)
     dtype = getattr(torch, spec.dtype)
-    found = measure(store.folder, reference.folder, spec.device, dtype, conditions.seconds, progress, _windows(spec))
+    load = partial(CompressedModel.load, store.folder, spec.device, dtype)
+    load_reference = None
+    if reference.folder != store.folder:
+        load_reference = partial(CompressedModel.load, reference.folder, spec.device, dtype)
+    found = measure(load, load_reference, spec.device, dtype, conditions.seconds, progress, _windows(spec))
     store.put_bench(conditions.identity, found)
 
 
@@ -75,19 +79,22 @@ def _windows(spec: CellSpec) -> Tensor | None:
 
 
 def measure(
-    folder: Path,
-    reference_folder: Path,
+    load: Callable[[], CompressedModel],
+    load_reference: Callable[[], CompressedModel] | None,
     device: str,
     dtype: torch.dtype,
     seconds: float,
     progress: Progress,
     windows_NT: Tensor | None = None,
+    single_products: bool = True,
 ) -> Bench:
     """Everything the leaderboard says of memory and latency; about `seconds` of rounds for each thing that is timed.
+
+    The uncompressed model (None: it is the one measured) is loaded when memory has been read, and takes turns.
     `windows_NT` are decoded token by token. Raises ValueError when what would be timed is not what was scored."""
     progress("load", 0, 1)
     before = machine.peak_process_bytes()
-    loaded = CompressedModel.load(folder, device, dtype)
+    loaded = load()
     _compare_products(loaded, device, dtype, progress)
     model = timed_model(loaded)
     runners = _runners(model)
@@ -100,11 +107,12 @@ def measure(
     progress("bandwidth", 0, 1)
     bandwidth = machine.bandwidth(device)
     read = bytes_per_token(loaded)
-    alone = folder == reference_folder
-    reference = None if alone else timed_model(CompressedModel.load(reference_folder, device, dtype))
+    reference = None if load_reference is None else timed_model(load_reference())
     decode = _decode(runners, None if reference is None else _runners(reference), device, seconds, progress)
     prefill = _prefill(model, reference, device, seconds, progress)
-    products = () if reference is None else _products(loaded, reference, device, dtype, seconds, progress)
+    products: tuple[ProductTime, ...] = ()
+    if reference is not None and single_products:
+        products = _products(loaded, reference, device, dtype, seconds, progress)
     return Bench(
         machine=here,
         dtype=str(dtype).removeprefix("torch."),

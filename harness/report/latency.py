@@ -27,6 +27,15 @@ COLUMNS = (
     "runner",
     "ppl_decode_gap",
 )
+END_TO_END_COLUMNS = (
+    "model",
+    "row",
+    "stored_bpw",
+    "kind",
+    *(column for column in COLUMNS if column not in ("peak_gib", "ppl_decode_gap")),
+    "bytes_per_token",
+    "processor",
+)
 KERNEL_COLUMNS = (
     "model",
     "row",
@@ -137,6 +146,40 @@ def kernel_sheet(rows: Sequence[Mapping[str, Value]]) -> Sheet:
             f"{row['speedup']:.2f} [{row['speedup_p10']:.2f}, {row['speedup_p90']:.2f}]"
             if row["speedup"] != ""
             else "",
+        ]
+        for row in rows
+    ]
+    return Sheet(header, lines)
+
+
+def end_to_end_sheet(rows: Sequence[Mapping[str, Value]]) -> Sheet:
+    """What people see of end_to_end.csv."""
+    header = [
+        "model",
+        "row",
+        "stored",
+        "runner",
+        "resident GiB",
+        "tok/s",
+        "speed-up",
+        "roofline %",
+        "b4",
+        "b16",
+        "prompt tok/s",
+    ]
+    lines = [
+        [
+            str(row["model"]),
+            str(row["row"]),
+            f"{row['stored_bpw']:.3f}",
+            str(row["runner"]),
+            f"{row['resident_gib']:.3f}",
+            f"{row['decode_tok_s_b1']:.1f}",
+            f"{row['decode_speedup_b1']:.2f} [{row['decode_speedup_b1_p10']:.2f}, {row['decode_speedup_b1_p90']:.2f}]",
+            f"{row['roofline_pct_b1']:.0f}",
+            f"{row['decode_speedup_b4']:.2f}",
+            f"{row['decode_speedup_b16']:.2f}",
+            f"{row['prefill_tok_s']:.0f}",
         ]
         for row in rows
     ]

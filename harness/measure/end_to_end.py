@@ -1,0 +1,66 @@
+"""Whole models of random stored bits: memory and tokens a second of a published model's shapes, without its weights.
+
+Speed does not depend on values, only on shapes and forms: what is built here is packed, laid out and run exactly like a
+cell's model. Nothing is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from harness.compressed import CompressedModel, attach_tables
+from harness.model import half_dtype, inventory
+from kernels.formats.codebook import table_spec
+from kernels.formats.dense import HALF_DTYPES
+from kernels.formats.layer import LayerConfig, LayerSpec
+from kernels.formats.packed import PackedLinear
+from kernels.formats.tables import Table
+from kernels.synthetic import random_layer, random_table
+
+SPREAD = 0.02  # standard deviation of random embeddings and heads, as models are initialised
+
+
+def uncompressed(config: PretrainedConfig) -> LayerConfig:
+    """The configuration of an uncompressed layer of this model."""
+    return LayerConfig.of("dense", dtype=half_dtype(config))
+
+
+def random_model(
+    config: PretrainedConfig, layers: Mapping[str, LayerConfig], device: str, dtype: torch.dtype
+) -> CompressedModel:
+    """A model whose layers, by name, have random bits in these configurations; `dtype` is the compute dtype."""
+    from accelerate import init_empty_weights
+
+    config = type(config)(**config.to_dict())  # building a model writes into it
+    with init_empty_weights(include_buffers=False):  # non-persistent buffers (rotary frequencies) must be real
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    stock, half = inventory(model), half_dtype(config)
+    tables: dict[str, Table] = {}
+    for seed, layer in enumerate(stock.layers):
+        packed = _layer(layer, layers[layer.name], seed)
+        if packed.table_key and packed.table_key not in tables:
+            tables[packed.table_key] = random_table(table_spec(packed.spec()))
+        model.set_submodule(layer.name, packed)
+    attach_tables(model, tables)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                values = torch.ones(parameter.shape, dtype=dtype)
+                if parameter.ndim > 1:
+                    values = values.normal_(std=SPREAD, generator=generator).to(HALF_DTYPES[half]).to(dtype)
+                setattr(module, name, nn.Parameter(values, requires_grad=False))
+    model.tie_weights()
+    model.requires_grad_(False)
+    return CompressedModel(model.to(device).eval(), stock, half)
+
+
+def _layer(layer: LayerSpec, config: LayerConfig, seed: int) -> PackedLinear:
+    packed = random_layer(config.to_json(), layer.out_features, layer.in_features, layer.bias, seed)
+    if config.format == "dense":  # as a model is initialised: positive weights would add up
+        weight = packed.get_buffer("weight")
+        packed.refill(weight=weight.sub_(0.06).mul_(0.5))
+    return packed
