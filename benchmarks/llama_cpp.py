@@ -1,11 +1,12 @@
 """Tokens a second beside llama.cpp's: the same shapes, alternating rounds of one run, the same threads.
 
-    cmake -B build -DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release && cmake --build build --target llama-bench llama-quantize
+    cmake -B build -DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release
+    cmake --build build --target llama-bench llama-quantize
     python benchmarks/llama_cpp.py --llama-bench build/bin/llama-bench --model smollm2-135m --out results/cpu-llama-cpp
 
-llama.cpp gets a GGUF of the shapes with random weights (no tokenizer), quantised by its own llama-quantize; we get random
-stored bits in the configurations that the methods give at a budget (harness.measure.end_to_end). Speed depends on neither.
-Bits per weight are counted on both sides from the stored tensors of the decoder blocks' matrices. A row of ours is
+llama.cpp gets a GGUF of the shapes with random weights (no tokenizer), quantised by its own llama-quantize; we get
+random stored bits in the configurations that methods give at a budget (harness.measure.end_to_end). Speed depends on
+neither. Bits per weight are counted on both sides from the stored tensors of the decoder blocks' matrices. A row of ours is
 compared with the llama.cpp type of least bits that has at least as many as it. Both read a context of 128 tokens first.
 """
 
@@ -128,8 +129,10 @@ def quantised(tool: Path, source: Path, kind: str) -> Path | str:
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower() or "not" in line]
         return (lines or ["failed"])[0].strip()
-    tensors = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
-    fallen = len(re.findall("fallback", done.stdout + done.stderr))
+    tensors = [
+        tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1
+    ]
+    fallen = len(re.findall("falling back to", done.stdout + done.stderr))
     return f"not possible: {fallen} of its tensors fall back to other types" if fallen > len(tensors) / 2 else path
 
 
@@ -181,24 +184,49 @@ def compare(arguments: argparse.Namespace, config: PretrainedConfig, scratch: Pa
         for name in [*theirs, *ours] if done % 2 == 0 else [*reversed(ours), *reversed(theirs)]:
             if name in theirs:
                 taken, system = llama_bench(
-                    arguments.llama_bench, files[name], arguments.threads, "-p", "0", "-n", str(TOKENS), "-d", str(CONTEXT), "-v"
+                    arguments.llama_bench,
+                    files[name],
+                    arguments.threads,
+                    "-p",
+                    "0",
+                    "-n",
+                    str(TOKENS),
+                    "-d",
+                    str(CONTEXT),
+                    "-v",
                 )
                 theirs[name].token_s.append(taken)
                 if done % PROMPT_EVERY == 0:
-                    taken, _ = llama_bench(arguments.llama_bench, files[name], arguments.threads, "-p", "512", "-n", "0")
+                    taken, _ = llama_bench(
+                        arguments.llama_bench, files[name], arguments.threads, "-p", "512", "-n", "0"
+                    )
                     theirs[name].prompt_s.append(taken)
             else:
                 model = models[name]
                 runner = Runner(model, prompt(model, 1, CONTEXT), steps=TOKENS + 2)
                 runner.warm()
-                ours[name].token_s.append(seconds_of(lambda r=runner: [r.step() for _ in range(TOKENS)], "cpu") / TOKENS)
+                ours[name].token_s.append(
+                    seconds_of(lambda r=runner: [r.step() for _ in range(TOKENS)], "cpu") / TOKENS
+                )
                 if done % PROMPT_EVERY == 0:
                     ids = prompt(model, 1, 512)
-                    ours[name].prompt_s.append(seconds_of(lambda m=model, i=ids: read_prompt(m, i), "cpu") / ids.shape[1])
+                    ours[name].prompt_s.append(
+                        seconds_of(lambda m=model, i=ids: read_prompt(m, i), "cpu") / ids.shape[1]
+                    )
         limit = max(limit, bandwidth("cpu"))
     lines = [line(entry, "llama.cpp", None, limit) for entry in theirs.values()]
     lines += [line(entry, "harness", rival(entry, theirs.values()), limit) for entry in ours.values()]
-    header = ["engine", "form", "stored bits", "tok/s", "MB a token", "% of bandwidth", "against", "times as fast", "prompt tok/s"]
+    header = [
+        "engine",
+        "form",
+        "stored bits",
+        "tok/s",
+        "MB a token",
+        "% of bandwidth",
+        "against",
+        "times as fast",
+        "prompt tok/s",
+    ]
     isa = re.search(r"system_info.*", system)
     notes = [
         f"{arguments.model}, {arguments.threads} threads, {arguments.rounds} rounds, {limit / 1e9:.0f} GB/s.",

@@ -34,6 +34,7 @@ from harness.report.latency import (
     kernel_sheet,
 )
 from harness.report.leaderboard import write_csv
+from harness.report.sheet import Row
 from harness.store.cells import CellStore
 from harness.store.results import Bench, ProductTime
 from kernels.formats.layer import LayerConfig
@@ -56,7 +57,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--end-to-end",
         action="store_true",
-        help="with --shapes: whole models of random stored bits, beside the uncompressed one, instead of single products",
+        help="with --shapes: whole models of random stored bits in turn with the uncompressed one, no single products",
     )
     parser.set_defaults(main=main)
 
@@ -114,11 +115,11 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
 
 
 def _end_to_end(arguments: argparse.Namespace, request: Request, console: Console) -> int:
-    """Whole models of the shapes, packed by every method with one configuration for all matrices: a row each, and one of
-    the uncompressed model, which all others take turns with."""
+    """Whole models of the shapes, packed by every method with one configuration for all matrices: a row each, and one
+    of the uncompressed model, which all others take turns with."""
     device = arguments.device
     torch.set_num_threads(arguments.bench_threads)
-    benches: list[tuple[str, str, CompressedModel, Bench]] = []
+    benches: list[tuple[str, str, float, Bench]] = []  # model, row, stored bits, what was found
     with machine.quiet(partial(console.print, "waiting until nothing else of ours runs on this machine", style="dim")):
         for name in _names(arguments.shapes):
             config = read_config(name, arguments.revision)
@@ -126,6 +127,15 @@ def _end_to_end(arguments: argparse.Namespace, request: Request, console: Consol
             dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else half_dtype(config)))
             dense = dict.fromkeys((layer.name for layer in stock.layers), uncompressed(config))
             load_reference = cache(partial(random_model, config, dense, device, dtype))
+            most = max((float(budget.bpw) for budget in request.budgets), default=16.0)
+            need = (
+                2 + most / 8
+            ) * stock.weights + 8 * stock.rest_weights  # the rest is made in fp32, before it is 16 bits
+            if device == "cpu" and need > machine.available_bytes():
+                raise ValueError(
+                    f"{name} uncompressed and compressed beside each other take {need / 2**30:.0f} GiB, more than is "
+                    "free: give smaller shapes to --end-to-end, or leave it out to time single products"
+                )
             for row, shapes in (("fp16", None), *_uniform_rows(request, stock, console)):
                 console.print(f"{name}, {row}", style="dim")
                 if shapes is None:
@@ -142,14 +152,14 @@ def _end_to_end(arguments: argparse.Namespace, request: Request, console: Consol
                     silent,
                     single_products=False,
                 )
-                benches.append((name, row, loaded, found))
+                benches.append((name, row, loaded.ledger().stored_bpw, found))
+                del loaded
     bandwidth = best_bandwidth(bench for _, _, _, bench in benches)
-    rows = [
-        {"model": name, "row": row, "stored_bpw": loaded.ledger().stored_bpw}
-        | bench_values(bench, bandwidth)
-        | {"bytes_per_token": bench.bytes_per_token, "processor": bench.machine.gpu or bench.machine.processor}
-        for name, row, loaded, bench in benches
-    ]
+    rows: list[Row] = []
+    for name, row, stored_bpw, bench in benches:
+        values = bench_values(bench, bandwidth)
+        values |= {"model": name, "row": row, "stored_bpw": stored_bpw, "bytes_per_token": bench.bytes_per_token}
+        rows.append({**values, "processor": bench.machine.gpu or bench.machine.processor})
     folder = arguments.out or Path("results") / "end-to-end"
     write_csv(
         folder / "end_to_end.csv",

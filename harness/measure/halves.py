@@ -30,6 +30,7 @@ class HalfHead(nn.Module):
     """A linear layer without bias whose 16-bit weight [V, H] is multiplied by the fused product."""
 
     weight: Tensor
+    layer: DenseLinear
 
     def __init__(self, weight_VH: Tensor) -> None:
         super().__init__()
@@ -49,6 +50,8 @@ def keep_halves(model: PreTrainedModel, half: str) -> None:
     """Put the embedding and the head of a model on a CPU back into the 16 bits they were stored in, one table where the
     two are one. A head with a bias stays as it is."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, HalfEmbedding):
+        return
     dtype = embedding.weight.dtype
     table_VH = embedding.weight.detach().to(HALF_DTYPES[half])
     scale = float(getattr(embedding, "embed_scale", 1.0))

@@ -105,6 +105,13 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    import psutil  # comes with accelerate
+
+    return int(psutil.virtual_memory().available)
+
+
 def peak_process_bytes() -> int:
     """The most memory this process has held (Linux counts it in KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

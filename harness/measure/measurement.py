@@ -1,8 +1,8 @@
 """One cell, in a process of its own: what its model takes, and how fast it is compared with the uncompressed one.
 
 Memory is read before the uncompressed model is loaded. Before anything is timed, the products that will be are held
-against those of the decoded weights, sixty-four decoded tokens against transformers' forward on the same tokens, and the
-perplexity of two windows, decoded token by token, against the one that is scored."""
+against those of the decoded weights, sixty-four decoded tokens against transformers' forward on the same tokens, and
+the perplexity of two windows, decoded token by token, against the one that is scored."""
 
 from __future__ import annotations
 

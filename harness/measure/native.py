@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from harness.measure.halves import HalfEmbedding, HalfHead
@@ -19,6 +19,7 @@ from kernels.cpu.model import BlockParts, ModelParts, TokenDecoder
 from kernels.dispatch import fused
 from kernels.formats.packed import PackedLinear
 
+LANES = 16  # fp32 numbers that are worked on at once
 ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}  # whether it is GELU
 ROLES = {
     "query": "self_attn.q_proj",
@@ -49,8 +50,7 @@ FAMILIES = {
 
 
 def token_decoder(model: PreTrainedModel, cache: StaticCache, positions: int) -> TokenDecoder | str:
-    """A decoder that goes on behind what is in `cache`, a static one of `positions`; or why this model has none. What the
-    model holds is made ready once and kept with it."""
+    """A decoder that goes on behind what is in `cache`, a static one of `positions`; or why this model has none."""
     kind = model.config.model_type
     if kind not in FAMILIES:
         return f"models of type {kind} are run by transformers (natively: {', '.join(FAMILIES)})"
@@ -67,6 +67,9 @@ def token_decoder(model: PreTrainedModel, cache: StaticCache, positions: int) ->
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in ACTIVATIONS:
         return f"the activation {activation} is not among {', '.join(ACTIVATIONS)}"
+    size = blocks[0].self_attn.head_dim
+    if size % LANES:
+        return f"heads of {size} are no multiple of {LANES}"
     if any(layer.keys.shape[2] != positions or layer.keys.dtype != torch.float32 for layer in cache.layers):
         return "its cache is shorter than the run (a sliding window), or not in fp32"
     family = FAMILIES[kind]
@@ -88,9 +91,7 @@ def token_decoder(model: PreTrainedModel, cache: StaticCache, positions: int) ->
     return TokenDecoder(parts)
 
 
-def _block(
-    model: PreTrainedModel, block: nn.Module, index: int, cached: Any, family: Family, positions: int
-) -> BlockParts:
+def _block(model: PreTrainedModel, block: Any, index: int, cached: Any, family: Family, positions: int) -> BlockParts:
     attention = block.self_attn
     before_mlp = block.pre_feedforward_layernorm if family.sandwich else block.post_attention_layernorm
     cosines, sines = _rotations(model, index, positions)
@@ -111,13 +112,13 @@ def _block(
     )
 
 
-def _factor(norm: nn.Module, family: Family) -> Tensor:
+def _factor(norm: Any, family: Family) -> Tensor:
     return norm.weight.detach().float() + family.norm_offset if family.norm_offset else norm.weight.detach().float()
 
 
 def _rotations(model: PreTrainedModel, index: int, positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines [positions, head_dim] of a block's rotary embedding; those of one kind are made once."""
-    rotary = model.base_model.rotary_emb
+    rotary: Any = model.base_model.rotary_emb
     more = {}
     if "layer_type" in inspect.signature(rotary.forward).parameters:
         more["layer_type"] = model.config.layer_types[index]

@@ -28,8 +28,8 @@ WARM = 2  # steps before anything is timed
 def timed_model(loaded: CompressedModel) -> PreTrainedModel:
     """The model that is run, packed layers as they are.
 
-    On a CPU 16-bit weights stay 16-bit weights, those of uncompressed layers, of the embedding and of the head: they are
-    multiplied as they are stored. Elsewhere (where the vendor's product of 16-bit weights is the fastest there is), and
+    On a CPU 16-bit weights stay 16-bit weights, those of uncompressed layers, of the embedding and of the head: they
+    are multiplied as they are stored. Elsewhere (the vendor's product of 16-bit weights is the fastest there is), and
     where no kernel can be compiled, uncompressed layers are the linear layers they stand for, in the compute dtype."""
     model = loaded.model
     on_cpu = model.device.type == "cpu"

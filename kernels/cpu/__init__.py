@@ -36,9 +36,7 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
     else:
         flat_NI = flat_NI.contiguous()
         out_NO = flat_NI.new_empty(len(flat_NI), layer.out_features)
-        compiled.product(
-            seen.address, flat_NI.data_ptr(), len(flat_NI), out_NO.data_ptr(), torch.get_num_threads()
-        )
+        compiled.product(seen.address, flat_NI.data_ptr(), len(flat_NI), out_NO.data_ptr(), torch.get_num_threads())
     return out_NO.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 
 

@@ -1,7 +1,7 @@
 """Whole tokens of a language model of the Llama family without Python in between: what model.h is handed.
 
-Layers are multiplied by the same products as everywhere else. The keys and values of the tokens in front stand in tensors
-of the caller's, and are continued there."""
+Layers are multiplied by the same products as everywhere else. The keys and values of the tokens in front stand in
+tensors of the caller's, and are continued there."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ class TokenDecoder:
         self.logits_BV = torch.empty(batch, parts.head.out_features)
 
     def step(self, ids_B1: Tensor, position: int) -> None:
-        """Append the tokens (int64 [B, 1]) at `position`, put what they predict into `logits_BV`, and the likeliest next
-        tokens in their place."""
+        """Append the tokens (int64 [B, 1]) at `position`, put what they predict into `logits_BV`, and the likeliest
+        next tokens in their place."""
         assert ids_B1.is_contiguous() and ids_B1.dtype == torch.int64 and ids_B1.numel() == len(self.logits_BV)
         assert position < self._positions
         ids, logits, threads = ids_B1.data_ptr(), self.logits_BV.data_ptr(), torch.get_num_threads()

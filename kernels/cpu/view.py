@@ -19,7 +19,6 @@ from kernels.formats.packed import PackedLinear
 from kernels.formats.uniform import UniformLinear
 from kernels.views import readable_codebook
 
-
 FIXED = 16383  # the largest entry of a table in fixed point: four products with 16-bit inputs are a sum of 32 bits
 
 

@@ -53,7 +53,12 @@ def test_products_are_those_of_the_decoded_weights(spec, instructions):
             # What is lost is a part of the inputs: it shows against products of this size, of any sign.
             size = weight_OI.norm() * x.double().norm() / columns**0.5
             off = (found.double() - expected).norm().item()
-            assert found.shape == expected.shape and off <= EXACT[instructions] * size, (rows, columns, batch, off / size)
+            assert found.shape == expected.shape and off <= EXACT[instructions] * size, (
+                rows,
+                columns,
+                batch,
+                off / size,
+            )
             assert torch.equal(found, linear(layer, x))
 
 
