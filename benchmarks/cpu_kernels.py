@@ -1,4 +1,5 @@
-"""The kernel table of a CPU: fused products of one shape in every typical format, in turn with torch's fp32 product.
+"""The kernel table of a CPU: fused products of one shape in every typical format, in turn with that of 16-bit
+weights.
 
     python benchmarks/cpu_kernels.py [--shape 4096x4096] [--threads 2] [--seconds 20]
 
@@ -41,7 +42,7 @@ def main() -> None:
         records = product_times(groups, vendor, "cpu", torch.float32, arguments.seconds)
         bandwidth = max(before, machine.bandwidth("cpu"))
     processor = machine.identity("cpu", arguments.threads).processor
-    print(f"{rows}x{columns}, {processor}, {arguments.threads} threads, {bandwidth / 1e9:.0f} GB/s; fp32 takes")
+    print(f"{rows}x{columns}, {processor}, {arguments.threads} threads, {bandwidth / 1e9:.0f} GB/s; 16 bits take")
     for batch, record in zip(BATCHES, records[:: len(groups)], strict=True):
         assert record.vendor_microseconds is not None
         print(f"* {record.vendor_microseconds.median:.0f} us for {batch} inputs at once")

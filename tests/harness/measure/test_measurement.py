@@ -185,3 +185,18 @@ def test_layers_alike_are_one_group():
         ("codebook rank=2 dim=2 index_bits=6 block=64", 1),
     ]
     assert describe(layers[0]) == groups[0].config and groups[0].stored_bytes == layers[0].stored_bits().total / 8
+
+
+def test_whole_models_of_shapes_need_no_weights(truncated, tmp_path, cache):
+    options = ("--methods", "rtn,gptvq", "--bits", "3.25", "--bench-seconds", "0.01", "--bench-threads", "1")
+    done = run_harness("bench", "--shapes", str(truncated.path), "--end-to-end", *options, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "end_to_end.csv")
+    assert [row["row"] for row in rows] == ["fp16", "rtn 3.25", "gptvq 3.25"]
+    assert all(row["runner"] == "native" and float(row["decode_tok_s_b1"]) > 0 for row in rows)
+    assert float(rows[0]["resident_gib"]) > float(rows[1]["resident_gib"]) and float(rows[1]["stored_bpw"]) <= 3.25
+
+
+def test_end_to_end_asks_for_shapes(capsys):
+    assert main(["bench", "--end-to-end"]) == 2
+    assert "--shapes llama3.2-1b" in capsys.readouterr().err
