@@ -6,8 +6,9 @@
 
 llama.cpp gets a GGUF of the shapes with random weights (no tokenizer), quantised by its own llama-quantize; we get
 random stored bits in the configurations that methods give at a budget (harness.measure.end_to_end). Speed depends on
-neither. Bits per weight are counted on both sides from the stored tensors of the decoder blocks' matrices. A row of ours is
-compared with the llama.cpp type of least bits that has at least as many as it. Both read a context of 128 tokens first.
+neither. Bits per weight are counted on both sides from the stored tensors of the blocks' matrices. A row of ours
+is compared with the llama.cpp type of least bits that has at least as many as it; where none has, with the one of most.
+Both read a context of 128 tokens first.
 """
 
 from __future__ import annotations
