@@ -41,6 +41,8 @@ from kernels.timing import bandwidth, seconds_of, speed_up, spread
 from methods import parse_method
 
 TYPES = ("F16", "Q8_0", "Q4_0", "Q4_K_S", "Q3_K_S", "Q2_K", "IQ3_XXS")
+COLUMNS = ("engine", "form", "stored_bpw", "decode_tok_s_b1", "mb_per_token", "bandwidth_pct", "against", "speedup")
+COLUMNS += ("prefill_tok_s",)
 TOKENS = 64  # of a round
 PROMPT_EVERY = 3  # rounds
 
@@ -241,7 +243,7 @@ def compare(arguments: argparse.Namespace, config: PretrainedConfig, scratch: Pa
         stem = f"llama_cpp-{Path(arguments.model).name}"
         write_text(arguments.out / f"{stem}.md", text)
         with open(arguments.out / f"{stem}.csv", "w", newline="") as handle:
-            csv.writer(handle).writerows([header, *lines])
+            csv.writer(handle, lineterminator="\n").writerows([COLUMNS, *lines])
 
 
 def rival(entry: Entry, theirs: object) -> Entry:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from harness.data.files import write_text
 from harness.ledger import FILL_TOLERANCE
+from harness.report.latency import COLUMNS
 from harness.report.sheet import GOOD, label
 
 Rows = dict[str, dict[str, str]]
@@ -32,14 +34,15 @@ def read_rows(path: Path) -> Rows:
     with open(path, newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
     needed = {"method", "variant", "budget_bpw", "seed", "stored_bpw"}
-    if not rows or not needed <= rows[0].keys() or not any(column.startswith("ppl_") for column in rows[0]):
+    if not rows or not needed <= rows[0].keys() or not perplexity_columns(rows[0]):
         raise ValueError(f"{path} is no leaderboard: it needs rows with {', '.join(sorted(needed))} and perplexities")
     return {label(row): row for row in rows}
 
 
-def perplexity_columns(rows: Rows) -> list[str]:
-    columns = next(iter(rows.values()))
-    return [column for column in columns if column.startswith("ppl_") and not column.endswith(("_lo", "_hi", "_sd"))]
+def perplexity_columns(columns: Iterable[str]) -> list[str]:
+    """Those of protocols, among the columns of a leaderboard or a baseline."""
+    ends = ("_lo", "_hi", "_sd")
+    return [name for name in columns if name.startswith("ppl_") and not name.endswith(ends) and name not in COLUMNS]
 
 
 def compare(rows: Rows, baseline: Rows, tolerance: float = TOLERANCE) -> list[str]:
@@ -60,7 +63,7 @@ def compare(rows: Rows, baseline: Rows, tolerance: float = TOLERANCE) -> list[st
         ):
             problems.append(f"{name}: stores {now['stored_bpw']} bits per weight, the baseline {before['stored_bpw']}")
         allowed = tolerance if before["budget_bpw"] else min(tolerance, REFERENCE_TOLERANCE)
-        for column in perplexity_columns(baseline):
+        for column in perplexity_columns(next(iter(baseline.values()))):
             if column not in now:
                 problems.append(f"{name}: no {column}; run with the baseline's --protocols")
             elif not _close(now[column], before[column], allowed):
@@ -77,7 +80,15 @@ def compare(rows: Rows, baseline: Rows, tolerance: float = TOLERANCE) -> list[st
 
 def write_baseline(rows: Rows, path: Path) -> int:
     """Rows that have numbers; returns how many."""
-    columns = ["method", "variant", "budget_bpw", "seed", "allocate", "stored_bpw", *perplexity_columns(rows)]
+    columns = [
+        "method",
+        "variant",
+        "budget_bpw",
+        "seed",
+        "allocate",
+        "stored_bpw",
+        *perplexity_columns(next(iter(rows.values()))),
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
