@@ -19,7 +19,9 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -41,8 +43,17 @@ from kernels.timing import bandwidth, seconds_of, speed_up, spread
 from methods import parse_method
 
 TYPES = ("F16", "Q8_0", "Q4_0", "Q4_K_S", "Q3_K_S", "Q2_K", "IQ3_XXS")
-COLUMNS = ("engine", "form", "stored_bpw", "decode_tok_s_b1", "mb_per_token", "bandwidth_pct", "against", "speedup")
-COLUMNS += ("prefill_tok_s",)
+COLUMNS = {  # of the CSV file -> of the table
+    "engine": "engine",
+    "form": "form",
+    "stored_bpw": "stored bits",
+    "decode_tok_s_b1": "tok/s",
+    "mb_per_token": "MB a token",
+    "bandwidth_pct": "% of bandwidth",
+    "against": "against",
+    "speedup": "times as fast",
+    "prefill_tok_s": "prompt tok/s",
+}
 TOKENS = 64  # of a round
 PROMPT_EVERY = 3  # rounds
 
@@ -105,22 +116,27 @@ def write_gguf(config: PretrainedConfig, path: Path) -> None:
     writer.close()
 
 
+def matrices(tensors: Iterable[gguf.ReaderTensor]) -> list[gguf.ReaderTensor]:
+    """Those of the decoder blocks."""
+    return [tensor for tensor in tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
+
+
 def entry_of(name: str, path: Path) -> Entry:
     """What a GGUF stores: bits a weight of the blocks' matrices, and bytes that a token reads."""
     tensors = gguf.GGUFReader(path).tensors
-    blocks = [tensor for tensor in tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
+    blocks = matrices(tensors)
     bits = 8 * sum(int(tensor.n_bytes) for tensor in blocks) / sum(int(tensor.n_elements) for tensor in blocks)
     untied = any(tensor.name == "output.weight" for tensor in tensors)
     read = sum(int(t.n_bytes) for t in tensors if not (untied and t.name == "token_embd.weight"))
     return Entry(name, bits, read)
 
 
-def llama_bench(tool: Path, path: Path, threads: int, *options: str) -> tuple[float, str]:
-    """(seconds a token, what the tool says it ran on)."""
+def llama_bench(tool: Path, path: Path, threads: int, *options: str) -> float:
+    """Seconds a token."""
     command = [str(tool), "-m", str(path), "-t", str(threads), "-r", "1", "-o", "json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)[-1]
-    return 1e-9 * result["avg_ns"] / (result["n_gen"] or result["n_prompt"]), f"{result['backends']} {done.stderr}"
+    return 1e-9 * result["avg_ns"] / (result["n_gen"] or result["n_prompt"])
 
 
 def quantised(tool: Path, source: Path, kind: str) -> Path | str:
@@ -132,11 +148,9 @@ def quantised(tool: Path, source: Path, kind: str) -> Path | str:
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower() or "not" in line]
         return (lines or ["failed"])[0].strip()
-    tensors = [
-        tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1
-    ]
+    count = len(matrices(gguf.GGUFReader(path).tensors))
     fallen = len(re.findall("falling back to", done.stdout + done.stderr))
-    return f"not possible: {fallen} of its tensors fall back to other types" if fallen > len(tensors) / 2 else path
+    return f"not possible: {fallen} of its tensors fall back to other types" if fallen > count / 2 else path
 
 
 def main() -> None:
@@ -182,28 +196,14 @@ def compare(arguments: argparse.Namespace, config: PretrainedConfig, scratch: Pa
         models[name] = timed_model(loaded)
         ours[name].bytes_per_token = bytes_per_token(loaded)
 
-    limit, system = bandwidth("cpu"), ""
+    limit = bandwidth("cpu")
     for done in range(arguments.rounds):
         for name in [*theirs, *ours] if done % 2 == 0 else [*reversed(ours), *reversed(theirs)]:
             if name in theirs:
-                taken, system = llama_bench(
-                    arguments.llama_bench,
-                    files[name],
-                    arguments.threads,
-                    "-p",
-                    "0",
-                    "-n",
-                    str(TOKENS),
-                    "-d",
-                    str(CONTEXT),
-                    "-v",
-                )
-                theirs[name].token_s.append(taken)
+                run = partial(llama_bench, arguments.llama_bench, files[name], arguments.threads)
+                theirs[name].token_s.append(run("-p", "0", "-n", str(TOKENS), "-d", str(CONTEXT)))
                 if done % PROMPT_EVERY == 0:
-                    taken, _ = llama_bench(
-                        arguments.llama_bench, files[name], arguments.threads, "-p", "512", "-n", "0"
-                    )
-                    theirs[name].prompt_s.append(taken)
+                    theirs[name].prompt_s.append(run("-p", "512", "-n", "0"))
             else:
                 model = models[name]
                 runner = Runner(model, prompt(model, 1, CONTEXT), steps=TOKENS + 2)
@@ -219,25 +219,12 @@ def compare(arguments: argparse.Namespace, config: PretrainedConfig, scratch: Pa
         limit = max(limit, bandwidth("cpu"))
     lines = [line(entry, "llama.cpp", None, limit) for entry in theirs.values()]
     lines += [line(entry, "harness", rival(entry, theirs.values()), limit) for entry in ours.values()]
-    header = [
-        "engine",
-        "form",
-        "stored bits",
-        "tok/s",
-        "MB a token",
-        "% of bandwidth",
-        "against",
-        "times as fast",
-        "prompt tok/s",
-    ]
-    isa = re.search(r"system_info.*", system)
     notes = [
         f"{arguments.model}, {arguments.threads} threads, {arguments.rounds} rounds, {limit / 1e9:.0f} GB/s.",
-        f"llama.cpp: {isa.group(0).strip() if isa else 'instruction set not told'}",
         f"harness: {', '.join(_instructions())}",
         *(f"{kind}: {reason}" for kind, reason in refused.items()),
     ]
-    text = Sheet(header, lines).markdown() + "\n" + "\n".join(f"* {note}" for note in notes) + "\n"
+    text = Sheet(list(COLUMNS.values()), lines).markdown() + "\n" + "\n".join(f"* {note}" for note in notes) + "\n"
     print(text)
     if arguments.out:
         stem = f"llama_cpp-{Path(arguments.model).name}"
@@ -246,7 +233,7 @@ def compare(arguments: argparse.Namespace, config: PretrainedConfig, scratch: Pa
             csv.writer(handle, lineterminator="\n").writerows([COLUMNS, *lines])
 
 
-def rival(entry: Entry, theirs: object) -> Entry:
+def rival(entry: Entry, theirs: Iterable[Entry]) -> Entry:
     """llama.cpp's type of least bits that has at least as many; where none has, the one of most."""
     ordered = sorted(theirs, key=lambda other: other.stored_bpw)
     return next((other for other in ordered if other.stored_bpw >= entry.stored_bpw - 1e-9), ordered[-1])

@@ -8,7 +8,6 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor, nn
 
 from kernels.formats.codebook import CodebookLinear
-from kernels.formats.packed import PackedLinear
 
 
 class View(Protocol):
@@ -18,12 +17,13 @@ class View(Protocol):
 
 
 Some = TypeVar("Some", bound=View)
+Of = TypeVar("Of", bound=nn.Module)  # a layer, or a table that layers share
 
 
 class Kept(Generic[Some]):
     """A view, and the tensors it was prepared from, with the number of writes each had seen."""
 
-    def __init__(self, layer: PackedLinear, view: Some) -> None:
+    def __init__(self, layer: nn.Module, view: Some) -> None:
         self.view = view
         shared = getattr(layer, "shared", None)  # a table of the model's
         owners: list[nn.Module] = [*layer.modules(), *([shared] if shared is not None else [])]
@@ -41,7 +41,7 @@ class Kept(Generic[Some]):
         )
 
 
-def view(layer: PackedLinear, name: str, make: Callable[[PackedLinear], Some]) -> Some:
+def view(layer: Of, name: str, make: Callable[[Of], Some]) -> Some:
     """The view `make(layer)`, kept with the layer under `name` for as long as its tensors stay as they are."""
     known = layer.__dict__.get(name)
     if known is None or not known.current:

@@ -15,7 +15,6 @@ from rich.console import Console
 from harness.cli.leaderboard import measure_stored, report
 from harness.cli.options import Request, add_bench_options, add_plan_options, build_plan, read_request
 from harness.cli.sheets import print_sheet
-from harness.compressed import CompressedModel
 from harness.data.files import write_json
 from harness.measure import machine
 from harness.measure.end_to_end import random_model, uncompressed
@@ -128,9 +127,8 @@ def _end_to_end(arguments: argparse.Namespace, request: Request, console: Consol
             dense = dict.fromkeys((layer.name for layer in stock.layers), uncompressed(config))
             load_reference = cache(partial(random_model, config, dense, device, dtype))
             most = max((float(budget.bpw) for budget in request.budgets), default=16.0)
-            need = (
-                2 + most / 8
-            ) * stock.weights + 8 * stock.rest_weights  # the rest is made in fp32, before it is 16 bits
+            # Two models; the rest of each is made in fp32, before it is 16 bits.
+            need = (2 + most / 8) * stock.weights + 8 * stock.rest_weights
             if device == "cpu" and need > machine.available_bytes():
                 raise ValueError(
                     f"{name} uncompressed and compressed beside each other take {need / 2**30:.0f} GiB, more than is "
@@ -138,22 +136,15 @@ def _end_to_end(arguments: argparse.Namespace, request: Request, console: Consol
                 )
             for row, shapes in (("fp16", None), *_uniform_rows(request, stock, console)):
                 console.print(f"{name}, {row}", style="dim")
-                if shapes is None:
-                    loaded = load_reference()
-                else:
+                load = load_reference
+                if shapes is not None:
                     layers = {layer.name: shapes[layer.out_features, layer.in_features] for layer in stock.layers}
-                    loaded = random_model(config, layers, device, dtype)
-                found = measure(
-                    partial(_itself, loaded),
-                    load_reference if shapes else None,
-                    device,
-                    dtype,
-                    arguments.bench_seconds,
-                    silent,
-                    single_products=False,
-                )
-                benches.append((name, row, loaded.ledger().stored_bpw, found))
-                del loaded
+                    load = cache(partial(random_model, config, layers, device, dtype))
+                stored_bpw = load().ledger().stored_bpw  # before uncompressed layers become the device's own
+                reference = None if load is load_reference else load_reference
+                seconds = arguments.bench_seconds
+                found = measure(load, reference, device, dtype, seconds, silent, single_products=False)
+                benches.append((name, row, stored_bpw, found))
     bandwidth = best_bandwidth(bench for _, _, _, bench in benches)
     rows: list[Row] = []
     for name, row, stored_bpw, bench in benches:
@@ -172,12 +163,11 @@ def _end_to_end(arguments: argparse.Namespace, request: Request, console: Consol
     return 0
 
 
-def _itself(loaded: CompressedModel) -> CompressedModel:
-    return loaded
-
-
 def _names(shapes: str) -> list[str]:
-    return [part.strip() for part in shapes.split(",") if part.strip()]
+    names = [part.strip() for part in shapes.split(",") if part.strip()]
+    if not names:
+        raise ValueError("--shapes names no model: give a preset, a folder or a hub id, as --shapes llama3.2-1b")
+    return names
 
 
 def _uniform_rows(

@@ -85,9 +85,10 @@ def random_group(spec: dict[str, Any], rows: int, columns: int, device: str) -> 
 def vendor_group(rows: int, columns: int, device: str, dtype: torch.dtype) -> Sequence[nn.Module]:
     """Uncompressed layers of random weights, again as many as the caches ask for: on a CPU those of 16 bits that its
     backend multiplies, elsewhere the vendor's."""
-    half = random_group({"format": "dense", "dtype": "float16"}, rows, columns, device)
-    if torch.device(device).type == "cpu" and fused(half.layers[0], "cpu"):
-        return half.layers
+    if torch.device(device).type == "cpu":
+        half = random_group({"format": "dense", "dtype": "float16"}, rows, columns, device)
+        if fused(half.layers[0], "cpu"):
+            return half.layers
     count = copies(rows * columns * dtype.itemsize, device)
     return [
         nn.Linear(columns, rows, bias=False, device=device, dtype=dtype).requires_grad_(False) for _ in range(count)

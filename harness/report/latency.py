@@ -129,6 +129,11 @@ def kernel_rows(
     return found
 
 
+def _ratio(row: Mapping[str, Value], column: str) -> str:
+    """A median with its percentiles."""
+    return f"{row[column]:.2f} [{row[f'{column}_p10']:.2f}, {row[f'{column}_p90']:.2f}]"
+
+
 def kernel_sheet(rows: Sequence[Mapping[str, Value]]) -> Sheet:
     """What people see of kernels.csv."""
     header = ["model", "row", "shape", "configuration", "stored", "batch", "us", "GB/s", "% of bandwidth", "speed-up"]
@@ -143,9 +148,7 @@ def kernel_sheet(rows: Sequence[Mapping[str, Value]]) -> Sheet:
             f"{row['us']:.0f}",
             f"{row['gb_s']:.1f}",
             f"{row['bandwidth_pct']:.0f}",
-            f"{row['speedup']:.2f} [{row['speedup_p10']:.2f}, {row['speedup_p90']:.2f}]"
-            if row["speedup"] != ""
-            else "",
+            _ratio(row, "speedup") if row["speedup"] != "" else "",
         ]
         for row in rows
     ]
@@ -175,7 +178,7 @@ def end_to_end_sheet(rows: Sequence[Mapping[str, Value]]) -> Sheet:
             str(row["runner"]),
             f"{row['resident_gib']:.3f}",
             f"{row['decode_tok_s_b1']:.1f}",
-            f"{row['decode_speedup_b1']:.2f} [{row['decode_speedup_b1_p10']:.2f}, {row['decode_speedup_b1_p90']:.2f}]",
+            _ratio(row, "decode_speedup_b1"),
             f"{row['roofline_pct_b1']:.0f}",
             f"{row['decode_speedup_b4']:.2f}",
             f"{row['decode_speedup_b16']:.2f}",

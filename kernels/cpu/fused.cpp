@@ -38,7 +38,7 @@ void decode(const Layer *layer, int64_t first, int64_t count, float *out, int64_
 
 // Logits [batch, vocabulary] behind one token of every sequence, at `position`, and the likeliest next tokens.
 void step(const Model *model, const int64_t *ids, int64_t batch, int64_t position, float *logits, int64_t *next, int64_t threads) {
-    Decoder_(*model, batch, position, threads)(ids, logits, next);
+    Token(*model, batch, position, threads)(ids, logits, next);
 }
 
 }  // extern "C"

@@ -161,13 +161,7 @@ struct Fours : Rows {
         UNROLL for (int k = 0; k < B; ++k) total[k] = zero();
         for (int64_t c = 0, at = 0; c < stride / BLOCK; ++c, at += step, x += BLOCK) {
             prefetch(codes + at + AHEAD, step);
-            const uint8_t *p = codes + at;
-            uint8_t last[8 * 14 + 8];
-            if (bytes - at < step + 8) {  // eight bytes are read where fewer may be left
-                memset(last, 0, sizeof last);
-                memcpy(last, p, (size_t)(bytes - at < step ? bytes - at : step));
-                p = last;
-            }
+            const WholeCodes whole(codes + at, bytes - at, bits);
             Vec part[B];
             UNROLL for (int k = 0; k < B; ++k) part[k] = zero();
             UNROLL for (int h = 0; h < 2; ++h) {
@@ -176,10 +170,7 @@ struct Fours : Rows {
                 UNROLL for (int e = 0; e < 4; ++e) {
                     __m256i eight[2];
                     UNROLL for (int f = 0; f < 2; ++f) {
-                        const int64_t bit = (32 * h + 8 * e + 4 * f) * bits;
-                        uint64_t four;
-                        memcpy(&four, p + (bit >> 3), 8);
-                        four >>= bit & 7;
+                        const uint64_t four = whole.four(32 * h + 8 * e + 4 * f);
                         const __m128i first = _mm_unpacklo_epi16(_mm_cvtsi64_si128(table[four & mask]), _mm_cvtsi64_si128(table[four >> bits & mask]));
                         const __m128i then = _mm_unpacklo_epi16(_mm_cvtsi64_si128(table[four >> 2 * bits & mask]), _mm_cvtsi64_si128(table[four >> 3 * bits & mask]));
                         eight[f] = _mm256_inserti128_si256(_mm256_castsi128_si256(first), then, 1);
@@ -216,11 +207,7 @@ struct Fours : Rows {
     }
     void operator()(int64_t begin, int64_t end) const {
         Int spread[4];
-        for (int e = 0; e < 4; ++e) {
-            uint8_t of_lane[LANES];
-            for (int lane = 0; lane < LANES; ++lane) of_lane[lane] = (uint8_t)(4 * e + lane / 4);
-            spread[e] = octets(of_lane);
-        }
+        for (int e = 0; e < 4; ++e) spread[e] = lanes_of(e, 4);
         Tile tile(l, in, 2, arena);
         for (int64_t v = begin; v < end; ++v) {
             load_scales(l, v, tile.scale, tile.shift);

@@ -11,23 +11,7 @@
 #include "elementwise.h"
 #include "team.h"
 
-static void decode_base(const Layer &l, int64_t first, int64_t count, float *out, Arena &arena) {
-    Under under = {0, 0};
-    if (!is_even(l)) under.make(l, 1, padded(l.columns), arena);
-    const int64_t width = padded(l.columns);
-    float *scale = arena.take<float>(l.dim * room(l)), *shift = arena.take<float>(l.dim * room(l)), *row = arena.take<float>(l.dim * width);
-    decoded(l, [&](const auto &decoder, auto dim, auto even) {
-        const int64_t D = decltype(dim)::value;
-#pragma omp for schedule(static)
-        for (int64_t v = first / D; v < (first + count + D - 1) / D; ++v) {
-            load_scales(l, v, scale, shift);
-            decode_rows<std::decay_t<decltype(decoder)>, decltype(dim)::value, decltype(even)::value>(l, v, decoder, scale, shift, under, 0, width, row, width);
-            for (int64_t d = 0; d < D && v * D + d < first + count; ++d) memcpy(out + (v * D + d - first) * l.columns, row + d * width, sizeof(float) * (size_t)l.columns);
-        }
-    });
-}
-
-class Decoder_ {
+class Token {
     const Model &m;
     const int64_t batch, position, threads;
     Team team;
@@ -35,16 +19,6 @@ class Decoder_ {
     float *queries, *attended, *inner, *output;  // [batch, heads * head_dim] twice, [batch, inner], [batch, hidden]
     float *best;                                 // [threads, batch]: the largest logits seen
     int64_t *best_at;
-
-    static float embedded(const Model &m, int64_t at) {
-        if (m.embedding_kind == FP32) return ((const float *)m.embedding)[at];
-        const uint16_t half = ((const uint16_t *)m.embedding)[at];
-        if (m.embedding_kind == FP16) return wide(half);
-        const uint32_t bits = (uint32_t)half << 16;
-        float value;
-        memcpy(&value, &bits, 4);
-        return value;
-    }
 
     // y = x / root mean square(x) * weight; y may be x.
     void normed(const float *x, const float *weight, int64_t count, float *y) const {
@@ -145,7 +119,7 @@ class Decoder_ {
         Arena arena;
         float *hidden = arena.take<float>(batch * m.hidden), *x = arena.take<float>(batch * m.hidden);
         for (int64_t b = 0; b < batch; ++b)
-            for (int64_t i = 0; i < m.hidden; ++i) hidden[b * m.hidden + i] = embedded(m, ids[b] * m.hidden + i) * (float)m.embedding_scale;
+            for (int64_t i = 0; i < m.hidden; ++i) hidden[b * m.hidden + i] = number_at(m.embedding, (Dense)m.embedding_kind, ids[b] * m.hidden + i) * (float)m.embedding_scale;
         int64_t stage = 0;
         for (int64_t n = 0; n < m.blocks; ++n) {
             const DecoderBlock &block = m.block[n];
@@ -221,7 +195,6 @@ class Decoder_ {
         Inputs in;
         prepare(l, x, l.columns, batch, arena, in);
         const int64_t share = chunk(l.rows, l.columns * batch, threads);
-        for (int64_t b = 0; b < batch; ++b) best[thread * batch + b] = -INFINITY, best_at[thread * batch + b] = l.rows;
         team.share(stage, (l.rows + share - 1) / share, thread, [&](int64_t t) {
             const int64_t first = t * share, end = first + share < l.rows ? first + share : l.rows;
             multiply({l, in, logits, l.rows, arena}, first / l.dim, (end + l.dim - 1) / l.dim);
@@ -235,7 +208,7 @@ class Decoder_ {
     }
 
   public:
-    Decoder_(const Model &m, int64_t batch, int64_t position, int64_t threads) : m(m), batch(batch), position(position), threads(threads), team(threads, 5 * m.blocks + 1) {
+    Token(const Model &m, int64_t batch, int64_t position, int64_t threads) : m(m), batch(batch), position(position), threads(threads), team(threads, 5 * m.blocks + 1) {
         queries = shared.take<float>(batch * m.heads * m.head_dim), attended = shared.take<float>(batch * m.heads * m.head_dim);
         inner = shared.take<float>(batch * m.inner), output = shared.take<float>(batch * m.hidden);
         best = shared.take<float>(threads * batch), best_at = shared.take<int64_t>(threads * batch);

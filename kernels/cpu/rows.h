@@ -2,8 +2,8 @@
 //
 //   BYTES_WAY  codes that are numbers, at most eight bits: times both bytes of 16-bit inputs, summed as integers (VNNI)
 //   WORDS_WAY  tables of at most 256 entries: 15-bit entries times 16-bit inputs, summed as integers (VNNI)
-//   ENTRIES    other larger tables of vectors of four or eight rows: entries loaded whole, and multiplied in the order in which they lie
 //   FOURS_WAY  larger tables of vectors of four rows: the same, entries loaded whole (VNNI)
+//   ENTRIES    other larger tables of vectors of four or eight rows: entries loaded whole, and multiplied in the order in which they lie
 //   DENSE      uncompressed weights
 //   FLOATS     everything else, and where there is no VNNI: decoded to fp32 in registers, or a panel at a time for many inputs
 //
@@ -179,6 +179,33 @@ template <class Dec, int D, bool EVEN> struct Floats : Rows {
 
 // ---- larger tables ---------------------------------------------------------------------------------------------------------------------
 
+// A block of codes of at most fourteen bits, read four at a time: eight bytes, where the row may have fewer left.
+struct WholeCodes {
+    const uint8_t *codes;
+    const int64_t bits;
+    uint8_t copy[8 * 14 + 8];
+
+    WholeCodes(const uint8_t *p, int64_t left, int64_t bits) : codes(p), bits(bits) {
+        const int64_t step = 8 * bits;
+        if (left >= step + 8) return;
+        memset(copy, 0, sizeof copy);
+        memcpy(copy, p, (size_t)(left < step ? left : step));
+        codes = copy;
+    }
+    uint64_t four(int64_t first) const {
+        uint64_t found;
+        memcpy(&found, codes + (first * bits >> 3), 8);
+        return found >> (first * bits & 7);
+    }
+};
+
+// Lanes 16 k to 16 k + 15 of as many inputs as there are registers of them, each in `d` lanes.
+static Int lanes_of(int k, int d) {
+    uint8_t of_lane[LANES];
+    for (int lane = 0; lane < LANES; ++lane) of_lane[lane] = (uint8_t)((k * LANES + lane) / d);
+    return octets(of_lane);
+}
+
 // Entries of D fp16 values, D = 4 or 8, taken 16 / D at a time: a lane is a row of the vector, in every D-th one the same, and inputs are
 // spread to match. A load for every code is what this costs; gathering the same entries place by place takes more than twice the time.
 template <int D> struct Entries : Rows {
@@ -212,11 +239,7 @@ template <int D> struct Entries : Rows {
         float *across = arena.take<float>(LANES * l.groups);  // [groups, 16]: the scale of every lane's row
         const float *inputs = in.x + first_input * stride;
         Int spread[D];  // lanes of sixteen inputs
-        for (int k = 0; k < D; ++k) {
-            uint8_t of_lane[LANES];
-            for (int lane = 0; lane < LANES; ++lane) of_lane[lane] = (uint8_t)((k * LANES + lane) / D);
-            spread[k] = octets(of_lane);
-        }
+        for (int k = 0; k < D; ++k) spread[k] = lanes_of(k, D);
         for (int64_t v = begin; v < end; ++v) {
             load_scales(l, v, scale, shift);
             for (int64_t g = 0; g < l.groups; ++g) for (int64_t k = 0; k < LANES; ++k) across[g * LANES + k] = scale[k % D * each + g];
@@ -227,21 +250,13 @@ template <int D> struct Entries : Rows {
             for (int64_t c = 0, at = 0, next = l.group; c < l.columns; c += BLOCK, at += step, x += BLOCK) {
                 if (c == next) by += LANES, next += l.group;
                 prefetch(codes + at + AHEAD, step);
-                const uint8_t *p = codes + at;
-                uint8_t last[8 * 14 + 8];
-                if (bytes - at < step + 8) {  // eight bytes are read where fewer may be left
-                    memset(last, 0, sizeof last);
-                    memcpy(last, p, (size_t)(bytes - at < step ? bytes - at : step));
-                    p = last;
-                }
+                const WholeCodes whole(codes + at, bytes - at, bits);
                 Vec part[B][2];
                 UNROLL for (int b = 0; b < B; ++b) part[b][0] = part[b][1] = zero();
                 Register sixteen[B];
                 UNROLL for (int k = 0; k < BLOCK / 4; ++k) {
                     if (k % 4 == 0) UNROLL for (int b = 0; b < B; ++b) sixteen[b] = Register(x + b * stride + 4 * k);
-                    uint64_t four;  // of at most fourteen bits each
-                    memcpy(&four, p + (4 * k * bits >> 3), 8);
-                    four >>= 4 * k * bits & 7;
+                    const uint64_t four = whole.four(4 * k);
                     UNROLL for (int h = 0; h < D / 4; ++h) {
                         const Vec value = entries(table, four, h * (LANES / D), bits);
                         UNROLL for (int b = 0; b < B; ++b) part[b][k % 2] = fma(value, sixteen[b].at(spread[k % 4 * (D / 4) + h]), part[b][k % 2]);
@@ -270,17 +285,9 @@ template <int D> struct Entries : Rows {
 
 // ---- uncompressed ----------------------------------------------------------------------------------------------------------------------
 
-template <int KIND> struct Dense_ : Rows {
+template <Dense KIND> struct Uncompressed : Rows {
     static Vec weights(const void *w, int64_t i) {
         return KIND == FP16 ? halves((const uint16_t *)w + i) : KIND == BF16 ? brains((const uint16_t *)w + i) : load((const float *)w + i);
-    }
-    static float weight(const void *w, int64_t i) {
-        if (KIND == FP32) return ((const float *)w)[i];
-        if (KIND == FP16) return wide(((const uint16_t *)w)[i]);
-        const uint32_t bits = (uint32_t)((const uint16_t *)w)[i] << 16;
-        float value;
-        memcpy(&value, &bits, 4);
-        return value;
     }
 
     // A row after the other is one stream of bytes, which is read at nearly twice the speed of four. Two sums a row: one would wait for itself.
@@ -290,7 +297,7 @@ template <int KIND> struct Dense_ : Rows {
         for (; c + 2 * LANES <= l.columns; c += 2 * LANES)
             for (int k = 0; k < 2; ++k) total[k] = fma(weights(l.dense, o * l.columns + c + LANES * k), load(in.x + c + LANES * k), total[k]);
         float value = sum(plus(total[0], total[1]));
-        for (; c < l.columns; ++c) value += weight(l.dense, o * l.columns + c) * in.x[c];
+        for (; c < l.columns; ++c) value += number_at(l.dense, KIND, o * l.columns + c) * in.x[c];
         finish(o, 0, value);
     }
 
@@ -310,7 +317,7 @@ template <int KIND> struct Dense_ : Rows {
         UNROLL for (int r = 0; r < R; ++r)
             UNROLL for (int k = 0; k < B; ++k) {
                 float value = sum(total[r][k]);
-                for (int64_t c = whole; c < l.columns; ++c) value += weight(l.dense, (o + r) * l.columns + c) * x[k * in.stride + c];
+                for (int64_t c = whole; c < l.columns; ++c) value += number_at(l.dense, KIND, (o + r) * l.columns + c) * x[k * in.stride + c];
                 finish(o + r, b + k, value);
             }
     }
@@ -388,9 +395,9 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
     const Arena::Mark mark = rows.arena.mark();
     switch (way_of(l, rows.in.batch)) {
     case DENSE:
-        if (l.dense_kind == FP16) Dense_<FP16>{rows}(begin, end);
-        else if (l.dense_kind == BF16) Dense_<BF16>{rows}(begin, end);
-        else Dense_<FP32>{rows}(begin, end);
+        if (l.dense_kind == FP16) Uncompressed<FP16>{rows}(begin, end);
+        else if (l.dense_kind == BF16) Uncompressed<BF16>{rows}(begin, end);
+        else Uncompressed<FP32>{rows}(begin, end);
         break;
 #if PLANES
     case BYTES_WAY:
@@ -420,3 +427,20 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
 }
 
 static int64_t vectors(const Layer &l) { return l.dense ? l.rows : (l.rows + l.dim - 1) / l.dim; }
+
+// The base of rows [first, first + count), fp32 [count, columns], shared out to the threads of a parallel region.
+static void decode_base(const Layer &l, int64_t first, int64_t count, float *out, Arena &arena) {
+    Under under = {0, 0};
+    if (!is_even(l)) under.make(l, 1, padded(l.columns), arena);
+    const int64_t width = padded(l.columns);
+    float *scale = arena.take<float>(l.dim * room(l)), *shift = arena.take<float>(l.dim * room(l)), *row = arena.take<float>(l.dim * width);
+    decoded(l, [&](const auto &decoder, auto dim, auto even) {
+        const int64_t D = decltype(dim)::value;
+#pragma omp for schedule(static)
+        for (int64_t v = first / D; v < (first + count + D - 1) / D; ++v) {
+            load_scales(l, v, scale, shift);
+            decode_rows<std::decay_t<decltype(decoder)>, decltype(dim)::value, decltype(even)::value>(l, v, decoder, scale, shift, under, 0, width, row, width);
+            for (int64_t d = 0; d < D && v * D + d < first + count; ++d) memcpy(out + (v * D + d - first) * l.columns, row + d * width, sizeof(float) * (size_t)l.columns);
+        }
+    });
+}

@@ -14,6 +14,17 @@ static inline bool has_shift(const Layer &l) { return l.minima || l.zeros; }
 
 static inline float wide(uint16_t half) { return _cvtsh_ss(half); }
 
+// Number i of an uncompressed array.
+static inline float number_at(const void *array, Dense kind, int64_t i) {
+    if (kind == FP32) return ((const float *)array)[i];
+    const uint16_t half = ((const uint16_t *)array)[i];
+    if (kind == FP16) return wide(half);
+    const uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
 static inline uint32_t code_at(const uint32_t *stream, int64_t index, int64_t bits) {
     const int64_t bit = index * bits, word = bit >> 5, shift = bit & 31;
     uint64_t two = stream[word];

@@ -58,7 +58,7 @@ class Team {
     // The first task of a thread's share of `tasks`.
     int64_t first(int64_t thread, int64_t tasks) const { return thread * tasks / threads; }
 
-    // Every task of a stage is done by one thread; then all go on.
+    // Every task of a stage is done by one thread. Whoever needs what others did calls `wait` behind it.
     template <class Task> void share(int64_t stage, int64_t tasks, int64_t thread, Task task) {
         for (int64_t k = 0; k < threads; ++k) {
             const int64_t whose = (thread + k) % threads, begin = first(whose, tasks), end = first(whose + 1, tasks);

@@ -16,6 +16,7 @@ from kernels.formats.codebook import CodebookLinear
 from kernels.formats.dense import DenseLinear
 from kernels.formats.normal_float import dynamic_map
 from kernels.formats.packed import PackedLinear
+from kernels.formats.tables import Table
 from kernels.formats.uniform import UniformLinear
 from kernels.views import readable_codebook
 
@@ -121,29 +122,37 @@ def _uniform(layer: UniformLinear) -> Parts:
 
 def _codebook(layer: CodebookLinear) -> Parts:
     scales, form = layer.scales, layer.scales.form
-    numbers: dict[str, float] = dict(bits=layer.index_bits, dim=layer.dim, group=layer.block, groups=scales.blocks)
-    numbers["words"] = layer.codes.shape[1]
-    table_KD = layer.entries().contiguous()
-    tensors: dict[str, Tensor | None] = {"codes": layer.codes, "table": table_KD}
-    half_KD = table_KD.half()
-    if torch.equal(half_KD.float(), table_KD):
-        tensors["half_table"] = half_KD
-        if layer.index_bits <= 8:
-            tensors["planes"] = _planes(half_KD)
-    step = table_KD.abs().max().item() / FIXED or 1.0
-    fixed_KD = (table_KD / step).round().to(torch.int16)
-    if layer.index_bits <= 8:
-        tensors["fixed"] = _planes(fixed_KD)
-        numbers |= dict(fixed_step=step, plane=max(64, 2**layer.index_bits))
-    elif layer.dim == 4:
-        tensors["fixed"] = fixed_KD
-        numbers["fixed_step"] = step
+    forms = views.view(layer.shared, "_cpu_forms", TableForms) if layer.table_key else TableForms(layer)
+    numbers = forms.numbers | dict(group=layer.block, groups=scales.blocks, words=layer.codes.shape[1])
+    tensors: dict[str, Tensor | None] = {"codes": layer.codes, **forms.tensors}
     if scales.direct is not None:
         return Parts(numbers, tensors | {"half": scales.direct})
     assert scales.steps is not None and scales.offset is not None
     numbers |= dict(scale_bits=form.bits, per_step=form.group, offset=scales.offset.item())
     tensors["map"] = dynamic_map() if form.scheme == "dynamic" else None
     return Parts(numbers, tensors | {"scale_codes": scales.codes, "steps": scales.steps.float()})
+
+
+class TableForms:
+    """The entries of a table, or of a layer with a table of its own, in every form that a decoder reads."""
+
+    def __init__(self, owner: CodebookLinear | Table) -> None:
+        table_KD, bits = owner.entries().contiguous(), owner.index_bits
+        self.numbers: dict[str, float] = dict(bits=bits, dim=owner.dim)
+        self.tensors: dict[str, Tensor] = {"table": table_KD}
+        half_KD = table_KD.half()
+        if torch.equal(half_KD.float(), table_KD):
+            self.tensors["half_table"] = half_KD
+            if bits <= 8:
+                self.tensors["planes"] = _planes(half_KD)
+        step = table_KD.abs().max().item() / FIXED or 1.0
+        fixed_KD = (table_KD / step).round().to(torch.int16)
+        if bits <= 8:
+            self.tensors["fixed"] = _planes(fixed_KD)
+            self.numbers |= dict(fixed_step=step, plane=max(64, 2**bits))
+        elif owner.dim == 4:
+            self.tensors["fixed"] = fixed_KD
+            self.numbers["fixed_step"] = step
 
 
 def _planes(table_KD: Tensor) -> Tensor:

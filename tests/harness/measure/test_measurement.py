@@ -200,3 +200,5 @@ def test_whole_models_of_shapes_need_no_weights(truncated, tmp_path, cache):
 def test_end_to_end_asks_for_shapes(capsys):
     assert main(["bench", "--end-to-end"]) == 2
     assert "--shapes llama3.2-1b" in capsys.readouterr().err
+    assert main(["bench", "--end-to-end", "--shapes", ","]) == 2
+    assert "--shapes names no model" in capsys.readouterr().err
