@@ -29,6 +29,7 @@ from kernels.formats.packed import PackedLinear
 from kernels.formats.stored import Spec, StoredBits
 from kernels.formats.tables import Table
 
+FILES = ("packed.safetensors", "rest.safetensors", "packed.json", "config.json")
 TABLES = "shared_tables"  # the attribute of the model that holds them
 KINDS = ("dense", "fused", "decode-per-call", "decode-on-load")  # a model is of the last kind any of its layers is
 
@@ -124,9 +125,9 @@ class CompressedModel:
         """Rebuild from the folder alone; `dtype` is the compute dtype of everything that is not packed."""
         from accelerate import init_empty_weights
 
-        config = AutoConfig.from_pretrained(folder, dtype=dtype)
+        config = AutoConfig.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):  # non-persistent buffers (rotary frequencies) must be real
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         stock = inventory(model)
         description = PackedDescription.read(folder / "packed.json")
         for name, spec in description.layers.items():

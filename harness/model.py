@@ -7,12 +7,13 @@ rest" and stay at 16 bits for every method."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from harness.data.checkpoint import view
 from kernels.formats.layer import LayerSpec
 
 
@@ -131,18 +133,29 @@ def read_config(source: str | Path, revision: str | None = None) -> PretrainedCo
         values = dict(PRESETS[str(source)])
         return AutoConfig.for_model(values.pop("model_type"), **values)
     try:
-        return AutoConfig.from_pretrained(str(source), revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+    except Exception as error:  # a configuration's own checks raise what they like
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"'{source}' brings code of its own, which is never run here: only architectures of transformers are"
+            ) from None
         raise ValueError(
-            f"no configuration of '{source}' can be read ({str(error).splitlines()[0]}): "
-            f"presets are {', '.join(PRESETS)}"
+            f"no configuration of '{source}' can be read ({first_line(error)}): presets are {', '.join(PRESETS)}"
         ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{source} is already quantised (its config.json says how): give the unquantised model")
+    return config
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model with shapes only."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model with shapes only. Raises ValueError when there is none of such sizes."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a layer's constructor raises what it likes
+        raise ValueError(
+            f"config.json describes no causal language model that can be built ({first_line(error)}): check its sizes"
+        ) from error
 
 
 def half_dtype(config: PretrainedConfig) -> str:
@@ -154,24 +167,59 @@ def half_dtype(config: PretrainedConfig) -> str:
 
 
 def load_reference(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Raises ValueError when the folder lacks a tensor: transformers would go on with random numbers in its place."""
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(
-            f"{path} lacks {len(missing)} tensors of its own config.json ({missing[0]} first): "
-            "its weights are incomplete"
-        )
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(f"{path} is already quantised: give the unquantised model")
+    """Raises ValueError when the folder's weights and its configuration are not each other's, or are no numbers:
+    transformers would go on with random ones in place of what is missing."""
+    read_config(path)
+    try:
+        with view(path) as files:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                files,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+            )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"the weights of {path} cannot be read ({first_line(error)}): copy them again") from error
+    _require_own(path, "lacks", "that its config.json asks for: its weights are incomplete", found["missing_keys"])
+    _require_own(
+        path, "holds", "that its config.json has no place for: it is another model's", found["unexpected_keys"]
+    )
+    mismatched = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    _require_own(path, "holds", "of other sizes than its config.json says: it is another model's", mismatched)
+    broken = [name for name, tensor in model.state_dict().items() if not _finite(tensor)]
+    _require_own(path, "holds", "with weights that are no finite numbers: download or train it again", broken)
+    if not any(bool(p.any()) for p in decoder_blocks(model)[1].parameters() if p.ndim >= 2):
+        raise ValueError(f"every matrix of {path} is zero: it was saved before it had weights")
+    model.config.name_or_path = str(path)  # not the view's
     return model.to(device).eval()
+
+
+def _require_own(path: Path, verb: str, problem: str, names: Iterable[str]) -> None:
+    if found := sorted(names):
+        raise ValueError(f"{path} {verb} {len(found)} tensors {problem} ({found[0]} first)")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(path)
+        with view(path) as files:
+            return AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+    except ValueError:
+        raise
     except Exception as error:  # tokenizer loading raises whatever its backend raises
         raise ValueError(f"{path} holds no tokenizer: save it there with tokenizer.save_pretrained()") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 @contextlib.contextmanager

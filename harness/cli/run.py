@@ -70,7 +70,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console: Console) -> dict[str, Outcome]:
     keys, tasks = [protocol_key(p) for p in plan.protocols], [task.key for task in plan.tasks]
-    todo = [cell for cell in runnable if not CellStore(cell.key).finished(keys, tasks)]
+    todo = [
+        cell
+        for cell in runnable
+        if not CellStore(cell.key).finished(keys, tasks, is_reference=cell.key == plan.reference.key)
+    ]
     for cell in runnable:
         if cell not in todo:
             console.print(f"{cell.label}: found, not repeated", style="dim")

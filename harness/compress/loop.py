@@ -6,21 +6,20 @@ them and goes on. Nothing else is carried between blocks, so the bytes are the s
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness.compress.block import BlockRun
 from harness.compress.forward import BlockInputs
 from harness.compressed import CompressedModel, attach_tables, round_rest
-from harness.data.files import atomic_path
+from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.model import Inventory, decoder_blocks
 from harness.progress import Progress, silent
 from kernels.dispatch import reference_only
@@ -71,16 +70,16 @@ def compress_model(
     seconds = 0.0
     for index, (spec, module) in enumerate(zip(stock.blocks, modules, strict=True)):
         file = folder / f"block_{index:04d}.safetensors"
-        finished = file.exists()
+        kept = believed(file, load_tensors)
         start = time.perf_counter()
         with BlockRun(model, spec, module, hidden_NTH, inputs.kwargs[index], original_NTH, tables, fisher) as block:
-            if finished:
-                done = _load_block(block, file, hidden_NTH.device)
+            if kept:
+                done = _install(block, *kept, hidden_NTH.device)
             else:
                 pack_block(block, method, configs, seed)
             original_NTH = block.original_outputs() if method.needs.original else None
             hidden_NTH = block.outputs() if needs_data else hidden_NTH
-        if not finished:
+        if not kept:
             done = CompressionReport(block.reports, time.perf_counter() - start)
             _save_block(model, spec.layers, file, done)
         reports |= done.layers
@@ -129,25 +128,22 @@ def _save_block(model: PreTrainedModel, layers: Sequence[LayerSpec], file: Path,
         assert isinstance(module, PackedLinear), f"a method must pack every layer of its block, {layer.name} too"
         packed[layer.name] = module
     tensors = {
-        f"{n}.{leaf}": module.get_buffer(leaf).contiguous().cpu()
-        for n, module in packed.items()
-        for leaf in module.stored_parts()
+        f"{n}.{leaf}": module.get_buffer(leaf) for n, module in packed.items() for leaf in module.stored_parts()
     }
     metadata = {
         "specs": json.dumps({n: module.spec() for n, module in packed.items()}),
         "done": json.dumps({"reports": done.layers, "seconds": done.seconds}),
     }
-    with atomic_path(file) as path:
-        save_file(tensors, path, metadata=metadata)
+    save_tensors(file, tensors, metadata)
 
 
-def _load_block(block: BlockRun, file: Path, device: torch.device) -> CompressionReport:
-    tensors = load_file(file, device=str(device))
-    with safe_open(file, framework="pt") as handle:
-        metadata = handle.metadata()
+def _install(
+    block: BlockRun, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], device: torch.device
+) -> CompressionReport:
+    """Put a finished block's layers in their places."""
     for name, spec in json.loads(metadata["specs"]).items():
         packed = PackedLinear.from_spec(spec, device)
-        packed.fill(**{leaf: tensors[f"{name}.{leaf}"] for leaf in packed.stored_parts()})
+        packed.fill(**{leaf: tensors[f"{name}.{leaf}"].to(device) for leaf in packed.stored_parts()})
         block.install(name, Compressed(packed))
     done = json.loads(metadata["done"])
     return CompressionReport(done["reports"], done["seconds"])
@@ -165,17 +161,20 @@ def _tables(
     of_table = {config.table_key: config for config in configs.values() if config.table_key}
     if not of_table:
         return {}
-    if not file.exists():
+    kept = believed(file, load_tensors)
+    if kept is None:
+        # Blocks packed with other tables would decode to something else.
+        shutil.rmtree(file.parent, ignore_errors=True)
         fitted = method.fit_tables(
             configs, layers, lambda name: model.get_parameter(f"{name}.weight").detach().float(), seed
         )
         stored = {
             f"{key}/{leaf}": table.get_buffer(leaf) for key, table in fitted.items() for leaf in table.stored_parts()
         }
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
-        with atomic_path(file) as path:
-            save_file(tensors, path)
-    tensors = load_file(file, device=str(next(model.parameters()).device))
+        save_tensors(file, stored)
+        kept = load_tensors(file)
+    device = next(model.parameters()).device
+    tensors = {name: tensor.to(device) for name, tensor in kept[0].items()}
     tables = {key: config.table() for key, config in of_table.items()}
     for key, table in tables.items():
         table.load_state_dict({leaf: tensors[f"{key}/{leaf}"] for leaf in table.stored_parts()}, assign=True)

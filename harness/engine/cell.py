@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -16,9 +17,10 @@ from transformers import PreTrainedModel
 from harness import __version__
 from harness.compress.loop import compress_model
 from harness.compress.training import finetune, save_adapter
-from harness.compressed import CompressedModel
-from harness.data.files import cache_dir, digest, locked
+from harness.compressed import FILES, CompressedModel
+from harness.data.files import cache_dir, digest, file_sha256, locked
 from harness.data.protocols import Protocol
+from harness.data.sealed import Damaged, check_tensors
 from harness.data.streams import calibration_stream, evaluation_stream
 from harness.data.windows import stream_sha256
 from harness.engine.process import Phase, Speaker
@@ -45,6 +47,8 @@ from harness.store.results import Score, TaskResult
 from methods import parse_method
 from methods.base import Method, Sensitivity
 
+log = logging.getLogger(__name__)
+
 
 def work(spec: CellSpec, reference_over: Path, speak: Speaker) -> None:
     """All a cell still lacks; another process at the same cell waits, and then finds it done. The file `reference_over`
@@ -58,9 +62,16 @@ def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Spea
     torch.set_num_threads(spec.threads)
     dtype = getattr(torch, spec.dtype)
     store.put_spec(spec)
-    if store.artifact() is None:
+    artifact = store.artifact()
+    if artifact and (damage := store.damage(artifact)):
+        log.warning("%s; the cell is made again", damage)
+        artifact = None
+    if artifact is None:
+        store.drop_artifact()  # scores are of the bytes that were there
         _compress(spec, store, speak, dtype)
-    protocols = {key: protocol for key, protocol in spec.protocols.items() if not store.scored(key)}
+    protocols = {
+        key: protocol for key, protocol in spec.protocols.items() if not store.scored(key, spec.is_reference)
+    }
     tasks = {key: task for key, task in spec.tasks.items() if store.task(key) is None}
     if not protocols and not tasks:
         return
@@ -86,7 +97,13 @@ def _reference_states(spec: CellSpec, protocol_key: str, reference_over: Path, s
             return None
         speak.say(Phase("waiting for the reference", 0, 1))  # also how a cell notices that its parent is gone
         time.sleep(0.5)
-    return store.states(protocol_key)
+    states = store.states(protocol_key)
+    try:
+        check_tensors(states)
+    except (Damaged, OSError) as error:
+        log.warning("%s; this row has no divergence until the same command has run again", error)
+        return None
+    return states
 
 
 def _score(spec: CellSpec, protocol: Protocol, reloaded: CompressedModel, states: Path | None, speak: Speaker) -> Score:
@@ -141,6 +158,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         model, stock, method, configs, tokens_NT, spec.seed, store.blocks, spec.half, fisher, speak
     )
     training = _train(spec, store, method, compressed, speak)
+    spec.model.check()
     ledger = compressed.ledger()
     if spec.budget and not ledger.fits(parse_budget(spec.budget)):
         raise ValueError(f"stores {ledger.stored_bpw:.6f} bits per weight, over the budget of {spec.budget}: refused")
@@ -165,6 +183,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         layers=layers,
         peak_ram_gib=_peak_ram_gib(),
         environment=environment(spec.threads),
+        files={name: file_sha256(store.folder / name) for name in FILES},
     )
     store.put_artifact(artifact)
 
@@ -189,7 +208,7 @@ def _allocate(
         measured = {name: sensitivity.flat for name, sensitivity in measured.items()}
     key = digest([*_origin(spec), method.identity(method.later), stream_sha256(tokens_NT), seed])
     path = cache_dir("costs", key[:24] + ".json")
-    with locked(path):
+    with locked(path, f"estimates of {spec.method}"):
         costs = expected_costs(method, model, stock, budget, measured, seed, speak, CostCache(path))
     found = mixed(stock, budget, costs)
     assert found.predicted is not None and found.bound is not None and found.gap is not None

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from harness.data.files import atomic_path
+from harness.data.sealed import save_tensors
 from harness.data.windows import Articles
 from harness.model import decoder_blocks, swapped_module
 from harness.progress import Progress, silent
@@ -152,8 +151,7 @@ def score(
             kept["states"].append(hidden_NH.cpu())
         progress(name, done, count)
     if keep is not None:
-        with atomic_path(keep) as path:
-            save_file({name: torch.cat(parts).contiguous() for name, parts in kept.items()}, path)
+        save_tensors(keep, {name: torch.cat(parts) for name, parts in kept.items()})
     nll_NP = torch.cat(losses_NP)
     scored_NP = articles.scored_NP if articles else torch.ones_like(nll_NP, dtype=torch.bool)
     diverged = divergence.summary(scored_NP) if divergence else None

@@ -14,7 +14,8 @@ from statistics import median
 
 from torch import Tensor, nn
 
-from harness.data.files import digest, read_json, write_json
+from harness.data.files import digest
+from harness.data.sealed import believed, read_sealed, write_sealed
 from harness.model import Inventory
 from harness.plan.allocation import alike, sort_of
 from harness.progress import Progress, silent
@@ -73,7 +74,7 @@ class CostCache:
 
     def __init__(self, path: Path | None) -> None:
         self.path, self._saved = path, time.monotonic()
-        self._costs: dict[str, list[float]] = read_json(path) if path and path.exists() else {}
+        self._costs: dict[str, list[float]] = (path and believed(path, read_sealed)) or {}
 
     def costs(
         self, layer: str, configs: Sequence[LayerConfig], estimate: Callable[[], list[float]]
@@ -87,7 +88,7 @@ class CostCache:
 
     def save(self) -> None:
         if self.path:
-            write_json(self.path, self._costs)
+            write_sealed(self.path, self._costs)
             self._saved = time.monotonic()
 
 

@@ -30,13 +30,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.compress.forward import BlockInputs, run_block, stubbed_blocks
 from harness.compress.statistics import add_gram, completed
-from harness.data.files import atomic_path, cache_dir, digest, locked
+from harness.data.files import cache_dir, digest, locked
+from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.data.windows import stream_sha256
 from harness.model import BlockSpec, decoder_blocks, inventory
 from harness.progress import Progress, silent
@@ -305,8 +305,9 @@ def remembered_sensitivities(
     or the Fisher information of the text."""
     assert measure in MEASURES
     path = cache_dir("sensitivities", digest([*key, stream_sha256(tokens_NT), seed, measure])[:24] + ".safetensors")
-    with locked(path):
-        if not path.exists():
+    with locked(path, "the sensitivities of this model's layers"):
+        kept = believed(path, load_tensors)
+        if kept is None:
             if measure == "fisher":
                 found = measure_fisher(model, tokens_NT, progress)
             else:
@@ -315,14 +316,11 @@ def remembered_sensitivities(
                 raise ValueError(
                     "activations or gradients are not finite: the model overflows on this text; try --dtype float32"
                 )
-            tensors = {
-                f"{name}.{leaf}": value
-                for name, s in found.items()
-                for leaf, value in (("row", s.row_O), ("column", s.column_I))
-            }
-            with atomic_path(path) as temporary:
-                save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary)
-    tensors = load_file(path, device=str(next(model.parameters()).device))
+            vectors = {f"{name}.row": s.row_O for name, s in found.items()}
+            save_tensors(path, vectors | {f"{name}.column": s.column_I.clone() for name, s in found.items()})
+            kept = load_tensors(path)
+    device = next(model.parameters()).device
+    tensors = {name: tensor.to(device) for name, tensor in kept[0].items()}
     names = {name.rpartition(".")[0] for name in tensors}
     return {name: Sensitivity(tensors[f"{name}.row"], tensors[f"{name}.column"]) for name in names}
 

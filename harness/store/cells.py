@@ -18,13 +18,15 @@ JSON files hold the records of harness.store.records and harness.store.results.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
-from harness.data.files import cache_dir, locked
+from harness.data.checkpoint import remembered_sha256
+from harness.data.files import cache_dir, file_sha256
 from harness.data.record import Record
+from harness.data.sealed import believed, check_tensors
 from harness.store.records import AllocationRecord, Artifact, CellSpec
 from harness.store.results import Bench, Score, TaskResult
 
@@ -32,7 +34,7 @@ R = TypeVar("R", bound=Record)
 
 
 class CellStore:
-    """The folder of one cell. What is not there is None; a file that cannot be read raises ValueError."""
+    """The folder of one cell. What is not there, or damaged, is None; a file of a later version raises ValueError."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -95,17 +97,40 @@ class CellStore:
     def put_bench(self, identity: str, bench: Bench) -> None:
         self._write(bench, f"bench_{identity}")
 
-    def scored(self, protocol_key: str) -> bool:
-        """Scored with a divergence from the reference; one that failed then may be there now."""
+    def scored(self, protocol_key: str, is_reference: bool = False) -> bool:
+        """Scored with a divergence from the reference; one that failed then may be there now. The reference's score
+        goes with the states that the others diverge from."""
         score = self.score(protocol_key)
-        return score is not None and score.divergence is not None
+        if score is None or score.divergence is None:
+            return False
+        return not is_reference or believed(self.states(protocol_key), _checked) is not None
 
-    def finished(self, protocol_keys: Iterable[str], task_keys: Iterable[str] = ()) -> bool:
+    def finished(
+        self, protocol_keys: Iterable[str], task_keys: Iterable[str] = (), is_reference: bool = False
+    ) -> bool:
+        artifact = self.artifact()
         return (
-            self.artifact() is not None
-            and all(self.scored(key) for key in protocol_keys)
+            artifact is not None
+            and not self.damage(artifact, remembered_sha256)
+            and all(self.scored(key, is_reference) for key in protocol_keys)
             and all(self.task(key) is not None for key in task_keys)
         )
+
+    def damage(self, artifact: Artifact, sha256: Callable[[Path], str] = file_sha256) -> str:
+        """What is wrong with the artifact's files, in one line; empty when they are what was written."""
+        for name, expected in artifact.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if sha256(path) != expected:
+                return f"{path} is damaged (its checksum is of other content)"
+        return ""
+
+    def drop_artifact(self) -> None:
+        """Remove a stored artifact and all that was found out about it; unfinished work stays."""
+        for pattern in ("artifact.json", "score_*", "task_*", "bench_*", "states_*"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Drop everything this cell has stored."""
@@ -113,8 +138,13 @@ class CellStore:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self, record: type[R], name: str) -> R | None:
-        path = self.folder / f"{name}.json"
-        return record.read(path) if path.exists() else None
+        return believed(self.folder / f"{name}.json", record.read)
 
     def _write(self, record: Record, name: str) -> None:
         record.write(self.folder / f"{name}.json")
+
+
+def _checked(path: Path) -> Path:
+    """The file, if it is what was written. Raises Damaged."""
+    check_tensors(path)
+    return path

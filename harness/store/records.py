@@ -171,7 +171,8 @@ class Artifact(Record):
 
     # 1  no version in the file; a layer's role called "kind", an empty "allocation" where there is no prediction
     # 2  November 2026
-    VERSION: ClassVar[int] = 2
+    # 3  with the checksums of its files
+    VERSION: ClassVar[int] = 3
     SHOWN: ClassVar[tuple[str, ...]] = ("code_bpw", "stored_bpw")
 
     spec: CellSpec
@@ -184,14 +185,19 @@ class Artifact(Record):
     layers: dict[str, LayerRecord]
     peak_ram_gib: float
     environment: Environment
+    files: dict[str, str]  # sha256 by name; none of an artifact from before they were kept
+    fallback_layers: int = 0  # packed in a plainer way than asked for, because the numbers left no other
 
     @classmethod
     def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
+        if version == 2:
+            return data | {"files": {}}
         layers = {
             name: {"role" if field == "kind" else field: value for field, value in layer.items()}
             for name, layer in data["layers"].items()
         }
-        return data | {"layers": layers, "allocation": data["allocation"] or None, "training": data.get("training")}
+        older = {"allocation": data["allocation"] or None, "training": data.get("training"), "files": {}}
+        return data | older | {"layers": layers}
 
     @property
     def stored_bpw(self) -> float:
