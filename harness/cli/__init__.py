@@ -1,39 +1,96 @@
-"""One small file per verb."""
+"""One small file per verb. What a user did wrong becomes one line here, and nowhere else."""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from harness import __version__
 
 
 def main(argv: list[str] | None = None) -> int:
-    from harness.cli import bench, check, compare, ls, plan, run
+    from harness.cli import bench, check, clean, compare, ls, plan, run, verify
 
     parser = argparse.ArgumentParser(
         prog=_program(), description="Compare quantisation methods at one stored-bit budget."
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (run, plan, bench, check, compare, ls):
+    for module in (run, plan, bench, check, compare, ls, verify, clean):
         module.register(verbs)
     arguments = parser.parse_args(argv)
     try:
-        code = arguments.main(arguments)
-        sys.stdout.flush()
-        return code
+        with _told_to_end():
+            code = arguments.main(arguments)
+            sys.stdout.flush()
+            return code
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:  # bad input, or a folder that cannot be written: what to type next
-        print(f"harness {arguments.verb}: {error}", file=sys.stderr)
+    except ValueError as error:  # bad input: what to type next
+        print(f"harness {arguments.verb}: {_line(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    except OSError as error:  # a folder that cannot be read or written, a full disk
+        print(f"harness {arguments.verb}: {_line(_advice(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print("\nstopped; what is finished is kept, the same command goes on from here", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the same as Ctrl-C, with an exit status of its own."""
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM and a lost terminal end the work as Ctrl-C does; what the cache has to say is printed."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    logger = logging.getLogger("harness")
+    handler = logging.StreamHandler()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        for number, handled in before.items():
+            signal.signal(number, handled)
+
+
+def _line(text: str) -> str:
+    """One line, in which nothing moves the cursor."""
+    return "".join(c if c.isprintable() else " " for c in text.strip()).strip()
+
+
+def _advice(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            advice = "free some space (`clean` removes old cells), the same command goes on from here"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            advice = "give a folder that you may write to, with --out or HARNESS_CACHE"
+        case errno.EEXIST | errno.ENOTDIR | errno.EISDIR:
+            advice = "something else has that name: give another path"
+        case _:
+            advice = "give a path that exists"
+    return f"{error.strerror or error}{where}: {advice}"
 
 
 def _program() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from harness.cli.leaderboard import measure_stored, report
+from harness.cli.leaderboard import measure_stored, open_console, report, say_waiting, writable
 from harness.cli.options import Request, add_bench_options, add_plan_options, build_plan, read_request
 from harness.cli.sheets import print_sheet
 from harness.data.files import write_json
@@ -62,13 +62,16 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = open_console()
     start = time.perf_counter()
     request = read_request(arguments)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        writable(arguments.out)
     if arguments.end_to_end and not arguments.shapes:
         raise ValueError("--end-to-end builds random models: say of which shapes (--shapes llama3.2-1b)")
+    if arguments.shapes:
+        for name in _names(arguments.shapes):  # before anything is waited for
+            inventory(skeleton(read_config(name, arguments.revision)))
     if arguments.end_to_end:
         return _end_to_end(arguments, request, console)
     if arguments.shapes:
@@ -89,7 +92,7 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
     torch.set_num_threads(arguments.bench_threads)
     timed: list[tuple[str, str, tuple[ProductTime, ...]]] = []  # model, row, products
     bandwidth = 0.0
-    with machine.quiet(partial(console.print, "waiting until nothing else of ours runs on this machine", style="dim")):
+    with machine.quiet(partial(say_waiting, console)):
         here = machine.describe(device, arguments.bench_threads)
         for name in _names(arguments.shapes):
             config = read_config(name, arguments.revision)
@@ -119,7 +122,7 @@ def _end_to_end(arguments: argparse.Namespace, request: Request, console: Consol
     device = arguments.device
     torch.set_num_threads(arguments.bench_threads)
     benches: list[tuple[str, str, float, Bench]] = []  # model, row, stored bits, what was found
-    with machine.quiet(partial(console.print, "waiting until nothing else of ours runs on this machine", style="dim")):
+    with machine.quiet(partial(say_waiting, console)):
         for name in _names(arguments.shapes):
             config = read_config(name, arguments.revision)
             stock = inventory(skeleton(config))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -34,14 +37,30 @@ def measure_stored(
     if not todo:
         return {}
 
-    def waiting() -> None:
-        text = "waiting until nothing else of ours runs on this machine, to measure undisturbed"
-        console.print(text, style="dim")
-
     with Display(console, {cell.key: f"{cell.label}, memory and latency" for cell in todo}) as display:
         conditions = Conditions(identity, arguments.bench_seconds, arguments.bench_threads)
         specs = [cell.spec(plan.protocols, None, plan.reference.key) for cell in todo]
-        return measure_cells(specs, conditions, display.message, waiting)
+        return measure_cells(
+            specs, conditions, display.message, partial(say_waiting, console), getattr(arguments, "timeout", None)
+        )
+
+
+def say_waiting(console: Console) -> None:
+    console.print("waiting until no other run of yours measures or works on this machine", style="dim")
+
+
+def open_console() -> Console:
+    """Progress and notes, beside the tables. Names from outside are printed as they are."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def writable(folder: Path) -> None:
+    """Raises OSError for a folder that will not take the tables: that should cost seconds, not a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".harness-") as probe:
+        probe.write(b"\0" * 65536)
+        probe.flush()
+        os.fsync(probe.fileno())
 
 
 def report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,16 +23,18 @@ from harness.data.protocols import (
 from harness.data.streams import with_text
 from harness.data.tasks import GROUPS, SOURCES, Task, parse_tasks
 from harness.measure.machine import cores
-from harness.model import PRESETS, Inventory, half_dtype, inventory, read_config, skeleton
+from harness.model import PRESETS, Inventory, first_line, half_dtype, inventory, read_config, skeleton
 from harness.plan.allocation import MODES
 from harness.plan.budgets import Budget
 from harness.plan.cells import Compute, Plan, make_plan
 from harness.plan.earlier import adopt
 from harness.progress import Say
+from kernels.cpu.build import requested_instructions
 from methods import parse_method, split_methods
 from methods.base import Method, Track
 from methods.fp16 import Half
 
+SEEDS = 1 << 32  # what every generator that is seeded takes
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -94,7 +97,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bench-seconds",
-        type=float,
+        type=positive_seconds,
         default=3.0,
         help="about so long for each thing that is timed: decoding at a batch size, a prompt, single products "
         "(default: %(default)s)",
@@ -102,6 +105,16 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bench-threads", type=int, default=cores(), help="of a measurement (default: all cores, %(default)s)"
     )
+
+
+def positive_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds; write for example 3")
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -132,10 +145,13 @@ def read_request(arguments: argparse.Namespace) -> Request:
         else list(profile.protocols)
     )
     protocols = list(dict.fromkeys(parse_protocol(text).name for text in protocols))
+    if not protocols:
+        raise ValueError("no protocol given: write for example --protocols wiki-mini@512, or leave it out")
     tasks = parse_tasks(arguments.tasks, arguments.task_source, arguments.few_shot, arguments.limit)
     calibration = parse_calibration(arguments.calibration) if arguments.calibration else profile.calibration
     training = parse_training(arguments.training) if arguments.training else profile.training
-    _check_device(arguments.device)
+    arguments.device = _device(arguments.device)
+    requested_instructions()
     jobs = arguments.jobs if arguments.jobs is not None else (2 if arguments.device == "cpu" and cores() >= 2 else 1)
     if jobs < 1:
         raise ValueError("--jobs must be at least 1")
@@ -146,9 +162,12 @@ def read_request(arguments: argparse.Namespace) -> Request:
 
 def _read_seeds(text: str) -> list[int]:
     seeds = [part.strip() for part in text.split(",") if part.strip()]
-    if not seeds or not all(seed.isdecimal() for seed in seeds):
+    if not seeds or not all(seed.isdecimal() and seed.isascii() and len(seed) < 20 for seed in seeds):
         raise ValueError(f"'{text}' is no list of seeds; write for example --seeds 0,1,2")
-    return [int(seed) for seed in seeds]
+    numbers = list(dict.fromkeys(int(seed) for seed in seeds))
+    if max(numbers) >= SEEDS:
+        raise ValueError(f"a seed is below {SEEDS}; write for example --seeds 0,1,2")
+    return numbers
 
 
 def build_plan(
@@ -214,12 +233,15 @@ def _has_weights(name: str) -> bool:
     return name in MODELS or any(Path(name).expanduser().glob("*.safetensors"))
 
 
-def _check_device(name: str) -> None:
+def _device(name: str) -> str:
+    """The device by its plain name: a CPU has no number. Raises ValueError when it is not usable."""
     try:
-        if torch.device(name).type not in ("cpu", "cuda"):
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
+        if device.type == "cpu":
+            return "cpu"
         torch.empty(0, device=name)
+        return str(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {name} is not usable here ({str(error).splitlines()[0]}): try --device cpu"
-        ) from None
+        raise ValueError(f"--device {name} is not usable here ({first_line(error)}): try --device cpu") from None

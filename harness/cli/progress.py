@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from harness.engine.process import Ended, Message, Phase
+from harness.engine.process import Ended, Message, Note, Phase
 
 EVERY_S = 120  # seconds between lines about one phase
 
@@ -29,10 +29,10 @@ class Display:
         self._lock, self._phase = threading.Lock(), dict.fromkeys(labels, "")
         self._began: dict[str, tuple[float, float]] = {}  # of each cell's phase, and of the last line about it
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[phase]}"),
+            TextColumn("{task.fields[phase]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),  # of this phase
         )
@@ -57,8 +57,11 @@ class Display:
             match message:
                 case Phase():
                     self._progress(key, message.phase, message.done, message.total)
+                case Note():
+                    style = "yellow" if message.warning else "dim"
+                    self.console.print(f"{self.labels[key]}: {message.text}", style=style)
                 case Ended():
-                    self._end(key, message.error)
+                    self._end(key, message)
 
     def _progress(self, key: str, phase: str, done: int, total: int) -> None:
         if self._bars:
@@ -74,11 +77,11 @@ class Display:
             self._began[key] = (began, time.monotonic())
         self._phase[key] = phase
 
-    def _end(self, key: str, error: str) -> None:
+    def _end(self, key: str, ended: Ended) -> None:
+        word = str(ended.ending) if ended.error else "done"
         if self._bars:
             self._bars.stop_task(self._tasks[key])
-            self._bars.update(self._tasks[key], phase="failed" if error else "done")
-        if error or not self._bars:
-            self.console.print(
-                f"{self.labels[key]}: {'failed: ' + error if error else 'done'}", style="red" if error else ""
-            )
+            self._bars.update(self._tasks[key], phase=word)
+        if ended.error or not self._bars:
+            text = f"{word}: {ended.error}" if ended.error else word
+            self.console.print(f"{self.labels[key]}: {text}", style="red" if ended.error else "")

@@ -9,20 +9,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness.cli.leaderboard import measure_stored, report
-from harness.cli.options import add_bench_options, add_plan_options, build_plan, read_request
+from harness.cli.leaderboard import measure_stored, open_console, report, say_waiting, writable
+from harness.cli.options import add_bench_options, add_plan_options, build_plan, positive_seconds, read_request
 from harness.cli.progress import Display
 from harness.data.assets import ResolvedModel
 from harness.data.protocols import protocol_key
 from harness.data.streams import calibration_stream, evaluation_stream
 from harness.data.texts import c4_documents
-from harness.engine.local import run_cells
+from harness.engine.local import Interrupted, run_cells
 from harness.evaluate.zero_shot import prepare
 from harness.model import read_config
 from harness.plan.cells import Cell, Plan
 from harness.progress import Say
 from harness.store.cells import CellStore
-from harness.store.records import Outcome
+from harness.store.records import Ending, Outcome
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -36,17 +36,27 @@ def register(verbs: argparse._SubParsersAction) -> None:
         default=True,
         help="measure memory and latency of every row, once all are scored (default: yes)",
     )
+    parser.add_argument(
+        "--timeout",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help="of one cell, and of one measurement (default: none)",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="a row with layers that the numbers did not allow to be packed as asked for (fallback_layers) fails",
+    )
     add_bench_options(parser)
     parser.set_defaults(main=main)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = open_console()
     start = time.perf_counter()
     request = read_request(arguments)
     if arguments.out:
-        # A folder that cannot be written should cost seconds, not a run.
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        writable(arguments.out)
     say = partial(console.print, style="dim")
     plan, _, model = build_plan(arguments, request, say)
     runnable = [cell for cell in plan.cells if not cell.refusal]
@@ -61,14 +71,37 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.fresh:
         for cell in runnable:
             CellStore(cell.key).forget()
-    outcomes = _run(plan, runnable, arguments.data, request.jobs, console)
-    if not runnable:
-        outcomes = {plan.reference.key: Outcome(plan.reference.key, "everything else was refused", skipped=True)}
-    measured = measure_stored(plan, arguments, console) if arguments.bench else {}
+    outcomes: dict[str, Outcome] = {}
+    measured: dict[str, Outcome] = {}
+    try:
+        outcomes = _run(plan, runnable, arguments, request.jobs, console)
+        if not runnable:
+            skipped = Outcome(plan.reference.key, "everything else was refused", Ending.SKIPPED)
+            outcomes = {plan.reference.key: skipped}
+        if arguments.strict:
+            outcomes |= _strictly(runnable)
+        measured = measure_stored(plan, arguments, console) if arguments.bench else {}
+    except Interrupted as stop:
+        # What is finished is in the table; what is not says so.
+        report(plan, outcomes or stop.outcomes, measured, arguments, console, start)
+        raise
     return report(plan, outcomes, measured, arguments, console, start)
 
 
-def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console: Console) -> dict[str, Outcome]:
+def _strictly(cells: list[Cell]) -> dict[str, Outcome]:
+    """Cells with layers that could not be packed as asked for, as failures."""
+    found = {}
+    for cell in cells:
+        artifact = CellStore(cell.key).artifact()
+        if artifact and artifact.fallback_layers:
+            reason = f"{artifact.fallback_layers} layers were packed without error feedback (--strict); see its log"
+            found[cell.key] = Outcome(cell.key, reason, Ending.FAILED)
+    return found
+
+
+def _run(
+    plan: Plan, runnable: list[Cell], arguments: argparse.Namespace, jobs: int, console: Console
+) -> dict[str, Outcome]:
     keys, tasks = [protocol_key(p) for p in plan.protocols], [task.key for task in plan.tasks]
     todo = [
         cell
@@ -81,8 +114,8 @@ def _run(plan: Plan, runnable: list[Cell], data: str | None, jobs: int, console:
     if not todo:
         return {}
     with Display(console, {cell.key: cell.label for cell in todo}) as display:
-        specs = [cell.spec(plan.protocols, data, plan.reference.key, plan.tasks) for cell in todo]
-        return run_cells(specs, jobs, display.message)
+        specs = [cell.spec(plan.protocols, arguments.data, plan.reference.key, plan.tasks) for cell in todo]
+        return run_cells(specs, jobs, display.message, arguments.timeout, partial(say_waiting, console))
 
 
 def _prepare_texts(plan: Plan, model: ResolvedModel, vocabulary: int, data: str | None, say: Say) -> None:

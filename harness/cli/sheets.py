@@ -15,7 +15,7 @@ def print_sheet(sheet: Sheet) -> None:
         table = Table(*sheet.header)
         for line in sheet.lines:
             table.add_row(*line)
-        Console(highlight=False).print(table)
+        Console(highlight=False, markup=False, emoji=False).print(table)
         return
     widths = [max(len(line[i]) for line in [sheet.header, *sheet.lines]) for i in range(len(sheet.header))]
     for line in [sheet.header, *sheet.lines]:

@@ -6,10 +6,11 @@ them and goes on. Nothing else is carried between blocks, so the bytes are the s
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from harness.compress.block import BlockRun
 from harness.compress.forward import BlockInputs
 from harness.compressed import CompressedModel, attach_tables, round_rest
 from harness.data.sealed import believed, load_tensors, save_tensors
-from harness.model import Inventory, decoder_blocks
+from harness.model import Inventory, decoder_blocks, first_line
 from harness.progress import Progress, silent
 from kernels.dispatch import reference_only
 from kernels.formats.dense import HALF_DTYPES
@@ -28,6 +29,10 @@ from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.packed import PackedLinear
 from kernels.formats.tables import Table
 from methods.base import Compressed, LayerData, Method, Needs, Sensitivity, layer_seed
+from methods.codecs.error_feedback import Indefinite, NotFinite
+
+FALLBACK = "fallback"  # in the report of a layer that could not be packed as asked for
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,32 @@ def pack_block(block: BlockRun, method: Method, configs: Mapping[str, LayerConfi
                 fisher=block.fisher(name) if needs.fisher else None,
                 table=block.tables.get(configs[name].table_key),
             )
-            compressed = method.compress(data, block.layers[name], configs[name])
+            compressed = _compressed(method, data, block.layers[name], configs[name])
             block.install(name, compressed)
             packed[name] = compressed.packed
     if needs.outputs:
         tuning = method.tune_block(block, packed, seed)
         for name, layer in packed.items():
             block.install(name, Compressed(layer, block.reports[name] | tuning))
+
+
+def _compressed(method: Method, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
+    """The layer, packed; without error feedback between its columns where its Hessian does not allow any, which the
+    report counts. Raises NotFinite, naming the layer."""
+    try:
+        return method.compress(data, layer, config)
+    except NotFinite as error:
+        raise NotFinite(f"{layer.name}: {error}") from error
+    except (Indefinite, torch.linalg.LinAlgError) as error:
+        assert data.hessian_II is not None
+        log.warning("%s: %s; it is packed with the diagonal of its Hessian alone", layer.name, first_line(error))
+        plain = replace(
+            data,
+            hessian_II=data.hessian_II.diagonal().clamp_min(0.0).diag(),
+            drift_II=None if data.drift_II is None else torch.zeros_like(data.drift_II),
+        )
+        compressed = method.compress(plain, layer, config)
+        return replace(compressed, report=compressed.report | {FALLBACK: 1})
 
 
 def _statistics(block: BlockRun, needs: Needs, name: str) -> tuple[Tensor | None, Tensor | None]:
@@ -127,9 +151,7 @@ def _save_block(model: PreTrainedModel, layers: Sequence[LayerSpec], file: Path,
         module = model.get_submodule(layer.name)
         assert isinstance(module, PackedLinear), f"a method must pack every layer of its block, {layer.name} too"
         packed[layer.name] = module
-    tensors = {
-        f"{n}.{leaf}": module.get_buffer(leaf) for n, module in packed.items() for leaf in module.stored_parts()
-    }
+    tensors = {f"{n}.{leaf}": module.get_buffer(leaf) for n, module in packed.items() for leaf in module.stored_parts()}
     metadata = {
         "specs": json.dumps({n: module.spec() for n, module in packed.items()}),
         "done": json.dumps({"reports": done.layers, "seconds": done.seconds}),

@@ -26,6 +26,7 @@ from harness.progress import Say, say_nothing
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"  # of a converted model: the sha256 of its files
 
+
 @dataclass(frozen=True)
 class WheelFile:
     """One file of one wheel on the package index."""

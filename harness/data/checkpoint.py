@@ -1,4 +1,4 @@
-"""The folder of a Hugging Face checkpoint: which of its files are the model, and the identity that results are kept under.
+"""A checkpoint: which files of its folder are the model, and the identity that results are kept under.
 
 A model is its configuration, its weights in safetensors and its tokenizer: the files listed here, and no others, are
 hashed, and a model is loaded through a view that holds these alone. What else lies in the folder (a `.bin`, an adapter,

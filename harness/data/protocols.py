@@ -141,7 +141,7 @@ PROFILES = {
 
 
 def parse_protocol(text: str, bos: str = "text") -> Protocol:
-    match = re.fullmatch(r"([\w-]+)(?::(\w+))?@(\d+)(?:/(\d+))?", text.strip())
+    match = re.fullmatch(r"([\w-]+)(?::(\w+))?@(\d{1,9})(?:/(\d{1,9}))?", text.strip(), re.ASCII)
     if not match or match[1] not in SOURCES:
         raise ValueError(
             f"unknown protocol '{text}': write TEXT@CONTEXT or TEXT@CONTEXT/WINDOWS, TEXT one of {', '.join(SOURCES)}"
@@ -149,6 +149,8 @@ def parse_protocol(text: str, bos: str = "text") -> Protocol:
     source, part, context = match[1], match[2] or "evaluation", int(match[3])
     if part != "evaluation" and part not in PARTS.get(source, ()):
         raise ValueError(f"unknown part '{part}' of {source}")
+    if part == "calibration":
+        raise ValueError(f"protocol '{text}' is the text that methods are calibrated on: score {source}@{context}")
     if not 2 <= context <= MAX_CONTEXT:
         raise ValueError(f"protocol '{text}': a window holds 2 to {MAX_CONTEXT} tokens")
     windows = int(match[4]) if match[4] else _default_windows(source, context)
@@ -166,7 +168,7 @@ def _default_windows(source: str, context: int) -> int | None:
 
 
 def parse_calibration(text: str) -> Calibration:
-    match = re.fullmatch(r"([\w-]+)@(\d+)x(\d+)", text.strip())
+    match = re.fullmatch(r"([\w-]+)@(\d{1,9})x(\d{1,9})", text.strip(), re.ASCII)
     if not match or match[1] not in CALIBRATION_SOURCES or not 2 <= int(match[2]) <= MAX_CONTEXT or int(match[3]) < 1:
         raise ValueError(
             f"unknown calibration '{text}': write TEXT@CONTEXTxSEQUENCES, TEXT one of {', '.join(CALIBRATION_SOURCES)}"
@@ -176,7 +178,7 @@ def parse_calibration(text: str) -> Calibration:
 
 def parse_training(text: str) -> Training:
     windows, slash, batch = text.strip().partition("/")
-    if slash and not (batch.isdecimal() and int(batch) >= 1):
+    if slash and not re.fullmatch(r"0*[1-9][0-9]{0,8}", batch):
         raise ValueError(
             f"unknown training '{text}': write TEXT@CONTEXTxSEQUENCES/BATCH, BATCH windows to a step, at least 1"
         )

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.data.assets import TASKS, fetch
-from harness.data.files import atomic_path, cache_dir, digest, locked
 from harness.data.tasks import PINNED_SPLITS, Task, official_file
 from harness.progress import Say, say_nothing
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 Document = dict[str, Any]
-DATA_VERSION = 1  # bump when documents are made differently
 UNCONDITIONAL = 1_000_000  # document ids of prompts that repeat an item without its question start here
 SEED = 1234  # lm-eval's own seed of the few-shot examples
 
@@ -76,24 +74,19 @@ def write_task_file(task: Task, folder: Path, say: Say = say_nothing) -> None:
             f"{task.split}_split": task.split
         }
         files = {
-            "data_files": {task.split: str(documents_file(task.name, say))},
-            "cache_dir": str(cache_dir("tasks", "datasets")),
+            "data_files": {task.split: str(_write_documents(task.name, folder, say))},
+            "cache_dir": str(folder / "datasets"),
         }
         config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
     (folder / f"{task.name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
-def documents_file(name: str, say: Say = say_nothing) -> Path:
-    """The documents of a pinned task as JSON lines in the cache, written once."""
-    source = TASKS[name]
-    path = cache_dir("tasks", f"{name}-{digest([DATA_VERSION, source.sha256])[:12]}.jsonl")
-    with locked(path):
-        if not path.exists():
-            rows = documents(name, fetch(source, say, list(TASKS.values())))
-            with atomic_path(path) as temporary:
-                temporary.write_text(
-                    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-                )
+def _write_documents(name: str, folder: Path, say: Say) -> Path:
+    """The documents of a pinned task as JSON lines. Made from the pinned file whenever they are needed: nothing lies in
+    a cache that would have to be believed."""
+    path = folder / f"{name}.jsonl"
+    rows = documents(name, fetch(TASKS[name], say, list(TASKS.values())))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

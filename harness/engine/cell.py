@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness import __version__
-from harness.compress.loop import compress_model
+from harness.compress.loop import FALLBACK, compress_model
 from harness.compress.training import finetune, save_adapter
 from harness.compressed import FILES, CompressedModel
 from harness.data.files import cache_dir, digest, file_sha256, locked
@@ -54,7 +54,7 @@ def work(spec: CellSpec, reference_over: Path, speak: Speaker) -> None:
     """All a cell still lacks; another process at the same cell waits, and then finds it done. The file `reference_over`
     exists once the reference's cell will do no more."""
     store = CellStore(spec.key)
-    with store.locked():
+    with store.lease():
         run_cell(spec, store, reference_over, speak)
 
 
@@ -69,9 +69,7 @@ def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Spea
     if artifact is None:
         store.drop_artifact()  # scores are of the bytes that were there
         _compress(spec, store, speak, dtype)
-    protocols = {
-        key: protocol for key, protocol in spec.protocols.items() if not store.scored(key, spec.is_reference)
-    }
+    protocols = {key: protocol for key, protocol in spec.protocols.items() if not store.scored(key, spec.is_reference)}
     tasks = {key: task for key, task in spec.tasks.items() if store.task(key) is None}
     if not protocols and not tasks:
         return
@@ -183,6 +181,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         layers=layers,
         peak_ram_gib=_peak_ram_gib(),
         environment=environment(spec.threads),
+        fallback_layers=sum(FALLBACK in noted for noted in report.layers.values()),
         files={name: file_sha256(store.folder / name) for name in FILES},
     )
     store.put_artifact(artifact)

@@ -9,10 +9,12 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,9 +22,10 @@ from pathlib import Path
 from harness.engine import cell, process
 from harness.engine.process import Ended, Message
 from harness.measure import measurement
-from harness.measure.machine import quiet, working
+from harness.measure.machine import quiet, wait_in_silence, working
 from harness.store.cells import CellStore
-from harness.store.records import CellSpec, Outcome
+from harness.store.lease import TAKEN
+from harness.store.records import CellSpec, Ending, Outcome
 
 # Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an
 # accelerator may not survive a fork, so there every cell starts from nothing.
@@ -30,17 +33,32 @@ START = {"cpu": "forkserver"}
 LONGEST = 70  # bytes of the temporary folder's name: the server's socket lies there, and its whole name may have 108
 Context = ForkServerContext | SpawnContext
 Watch = Callable[[str, Message], None]  # (cell key, message of the cell's process)
+INTERRUPTED = Ended("interrupted; the same command goes on from here", Ending.INTERRUPTED)
 
 
-def run_cells(specs: Sequence[CellSpec], jobs: int, watch: Watch) -> dict[str, Outcome]:
+class Interrupted(KeyboardInterrupt):
+    """The run was told to end. What is finished is kept; `outcomes` says what was not."""
+
+    def __init__(self, outcomes: dict[str, Outcome]) -> None:
+        super().__init__()
+        self.outcomes = outcomes
+
+
+def run_cells(
+    specs: Sequence[CellSpec],
+    jobs: int,
+    watch: Watch,
+    timeout_s: float | None = None,
+    waiting: Callable[[], None] = wait_in_silence,
+) -> dict[str, Outcome]:
     """Run every cell in its own process, `jobs` at once; a failure is an outcome, never an exception.
 
     Cells that need the reference's states wait until it has them, or until its process is over (a file of this run says
-    so)."""
-    running: list[BaseProcess] = []
+    so). Raises Interrupted when this process is told to end."""
     settings = _shared_cores(max((spec.threads for spec in specs), default=1))
+    processes = _Processes(watch, timeout_s)
     with (
-        working(),
+        working(waiting),
         tempfile.TemporaryDirectory() as folder,
         _variables(settings),
         ThreadPoolExecutor(max_workers=jobs) as pool,
@@ -53,17 +71,17 @@ def run_cells(specs: Sequence[CellSpec], jobs: int, watch: Watch) -> dict[str, O
 
         def run(spec: CellSpec) -> Outcome:
             try:
-                return _run_one(partial(cell.work, spec, over), spec, _context(_device_type(spec)), watch, running)
+                return processes.run(partial(cell.work, spec, over), spec.key, _context(_device_type(spec)))
             finally:
                 if spec.is_reference:
                     over.touch()
 
+        asked = [pool.submit(run, spec) for spec in specs]
         try:
-            outcomes = list(pool.map(run, specs))
+            outcomes = [future.result() for future in asked]
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            _kill(running)
-            raise
+            processes.stop()  # those that wait for a place end at once, too
+            raise Interrupted({outcome.key: outcome for outcome in (f.result() for f in asked)}) from None
     return {outcome.key: outcome for outcome in outcomes}
 
 
@@ -72,65 +90,114 @@ def measure_cells(
     conditions: measurement.Conditions,
     watch: Watch,
     waiting: Callable[[], None],
+    timeout_s: float | None = None,
 ) -> dict[str, Outcome]:
     """Measure memory and latency of finished cells, each in a process that knows nothing of the others, while nothing
-    else of ours runs."""
-    running: list[BaseProcess] = []
+    else of ours runs. Raises Interrupted when this process is told to end."""
+    processes = _Processes(watch, timeout_s)
     outcomes: dict[str, Outcome] = {}
     with quiet(waiting), _variables(_QUIET):
         try:
             for spec in specs:
                 work = partial(measurement.work, spec, conditions)
-                outcomes[spec.key] = _run_one(work, spec, multiprocessing.get_context("spawn"), watch, running)
+                outcomes[spec.key] = processes.run(work, spec.key, multiprocessing.get_context("spawn"))
         except KeyboardInterrupt:
-            _kill(running)
-            raise
+            processes.stop()
+            raise Interrupted(outcomes) from None
     return outcomes
 
 
-def _kill(running: Sequence[BaseProcess]) -> None:
-    for child in running:
-        child.kill()
+class _Processes:
+    """The children of a run. `run` may be called from several threads."""
+
+    def __init__(self, watch: Watch, timeout_s: float | None) -> None:
+        self.watch, self.timeout_s = watch, timeout_s
+        self._running: list[BaseProcess] = []
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End all that run, and start no more."""
+        self._stopped.set()
+        for child in list(self._running):
+            child.kill()
+
+    def run(self, work: process.Work, key: str, context: Context) -> Outcome:
+        """Do one cell's work to its end, in a process of its own."""
+        try:
+            ended = INTERRUPTED if self._stopped.is_set() else self._run(work, key, context)
+        except Exception as failure:  # no process to be had
+            reason = f"could not be started ({type(failure).__name__}: {failure}); the same command tries again"
+            ended = Ended(reason, Ending.FAILED)
+        self.watch(key, ended)
+        return Outcome(key, ended.error, ended.ending)
+
+    def _run(self, work: process.Work, key: str, context: Context) -> Ended:
+        store = CellStore(key)
+        store.folder.mkdir(parents=True, exist_ok=True)
+        receiver, sender = context.Pipe(duplex=False)
+        alive, ours = context.Pipe(duplex=False)
+        log, variables = str(store.log), dict(os.environ)
+        child = context.Process(target=process.main, args=(work, sender, alive, log, variables))
+        victims = _memory_victims()
+        child.start()
+        self._running.append(child)
+        for theirs in (sender, alive):
+            theirs.close()  # when the child's own is gone too, there is nothing more to hear
+        if self._stopped.is_set():
+            child.kill()
+        try:
+            said = self._listen(receiver, child, key)
+            child.join()
+        except KeyboardInterrupt:  # of a measurement, which runs in the main thread
+            child.kill()
+            child.join()
+            raise
+        finally:
+            for connection in (receiver, ours):
+                connection.close()
+            self._running.remove(child)
+        if said == Ended():  # the exit code comes by way of the server of the forks, which may be dead
+            return said
+        if self._stopped.is_set():
+            return INTERRUPTED
+        return said or _death(child.exitcode or 0, store.log, victims)
+
+    def _listen(self, receiver: Connection, child: BaseProcess, key: str) -> Ended | None:
+        """What a child says of its end; None when it ends without a word."""
+        said: Ended | None = None
+        end = None if self.timeout_s is None else time.monotonic() + self.timeout_s
+        with contextlib.suppress(EOFError, OSError):  # killed, perhaps in the middle of a message
+            while True:
+                if not receiver.poll(None if end is None else max(0.0, end - time.monotonic())):
+                    child.kill()
+                    return Ended(
+                        f"not finished after {self.timeout_s:g} s (--timeout); more time goes on", Ending.TIMEOUT
+                    )
+                message = receiver.recv()
+                if isinstance(message, Ended):
+                    said = message
+                else:
+                    self.watch(key, message)
+        return said
 
 
-def _run_one(work: process.Work, spec: CellSpec, context: Context, watch: Watch, running: list[BaseProcess]) -> Outcome:
-    """Do one cell's work to its end."""
-    try:
-        error = _run(work, spec.key, context, watch, running)
-    except Exception as failure:  # no process to be had
-        error = f"could not be started ({type(failure).__name__}: {failure}); the same command tries again"
-    watch(spec.key, Ended(error))
-    return Outcome(spec.key, error)
+def _death(code: int, log: Path, victims: int) -> Ended:
+    """How a process ended that did not say so itself."""
+    if code >= 0:
+        taken = "another process took this cell over while this one stood still; the same command goes on"
+        return Ended(taken if code == TAKEN else f"exit code {code}; log: {log}", Ending.KILLED)
+    if -code == signal.SIGKILL and _memory_victims() > victims:
+        return Ended(f"killed by the kernel, which was out of memory; log: {log}", Ending.OUT_OF_MEMORY)
+    name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
+    return Ended(f"killed by {name}; log: {log}", Ending.KILLED)
 
 
-def _run(work: process.Work, key: str, context: Context, watch: Watch, running: list[BaseProcess]) -> str:
-    """Returns the error in one line, empty when the work was finished."""
-    store = CellStore(key)
-    store.folder.mkdir(parents=True, exist_ok=True)
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=process.main, args=(work, sender, str(store.log), dict(os.environ)))
-    ended: Ended | None = None
-    child.start()
-    running.append(child)
-    sender.close()  # the child has its own: when that is gone, there is nothing more to hear
-    with contextlib.suppress(EOFError, OSError):  # killed, perhaps in the middle of a message; the exit code tells
-        while True:
-            message = receiver.recv()
-            if isinstance(message, Ended):
-                ended = message
-            else:
-                watch(key, message)
-    child.join()
-    receiver.close()
-    running.remove(child)
-    code = child.exitcode or 0
-    if ended == Ended():  # it said so itself; the exit code comes by way of the server of the forks, which may be dead
-        return ""
-    if code < 0:
-        name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
-        memory = " (out of memory?)" if -code == signal.SIGKILL else ""
-        return f"killed by {name}{memory}; log: {store.log}"
-    return ended.error if ended else f"exit code {code}; log: {store.log}"
+def _memory_victims() -> int:
+    """How many processes the kernel has killed for memory since the machine started; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        return int(counts.get("oom_kill", 0))
+    return 0
 
 
 def _device_type(spec: CellSpec) -> str:

@@ -1,16 +1,29 @@
-"""A process of ours at work: it says how far it is, and how it ended. Started by harness.engine.local.
+"""A process of ours at work: it says how far it is, what it noticed, and how it ended. Started by harness.engine.local.
 
 Everything that is printed goes to the cell's log."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+import harness
+import kernels
+import methods
+from harness.store.records import Ending
+from methods.codecs.error_feedback import NotFinite
+
+OURS = tuple(Path(package.__path__[0]) for package in (harness, kernels, methods))
 
 
 @dataclass(frozen=True)
@@ -23,21 +36,29 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something a person should know, in one line."""
+
+    text: str
+    warning: bool
+
+
+@dataclass(frozen=True)
 class Ended:
     """The last message of a process."""
 
     error: str = ""  # one line; empty when the work was finished
+    ending: Ending = Ending.OK
 
 
-Message = Phase | Ended
+Message = Phase | Note | Ended
 
 
 class Speaker:
-    """The progress of a process, to its parent: at most a few lines a second. A parent that is gone ends the process:
-    nobody will read the rest."""
+    """The progress of a process, to its parent: at most a few lines a second."""
 
     def __init__(self, messages: Connection) -> None:
-        self.messages, self._last = messages, 0.0
+        self.messages, self._last, self._lock = messages, 0.0, threading.Lock()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if done == total or time.monotonic() - self._last > 0.2:
@@ -45,14 +66,28 @@ class Speaker:
             self.say(Phase(phase, done, total))
 
     def say(self, message: Message) -> None:
-        self.messages.send(message)
+        with self._lock:  # notes come from other threads too
+            self.messages.send(message)
+
+
+class _Notes(logging.Handler):
+    """What is logged, as notes to the parent."""
+
+    def __init__(self, speak: Speaker) -> None:
+        super().__init__(logging.INFO)
+        self.speak = speak
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.speak.say(Note(record.getMessage(), record.levelno >= logging.WARNING))
 
 
 Work = Callable[[Speaker], None]
 
 
-def main(work: Work, messages: Connection, log: str, variables: Mapping[str, str]) -> None:
-    """Entry of the process, whose environment may be older than its orders: the server of the forks started once."""
+def main(work: Work, messages: Connection, alive: Connection, log: str, variables: Mapping[str, str]) -> None:
+    """Entry of the process, whose environment may be older than its orders: the server of the forks started once. A
+    parent that is gone (`alive` ends) ends the process at once: nobody will read the rest."""
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
     speak = Speaker(messages)
     try:
         os.environ.clear()
@@ -60,12 +95,55 @@ def main(work: Work, messages: Connection, log: str, variables: Mapping[str, str
         with open(log, "a") as out:
             for descriptor in (1, 2):  # stdout, stderr
                 os.dup2(out.fileno(), descriptor)
+        logger = logging.getLogger("harness")
+        logger.setLevel(logging.INFO)
+        logger.handlers = [_Notes(speak), logging.StreamHandler()]
         work(speak)
         speak.say(Ended())
     except BrokenPipeError:
         sys.exit(1)
     except BaseException as error:  # the one place where every failure becomes a row
         traceback.print_exc()
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        speak.say(Ended(first if isinstance(error, ValueError) and first else f"{type(error).__name__}: {first}"))
+        speak.say(ended(error))
         sys.exit(1)
+
+
+def _end_with(alive: Connection) -> None:
+    try:
+        alive.recv()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def ended(error: BaseException) -> Ended:
+    """How work ended that raised this."""
+    lines = str(error).strip().splitlines()
+    first = lines[0][:300] if lines else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        return Ended(f"out of memory on the device ({first})", Ending.OUT_OF_MEMORY)
+    if isinstance(error, MemoryError) or "can't allocate memory" in first:  # torch's own, on a CPU
+        return Ended(f"out of memory on the host ({first or 'no more was to be had'})", Ending.OUT_OF_MEMORY)
+    if isinstance(error, NotFinite):
+        return Ended(first, Ending.NON_FINITE)
+    if isinstance(error, ValueError) and first and _is_ours(error):
+        return Ended(first, Ending.FAILED)
+    if isinstance(error, OSError) and error.filename:
+        return Ended(f"{error.strerror}: {error.filename}; free or repair it, the same command goes on", Ending.FAILED)
+    return Ended(f"{type(error).__name__}: {first} ({_where(error)})", Ending.CRASHED)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this project raised it, on purpose: then it says what to do."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and _in_ours(frames[-1])
+
+
+def _where(error: BaseException) -> str:
+    """The last line of ours that the error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = ([f for f in frames if _in_ours(f)] or list(frames))[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def _in_ours(frame: traceback.FrameSummary) -> bool:
+    return any(Path(frame.filename).is_relative_to(folder) for folder in OURS)

@@ -6,6 +6,7 @@ import fcntl
 import os
 import platform
 import resource
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -25,19 +27,20 @@ CODE = (Path(kernels.__path__[0]), Path(__file__).parent)  # a latency measured 
 CODE_SUFFIXES = (".py", ".cpp", ".h", ".json")
 
 
-def _wait_in_silence() -> None:
+def wait_in_silence() -> None:
     """What to do before waiting: nothing."""
 
 
 @contextmanager
-def working() -> Iterator[None]:
-    """Inside, work of ours runs on this machine that would disturb a measurement. Waits while one is taken."""
-    with _lock(fcntl.LOCK_SH):
+def working(waiting: Callable[[], None] = wait_in_silence) -> Iterator[None]:
+    """Inside, work of ours runs on this machine that would disturb a measurement. Waits (and says so once) while one is
+    taken."""
+    with _lock(fcntl.LOCK_SH, waiting):
         yield
 
 
 @contextmanager
-def quiet(waiting: Callable[[], None] = _wait_in_silence) -> Iterator[None]:
+def quiet(waiting: Callable[[], None] = wait_in_silence) -> Iterator[None]:
     """Inside, this process alone measures; waits (and says so once) until no work of ours, of any run of this user, is
     left."""
     with _lock(fcntl.LOCK_EX, waiting):
@@ -45,14 +48,29 @@ def quiet(waiting: Callable[[], None] = _wait_in_silence) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(how: int, waiting: Callable[[], None] = _wait_in_silence) -> Iterator[None]:
-    with open(lock_path(), "w") as handle:  # freed by the kernel when the process ends, however it ends
+def _lock(how: int, waiting: Callable[[], None] = wait_in_silence) -> Iterator[None]:
+    with _opened(lock_path()) as handle:  # freed by the kernel when the process ends, however it ends
         try:
             fcntl.flock(handle, how | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
             fcntl.flock(handle, how)
         yield
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """The lock's file, in a folder that anyone may write to: never what somebody else put in its place, and nothing of
+    it is changed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        handle = os.fdopen(os.open(path, flags, 0o600), "r+b", buffering=0)
+    except OSError as error:
+        raise ValueError(f"{path} is no lock of ours ({error.strerror}): remove it") from None
+    found = os.fstat(handle.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+        handle.close()
+        raise ValueError(f"{path} is no lock of ours (another user's, or no plain file): remove it")
+    return handle
 
 
 def lock_path() -> Path:

@@ -63,6 +63,10 @@ def work(spec: CellSpec, conditions: Conditions, progress: Progress) -> None:
     store, reference = CellStore(spec.key), CellStore(spec.reference)
     torch.set_num_threads(conditions.threads)
     dtype = getattr(torch, spec.dtype)
+    for used in (store, reference):
+        artifact = used.artifact()
+        if artifact is None or (damage := used.damage(artifact)):
+            raise ValueError(f"{damage or f'{used.folder} is not complete'}: `run` makes it again, then measure")
     load = partial(CompressedModel.load, store.folder, spec.device, dtype)
     load_reference = None
     if reference.folder != store.folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,10 +19,9 @@ class Budget:
 
 def parse_budget(text: str) -> Fraction:
     """Stored bits per weight, exactly as written. Raises ValueError."""
-    try:
-        budget = Fraction(text.strip())
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"'{text}' is not a number of bits per weight; write for example --bits 3.25") from None
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{0,20})?|\.[0-9]{1,20}|[0-9]{1,9}/0*[1-9][0-9]{0,8}", text.strip()):
+        raise ValueError(f"'{text[:40]}' is not a number of bits per weight; write for example --bits 3.25")
+    budget = Fraction(text.strip())
     if not 0 < budget <= 16:
         raise ValueError(f"a budget of {text} bits per weight is outside (0, 16]")
     return budget

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from harness.data.files import cache_dir, locked
+from harness.data.files import cache_dir
 from harness.plan.cells import Cell
 from harness.progress import Say
+from harness.store.lease import lease
 from methods.base import Method, Option
 
 _UNIFORM: dict[str, Option] = dict(bits=None, group=None, offset=None)
@@ -104,7 +105,7 @@ def adopt(cells: Iterable[Cell], say: Say) -> None:
         if not same_bytes(cell.method):
             say(f"{cell.label}: an earlier version stored other bytes for it ({old}); it is made again")
             continue
-        with locked(old):  # nobody is at work on it
+        with lease(old):  # nobody is at work on it
             if old.is_dir() and not new.exists():
                 os.rename(old, new)
                 say(f"{cell.label}: found under the key of an earlier version ({earlier})")

@@ -41,7 +41,7 @@ from harness.data.windows import stream_sha256
 from harness.model import BlockSpec, decoder_blocks, inventory
 from harness.progress import Progress, silent
 from methods.base import Sensitivity
-from methods.codecs.error_feedback import prepare
+from methods.codecs.error_feedback import Indefinite, NotFinite, prepare
 
 # Of the calibration's, in whole windows; twice as many move a layer's cost by a tenth.
 HESSIAN_TOKENS, GRADIENT_TOKENS = (4096, 1024)
@@ -215,14 +215,21 @@ class _Grams:
 
     def columns(self) -> dict[str, Tensor]:
         """Every layer's costs by column [I]; the sums are let go."""
-        column_I = {name: self._column(total / self.tokens[name]) for name, total in self.sum.items()}
+        column_I = {name: self._column(name, total / self.tokens[name]) for name, total in self.sum.items()}
         self.sum.clear()
         return {name: column_I[owner] for name, owner in self.owner.items()}
 
-    def _column(self, mean: Tensor) -> Tensor:
+    def _column(self, name: str, mean: Tensor) -> Tensor:
+        if not bool(torch.isfinite(mean).all()):
+            raise NotFinite(
+                f"the inputs of {name} are not finite: the model overflows on this text; try --dtype float32"
+            )
         if not self.feedback:
             return mean
-        factored = prepare(completed(mean), act_order=True, damp=DAMP)
+        try:
+            factored = prepare(completed(mean), act_order=True, damp=DAMP)
+        except Indefinite:  # as when it is packed: no feedback
+            return mean.diagonal().clamp_min(0.0)
         pivot_I = factored.upper_II.diagonal().square().reciprocal()
         return torch.empty_like(pivot_I).index_copy_(0, factored.order_I, pivot_I)
 
@@ -312,10 +319,11 @@ def remembered_sensitivities(
                 found = measure_fisher(model, tokens_NT, progress)
             else:
                 found = measure_sensitivities(model, tokens_NT, seed, measure == "feedback", progress)
-            if not all(bool(torch.isfinite(vector).all()) for s in found.values() for vector in (s.row_O, s.column_I)):
-                raise ValueError(
-                    "activations or gradients are not finite: the model overflows on this text; try --dtype float32"
-                )
+            for name, s in found.items():
+                if not all(bool(torch.isfinite(vector).all()) for vector in (s.row_O, s.column_I)):
+                    raise NotFinite(
+                        f"gradients of {name} are not finite: the model overflows on this text; try --dtype float32"
+                    )
             vectors = {f"{name}.row": s.row_O for name, s in found.items()}
             save_tensors(path, vectors | {f"{name}.column": s.column_I.clone() for name, s in found.items()})
             kept = load_tensors(path)

@@ -31,8 +31,11 @@ def read_rows(path: Path) -> Rows:
     path = path / "leaderboard.csv" if path.is_dir() else path
     if not path.exists():
         raise ValueError(f"no {path}: give a leaderboard.csv, or the folder a run wrote")
-    with open(path, newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
+    try:
+        with open(path, newline="", encoding="utf-8") as handle:
+            rows = list(csv.DictReader(handle))
+    except (csv.Error, UnicodeDecodeError):
+        raise ValueError(f"{path} is no table of text: give a leaderboard.csv, or the folder a run wrote") from None
     needed = {"method", "variant", "budget_bpw", "seed", "stored_bpw"}
     if not rows or not needed <= rows[0].keys() or not perplexity_columns(rows[0]):
         raise ValueError(f"{path} is no leaderboard: it needs rows with {', '.join(sorted(needed))} and perplexities")
@@ -79,7 +82,7 @@ def compare(rows: Rows, baseline: Rows, tolerance: float = TOLERANCE) -> list[st
 
 
 def write_baseline(rows: Rows, path: Path) -> int:
-    """Rows that have numbers; returns how many."""
+    """Rows that have numbers; returns how many. Raises ValueError when there are none: no baseline is lost to that."""
     columns = [
         "method",
         "variant",
@@ -93,6 +96,8 @@ def write_baseline(rows: Rows, path: Path) -> int:
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     kept = [row for row in rows.values() if row.get("status", "ok") in GOOD]
+    if not kept:
+        raise ValueError(f"no row of this leaderboard has numbers: {path} stays as it was; run again, then --update")
     writer.writerows(kept)
     write_text(path, text.getvalue())
     return len(kept)

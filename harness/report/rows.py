@@ -20,7 +20,7 @@ from harness.report.sheet import Row
 from harness.report.stats import perplexity_interval
 from harness.report.task_pages import TIME_COLUMN, task_columns
 from harness.store.cells import CellStore
-from harness.store.records import Artifact, Outcome
+from harness.store.records import Artifact, Ending, Outcome
 from harness.store.results import Bench, Score, TaskResult
 
 COLUMNS_BEFORE = (
@@ -52,6 +52,7 @@ COLUMNS_AFTER = (
     "training_steps",
     "training_tokens",
     "training_s",
+    "fallback_layers",
     "device",
     "seed",
     "harness_version",
@@ -139,7 +140,7 @@ def report_of(
     error = cell.refusal or (outcome.error if outcome else "")
     bench = bench if artifact else None  # of an artifact that is there
     row: Row = dict.fromkeys(all_columns(plan), "")
-    status = "skipped" if outcome and outcome.skipped else _status(cell, artifact, scores, tasks, error)
+    status = str(_status(cell, artifact, scores, tasks, outcome))
     row |= {
         "model": cell.model.name,
         "method": cell.method.name,
@@ -183,6 +184,7 @@ def _artifact_values(artifact: Artifact) -> Row:
         "checkpoint_bytes": artifact.checkpoint_bytes,
         "weights_gib": artifact.checkpoint_bytes / 2**30,
         "compress_s": artifact.compress_s,
+        "fallback_layers": artifact.fallback_layers,
         "harness_version": artifact.environment.harness,
     }
     if found := artifact.allocation:
@@ -217,15 +219,18 @@ def _status(
     artifact: Artifact | None,
     scores: Mapping[str, Score | None],
     tasks: Mapping[str, TaskResult | None],
-    error: str,
+    outcome: Outcome | None,
 ) -> str:
     if cell.refusal:
-        return "refused"
-    if error or artifact is None or None in (*scores.values(), *tasks.values()):
-        return "failed"
+        return Ending.REFUSED
+    if outcome and outcome.ending != Ending.OK:
+        return outcome.ending
+    if artifact is None or None in (*scores.values(), *tasks.values()):
+        return Ending.FAILED
     if any(score.nonfinite_windows or not math.isfinite(score.ppl) for score in scores.values() if score):
-        return "nonfinite"
+        return Ending.NON_FINITE
     if any(result.nonfinite_items for result in tasks.values() if result):
-        return "nonfinite"
+        return Ending.NON_FINITE
     ledger = artifact.ledger
-    return "underspent" if cell.budget and underspent(ledger.stored_bits, ledger.weights, cell.budget.bpw) else "ok"
+    spent = not cell.budget or not underspent(ledger.stored_bits, ledger.weights, cell.budget.bpw)
+    return Ending.OK if spent else "underspent"

@@ -46,8 +46,14 @@ class Sheet:
 
     def markdown(self) -> str:
         text = ["| " + " | ".join(self.header) + " |", "|" + "|".join(" --- " for _ in self.header) + "|"]
-        text += ["| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in self.lines]
+        text += ["| " + " | ".join(map(_escaped, line)) + " |" for line in self.lines]
         return "\n".join(text) + "\n"
+
+
+def _escaped(value: str) -> str:
+    """Text that is no markup."""
+    value = value.replace("&", "&amp;").replace("<", "&lt;").replace("`", "&#96;").replace("[", "&#91;")
+    return " ".join(value.replace("|", "\\|").split())
 
 
 def number(row: Mapping[str, Value], column: str) -> float:

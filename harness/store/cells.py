@@ -27,6 +27,7 @@ from harness.data.checkpoint import remembered_sha256
 from harness.data.files import cache_dir, file_sha256
 from harness.data.record import Record
 from harness.data.sealed import believed, check_tensors
+from harness.store.lease import lease
 from harness.store.records import AllocationRecord, Artifact, CellSpec
 from harness.store.results import Bench, Score, TaskResult
 
@@ -40,9 +41,9 @@ class CellStore:
         self.key = key
         self.folder = cache_dir("cells", key)
 
-    def locked(self) -> AbstractContextManager[None]:
+    def lease(self) -> AbstractContextManager[None]:
         """One process at a time works on a cell; a second one waits, and then finds the work done."""
-        return locked(self.folder)
+        return lease(self.folder)
 
     @property
     def blocks(self) -> Path:
@@ -105,9 +106,7 @@ class CellStore:
             return False
         return not is_reference or believed(self.states(protocol_key), _checked) is not None
 
-    def finished(
-        self, protocol_keys: Iterable[str], task_keys: Iterable[str] = (), is_reference: bool = False
-    ) -> bool:
+    def finished(self, protocol_keys: Iterable[str], task_keys: Iterable[str] = (), is_reference: bool = False) -> bool:
         artifact = self.artifact()
         return (
             artifact is not None
@@ -134,7 +133,7 @@ class CellStore:
 
     def forget(self) -> None:
         """Drop everything this cell has stored."""
-        with self.locked():
+        with self.lease():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self, record: type[R], name: str) -> R | None:

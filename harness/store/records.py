@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
 from pydantic import PlainValidator
@@ -196,7 +197,11 @@ class Artifact(Record):
             name: {"role" if field == "kind" else field: value for field, value in layer.items()}
             for name, layer in data["layers"].items()
         }
-        older = {"allocation": data["allocation"] or None, "training": data.get("training"), "files": {}}
+        older: dict[str, Any] = {
+            "allocation": data["allocation"] or None,
+            "training": data.get("training"),
+            "files": {},
+        }
         return data | older | {"layers": layers}
 
     @property
@@ -208,10 +213,25 @@ class Artifact(Record):
         return self.ledger.bpw_by_part.codes
 
 
+class Ending(StrEnum):
+    """How the work of a cell ended; a row's status, unless it is OK."""
+
+    OK = "ok"
+    FAILED = "failed"  # the reason says what to do
+    REFUSED = "refused"
+    OUT_OF_MEMORY = "out-of-memory"  # of the host, the device, or by the kernel's choice
+    NON_FINITE = "nonfinite"
+    TIMEOUT = "timeout"
+    KILLED = "killed"  # by a signal that was not ours
+    CRASHED = "crashed"  # the reason names the line
+    INTERRUPTED = "interrupted"  # by Ctrl-C or SIGTERM to the run
+    SKIPPED = "skipped"  # there was no reason to run it
+
+
 @dataclass(frozen=True)
-class Outcome(Record):
+class Outcome:
     """How the process of a cell ended."""
 
     key: str
     error: str = ""  # one line; empty when the cell finished
-    skipped: bool = False  # there was no reason to run it
+    ending: Ending = Ending.OK

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -20,6 +21,9 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("fused.cpp")
 WIDE = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", "avx2", "fma", "f16c")
 NARROW = ("avx2", "fma", "f16c")
+REQUESTS = {"avx512": WIDE, "avx2": NARROW, "none": ()}
+
+log = logging.getLogger("harness.kernels")  # one logger for the whole project, whatever this package is called
 
 
 @cache
@@ -35,12 +39,22 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def requested_instructions() -> tuple[str, ...] | None:
+    """The set that HARNESS_CPU_KERNELS asks for ("avx2", to try the narrow kernels on a wide machine; empty for
+    "none"); None where nothing is asked for. Raises ValueError for a word it does not know."""
+    wanted = os.environ.get("HARNESS_CPU_KERNELS")
+    if not wanted:
+        return None
+    if wanted not in REQUESTS:
+        raise ValueError(f"HARNESS_CPU_KERNELS={wanted} is not known: write {', '.join(REQUESTS)}, or nothing")
+    return REQUESTS[wanted]
+
+
 def _instructions() -> tuple[str, ...]:
     """The widest set of instructions that the source is written for and this machine has."""
-    if wanted := os.environ.get("HARNESS_CPU_KERNELS"):  # "avx2", to try the narrow ones on a wide machine; "none"
-        if wanted == "none":
-            raise RuntimeError("switched off by HARNESS_CPU_KERNELS=none")
-        return {"avx512": WIDE, "avx2": NARROW}[wanted]
+    requested = requested_instructions()
+    if requested == ():
+        raise RuntimeError("switched off by HARNESS_CPU_KERNELS=none")
     if platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"they are written for x86-64, this is {platform.machine()}")
     try:
@@ -48,10 +62,10 @@ def _instructions() -> tuple[str, ...]:
         flags = set(next(line for line in lines if line.startswith("flags")).replace("avx512_", "avx512").split())
     except (OSError, StopIteration):
         raise RuntimeError("the instructions of this CPU are not known") from None
-    for wanted_set in (WIDE, NARROW):
+    for wanted_set in (WIDE, NARROW) if requested is None else (requested,):
         if flags.issuperset(wanted_set):
             return wanted_set
-    raise RuntimeError("this CPU lacks AVX2, FMA or F16C")
+    raise RuntimeError("this CPU lacks AVX2, FMA or F16C" if requested in (None, NARROW) else "this CPU lacks AVX-512")
 
 
 def _compiler() -> str:
@@ -62,21 +76,39 @@ def _compiler() -> str:
 
 
 def _built(instructions: tuple[str, ...], compiler: str) -> Path:
+    """The library, whose name ends with the checksum of its own bytes: one that is no longer what was compiled, or that
+    others may write to, is not loaded but compiled again."""
     command = [compiler, "-O3", "-std=c++17", *(f"-m{name}" for name in instructions), "-fopenmp", "-shared", "-fPIC"]
     sources = b"".join(path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
     key = hashlib.sha256(sources + " ".join(command).encode()).hexdigest()[:24]
     root = os.environ.get("HARNESS_CACHE")
     folder = (Path(root).expanduser() if root else Path.home() / ".cache" / "ptq-harness") / "kernels"
-    path = folder / f"{key}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            output = Path(scratch) / "fused.so"
-            done = subprocess.run([*command, str(SOURCE), "-o", str(output)], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
-            os.replace(output, path)  # whole or absent, whoever else is compiling it
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _ours_alone(folder):
+        raise RuntimeError(f"{folder} belongs to, or can be written by, others: make it yours alone (chmod go-w)")
+    for path in sorted(folder.glob(f"{key}-*.so")):
+        if _ours_alone(path) and path.stem == f"{key}-{_sha256(path)}":
+            return path
+        log.warning("%s is damaged, or others may write to it; it is compiled again", path)
+        path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        output = Path(scratch) / "fused.so"
+        done = subprocess.run([*command, str(SOURCE), "-o", str(output)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        output.chmod(0o700)
+        path = folder / f"{key}-{_sha256(output)}.so"
+        os.replace(output, path)  # whole or absent, whoever else is compiling it
     return path
+
+
+def _ours_alone(path: Path) -> bool:
+    stat = path.stat()
+    return stat.st_uid in (os.getuid(), 0) and not stat.st_mode & 0o022
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
 
 
 def _load(path: Path) -> ctypes.CDLL:

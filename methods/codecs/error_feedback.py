@@ -27,6 +27,14 @@ class Feedback:
     damp: float  # damping that made H positive definite, as a fraction of mean diag(H)
 
 
+class NotFinite(ValueError):
+    """Activations or statistics overflowed."""
+
+
+class Indefinite(ValueError):
+    """A Hessian that no damping makes positive definite."""
+
+
 def check_damp(damp: float) -> None:
     if not 0 < damp < math.inf:
         raise ValueError(f"damp={damp} must be a positive share of the mean of diag(H); write for example damp=0.01")
@@ -38,7 +46,7 @@ def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
     A column without input gets the mean of diag(H) and otherwise zeros: it neither gives nor takes error. (GPTQ's code
     also sets its weights to zero; ours keeps them, since a dead channel of a small calibration set may live elsewhere.)
 
-    Raises ValueError when no step of the damping ladder makes H positive definite, i.e. when it is not finite.
+    Raises NotFinite when H is not finite, and Indefinite when no step of the damping ladder makes it positive definite.
     """
     hessian_II = hessian_II.clone()
     diagonal_I = hessian_II.diagonal()
@@ -51,7 +59,7 @@ def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
         else torch.arange(len(diagonal_I), device=hessian_II.device)
     )
     if not bool(torch.isfinite(hessian_II).all()):
-        raise ValueError(
+        raise NotFinite(
             "the Hessian of this layer is not finite: the model or an earlier packed layer overflows "
             "on the calibration text"
         )
@@ -65,7 +73,7 @@ def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
             upper_II, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
         if info == 0 and bool(torch.isfinite(upper_II).all()):
             return Feedback(order_I, upper_II, diagonal_I + used * mean, int(dead_I.sum()), used)
-    raise ValueError(
+    raise Indefinite(
         f"the Hessian of this layer is not positive definite even with damping {used:g}; use more calibration tokens"
     )
 

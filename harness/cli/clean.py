@@ -1,0 +1,120 @@
+"""`clean`: remove cells from the cache by age, until the cache is small enough, or what no board of a folder needs.
+
+What is removed can be made again by the line that made it. Without --yes only says what would go."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.data.files import cache_dir
+from harness.data.sealed import Damaged
+from harness.report.baseline import read_rows
+from harness.store.cells import CellStore
+from harness.store.records import CellSpec
+
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A cell's folder."""
+
+    path: Path
+    size: int  # bytes
+    used: float  # when it was last asked for, seconds since the epoch
+
+    @property
+    def label(self) -> str:
+        try:
+            spec = CellSpec.read(self.path / "spec.json")
+        except (OSError, Damaged, ValueError):
+            return "unreadable"
+        return f"{spec.model.name}  {spec.method_text}{f' {spec.budget}' if spec.budget else ''} seed {spec.seed}"
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("clean", help="remove old cells from the cache", description=__doc__)
+    parser.add_argument("--older-than", metavar="DAYS", type=_days, help="cells that no run has asked for so long")
+    parser.add_argument(
+        "--larger-than", metavar="SIZE", type=_bytes, help="the longest unused, until the rest is as small as 20G"
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="FOLDER",
+        type=Path,
+        action="append",
+        help="cells that no leaderboard below this folder names (may be given several times)",
+    )
+    parser.add_argument("--yes", action="store_true", help="remove them")
+    parser.set_defaults(main=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    if arguments.older_than is None and arguments.larger_than is None and not arguments.keep:
+        raise ValueError("say what may go: --older-than 30, --larger-than 20G, or --keep results")
+    needed = {key for folder in arguments.keep or () for key in _named(folder)}
+    stored = sorted(_cells(), key=lambda cell: cell.used)
+    going = [cell for cell in stored if cell.path.name not in needed] if arguments.keep else stored
+    if arguments.older_than is not None:
+        going = [cell for cell in going if cell.used < time.time() - arguments.older_than * 86400]
+    if arguments.larger_than is not None:
+        going = list(_until(going, sum(cell.size for cell in stored), arguments.larger_than))
+    for cell in going:
+        print(f"{cell.path.name}  {cell.size / 2**20:.0f} MiB  {cell.label}")
+        if arguments.yes:
+            with CellStore(cell.path.name).lease():  # nobody is at work on it
+                shutil.rmtree(cell.path, ignore_errors=True)
+    done = "removed" if arguments.yes else "would be removed; --yes removes them"
+    print(f"{len(going)} of {len(stored)} cells, {sum(cell.size for cell in going) / 2**20:.0f} MiB {done}")
+    return 0
+
+
+def _until(cells: list[_Stored], total: int, limit: float) -> Iterator[_Stored]:
+    for cell in cells:
+        if total <= limit:
+            return
+        total -= cell.size
+        yield cell
+
+
+def _cells() -> Iterator[_Stored]:
+    root = cache_dir("cells")
+    for path in root.iterdir() if root.is_dir() else ():
+        if path.is_dir():
+            files = [p.stat() for p in path.rglob("*") if p.is_file()]
+            used = max((stat.st_mtime for stat in files), default=path.stat().st_mtime)
+            yield _Stored(path, sum(stat.st_size for stat in files), used)
+
+
+def _named(folder: Path) -> set[str]:
+    boards = sorted(folder.rglob("leaderboard.csv"))
+    if not boards:
+        raise ValueError(f"no leaderboard.csv below {folder}: everything would go; give the folder of your results")
+    return {row["cell"] for board in boards for row in read_rows(board).values() if row.get("cell")}
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = math.nan
+    if not 0 <= days < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of days; write for example 30")
+    return days
+
+
+def _bytes(text: str) -> float:
+    number, unit = (text[:-1], UNITS[text[-1].upper()]) if text[-1:].upper() in UNITS and text else (text, 1)
+    try:
+        value = float(number) * unit
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write for example 20G")
+    return value

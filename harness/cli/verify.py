@@ -1,0 +1,84 @@
+"""`verify`: read every file of the cache again, and name those that are not what was written."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.data.assets import MANIFEST
+from harness.data.files import cache_dir, file_sha256
+from harness.data.record import Record
+from harness.data.sealed import Damaged, check_tensors, read_object, read_sealed, unsealed
+from harness.store.records import AllocationRecord, Artifact, CellSpec
+from harness.store.results import Bench, Score, TaskResult
+
+RECORDS: dict[str, type[Record]] = {  # by what the names of their files begin with
+    "spec": CellSpec,
+    "allocation": AllocationRecord,
+    "artifact": Artifact,
+    "score": Score,
+    "task": TaskResult,
+    "bench": Bench,
+}
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("verify", help="re-hash the cache and name what is damaged", description=__doc__)
+    parser.set_defaults(main=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    root = cache_dir()
+    files, problems = 0, 0
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        for problem in _problems(path):
+            print(f"{problem}; the next run that needs it makes it again")
+            problems += 1
+        files += 1
+    for line in _unsealed_cells():
+        print(line)
+    print(f"{files} files in {root}, {problems} damaged")
+    return 1 if problems else 0
+
+
+def _problems(path: Path) -> Iterator[str]:
+    """What is wrong with a file of the cache, if it is one that carries a checksum."""
+    try:
+        if path.parent.parent == cache_dir("cells"):
+            if path.name == "artifact.json":
+                yield from _payload(path)
+            elif path.suffix == ".json" and (record := RECORDS.get(path.stem.partition("_")[0])):
+                record.read(path)
+            elif path.name.startswith("states_"):
+                check_tensors(path)
+        elif path.suffix == ".safetensors" and path.parent.name in ("streams", "sensitivities", "blocks"):
+            check_tensors(path)
+        elif path.suffix == ".json" and path.parent in (cache_dir("costs"), cache_dir("sha256")):
+            read_sealed(path)
+        elif path.name == MANIFEST and path.parent.parent == cache_dir("models"):
+            for name, expected in read_sealed(path).items():
+                if not (file := path.parent / name).is_file() or file_sha256(file) != expected:
+                    yield f"{file} is damaged (its checksum is of other content)"
+    except Damaged as error:
+        yield str(error)
+    except (ValueError, OSError) as error:  # of a later version, or not ours to read
+        yield str(error)
+
+
+def _payload(path: Path) -> Iterator[str]:
+    for name, expected in Artifact.read(path).files.items():
+        if not (file := path.parent / name).is_file():
+            yield f"{file} is missing"
+        elif file_sha256(file) != expected:
+            yield f"{file} is damaged (its checksum is of other content)"
+
+
+def _unsealed_cells() -> Iterator[str]:
+    """Cells from before checksums were kept: nothing can be said of their bytes."""
+    for path in sorted(cache_dir("cells").glob("*/artifact.json")):
+        try:
+            if not unsealed(read_object(path), path).get("files"):
+                yield f"{path.parent} was stored before checksums were kept: `run --fresh` makes it again with them"
+        except Damaged:
+            continue

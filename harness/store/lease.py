@@ -1,0 +1,130 @@
+"""The lease of a cell: who works on it, on whatever machine that shares the folder.
+
+`<cell>.lease` names its holder, who touches it every few seconds. A lease is free when its holder released it, when the
+holder is a process of this machine that is no more, or when it has not been touched for `STALE_S` (a machine that went
+away, a process that was stopped). Whoever finds a free one takes it over; a holder that finds its lease taken ends at
+once. What both may have written is the same, file by file, whole or absent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from harness.data.files import locked
+from harness.data.record import Record
+from harness.data.sealed import Damaged
+
+BEAT_S = 5.0
+STALE_S = 90.0
+POLL_S = 0.3
+TAKEN = 75  # exit status of a process whose lease was taken over (EX_TEMPFAIL)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Holder(Record):
+    """The process that holds a lease."""
+
+    VERSION: ClassVar[int] = 1
+
+    host: str
+    place: str  # this boot of this machine, and the process ids that are meant
+    pid: int
+    started: str  # a later process may get the same id
+    token: str
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is known to be no more; of other machines only their silence tells."""
+        return self.place == _place() and _started(self.pid) != self.started
+
+
+@contextmanager
+def lease(folder: Path) -> Iterator[None]:
+    """Inside, this process works on `folder` and no other does. Waits for whoever does, and says for whom."""
+    path = folder.with_name(f"{folder.name}.lease")
+    mine = Holder(socket.gethostname(), _place(), os.getpid(), _started(os.getpid()), uuid.uuid4().hex)
+    told = False
+    while (holder := _take(path, mine)) is not None:
+        if not told:
+            log.info("waiting for process %d on %s, which works on this cell", holder.pid, holder.host)
+            told = True
+        time.sleep(POLL_S)
+    released = threading.Event()
+    beat = threading.Thread(target=_beat, args=(path, mine, released), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        released.set()
+        beat.join()
+        with locked(path, "a lease"):
+            if _holder(path) == mine:
+                path.unlink(missing_ok=True)
+
+
+def _take(path: Path, mine: Holder) -> Holder | None:
+    """Take a lease that is free; else its holder."""
+    with locked(path, "a lease"):
+        holder = _holder(path)
+        if holder is not None and not holder.is_gone and _age_s(path) < STALE_S:
+            return holder
+        if holder is not None and not holder.is_gone:
+            log.warning("process %d on %s has been silent for long; its cell is taken over", holder.pid, holder.host)
+        mine.write(path)
+        return None
+
+
+def _holder(path: Path) -> Holder | None:
+    try:
+        return Holder.read(path)
+    except (FileNotFoundError, Damaged):
+        return None
+
+
+def _age_s(path: Path) -> float:
+    """Since the last beat, by the clock of the file system that both see."""
+    lock = path.with_name(f"{path.name}.lock")
+    os.utime(lock)
+    return lock.stat().st_mtime - path.stat().st_mtime
+
+
+def _beat(path: Path, mine: Holder, released: threading.Event, end: Callable[[int], object] = os._exit) -> None:
+    while not released.wait(BEAT_S):
+        if _holder(path) != mine and not released.is_set():
+            log.error("this cell was taken over by another process while this one stood still")
+            end(TAKEN)
+        with suppress(FileNotFoundError):
+            os.utime(path)
+
+
+def _place() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the system's own units; empty for one that is no more, or only waits to be counted."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except OSError:
+        import psutil
+
+        try:
+            return str(psutil.Process(pid).create_time())
+        except psutil.Error:
+            return ""
