@@ -14,9 +14,10 @@ import time
 import torch
 
 from harness.data.assets import DEFAULT_MODEL, resolve_model
+from harness.data.checkpoint import load_tokenizer
 from harness.data.protocols import PROFILES
 from harness.data.windows import calibration_windows
-from harness.model import Inventory, inventory, load_reference, load_tokenizer
+from harness.model import Inventory, inventory, load_reference
 from harness.plan.allocation import mixed
 from harness.plan.budgets import parse_budget
 from harness.plan.costs import expected_costs

@@ -16,10 +16,11 @@ from collections.abc import Callable
 import torch
 
 from harness.data.assets import DEFAULT_MODEL, resolve_model
+from harness.data.checkpoint import load_tokenizer
 from harness.data.protocols import parse_protocol
 from harness.data.streams import evaluation_stream
 from harness.evaluate.score import score
-from harness.model import load_reference, load_tokenizer
+from harness.model import load_reference
 
 
 def main() -> None:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from harness.data.assets import DEFAULT_MODEL, resolve_model
+from harness.data.checkpoint import load_tokenizer
 from harness.data.task_documents import load_task
 from harness.data.tasks import parse_tasks
 from harness.evaluate.zero_shot import open_lm
-from harness.model import load_reference, load_tokenizer
+from harness.model import load_reference
 
 ROUNDING = 0.01  # nats
 

@@ -18,13 +18,12 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from harness.data.checkpoint import view
+from harness.progress import first_line
 from kernels.formats.layer import LayerSpec
 
 
@@ -204,22 +203,6 @@ def _require_own(path: Path, verb: str, problem: str, names: Iterable[str]) -> N
 
 def _finite(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    try:
-        with view(path) as files:
-            return AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
-    except ValueError:
-        raise
-    except Exception as error:  # tokenizer loading raises whatever its backend raises
-        raise ValueError(f"{path} holds no tokenizer: save it there with tokenizer.save_pretrained()") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
 
 
 @contextlib.contextmanager

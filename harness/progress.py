@@ -14,3 +14,9 @@ def silent(phase: str, done: int, total: int) -> None:
 
 def say_nothing(text: str) -> None:
     """The `Say` of a caller who does not want to know."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

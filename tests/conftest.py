@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from harness.data.assets import DEFAULT_MODEL, ResolvedModel, resolve_model
+from harness.data.checkpoint import load_tokenizer
 from harness.data.files import locked
-from harness.model import load_tokenizer
 
 # Files that take longest, and keep processes of their own busy: begun last, they would run while a worker idles.
 LONGEST = ("test_regression.py", "test_shell_lines.py", "test_local.py", "test_measurement.py", "test_triton.py")
@@ -68,7 +68,7 @@ def two_blocks(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
 
 
 def _first_blocks(model: ResolvedModel, blocks: int, folder: Path) -> ResolvedModel:
-    with locked(folder):
+    with locked(folder, folder.name):
         if not (folder / "model.safetensors").exists():
             config = AutoConfig.from_pretrained(model.path)
             config.num_hidden_layers = blocks

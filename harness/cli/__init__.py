@@ -62,10 +62,8 @@ def _told_to_end() -> Iterator[None]:
     handler = logging.StreamHandler()
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    in_main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP) if in_main}
     try:
         yield
     finally:

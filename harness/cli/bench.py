@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from harness.cli.leaderboard import measure_stored, open_console, report, say_waiting, writable
+from harness.cli.leaderboard import keeps_what_is_there, measure_stored, open_console, report, say_waiting, writable
 from harness.cli.options import Request, add_bench_options, add_plan_options, build_plan, read_request
 from harness.cli.sheets import print_sheet
 from harness.data.files import write_json
@@ -77,6 +77,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.shapes:
         return _shapes(arguments, request, console)
     plan, _, _ = build_plan(arguments, request, partial(console.print, style="dim"))
+    if arguments.out:
+        keeps_what_is_there(arguments.out, plan)
     missing = [cell for cell in plan.cells if not cell.refusal and not CellStore(cell.key).artifact()]
     if missing:
         raise ValueError(

@@ -18,6 +18,7 @@ from harness.engine.local import measure_cells
 from harness.measure.machine import identity_key
 from harness.measure.measurement import Conditions
 from harness.plan.cells import Plan
+from harness.report.baseline import perplexity_columns, read_rows
 from harness.report.leaderboard import write_leaderboard
 from harness.report.sheet import GOOD
 from harness.store.cells import CellStore
@@ -61,6 +62,22 @@ def writable(folder: Path) -> None:
         probe.write(b"\0" * 65536)
         probe.flush()
         os.fsync(probe.fileno())
+
+
+def keeps_what_is_there(folder: Path, plan: Plan) -> None:
+    """Raises ValueError when the folder holds rows or protocols that this plan would drop from its table."""
+    path = folder / "leaderboard.csv"
+    if not path.exists():
+        return
+    here, names = {cell.key for cell in plan.cells}, [f"ppl_{protocol.name}" for protocol in plan.protocols]
+    rows = read_rows(path)
+    lost = [name for name, row in rows.items() if row.get("cell") not in here]
+    lost += [name for name in perplexity_columns(next(iter(rows.values()))) if name not in names]
+    if lost:
+        raise ValueError(
+            f"{folder} holds the table of another run, with {len(lost)} rows or columns that this one has not "
+            f"({lost[0]} first): give another --out, or remove {path}"
+        )
 
 
 def report(

@@ -23,12 +23,12 @@ from harness.data.protocols import (
 from harness.data.streams import with_text
 from harness.data.tasks import GROUPS, SOURCES, Task, parse_tasks
 from harness.measure.machine import cores
-from harness.model import PRESETS, Inventory, first_line, half_dtype, inventory, read_config, skeleton
+from harness.model import PRESETS, Inventory, half_dtype, inventory, read_config, skeleton
 from harness.plan.allocation import MODES
 from harness.plan.budgets import Budget
 from harness.plan.cells import Compute, Plan, make_plan
 from harness.plan.earlier import adopt
-from harness.progress import Say
+from harness.progress import Say, first_line
 from kernels.cpu.build import requested_instructions
 from methods import parse_method, split_methods
 from methods.base import Method, Track

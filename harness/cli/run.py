@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness.cli.leaderboard import measure_stored, open_console, report, say_waiting, writable
+from harness.cli.leaderboard import keeps_what_is_there, measure_stored, open_console, report, say_waiting, writable
 from harness.cli.options import add_bench_options, add_plan_options, build_plan, positive_seconds, read_request
 from harness.cli.progress import Display
 from harness.data.assets import ResolvedModel
@@ -59,6 +59,8 @@ def main(arguments: argparse.Namespace) -> int:
         writable(arguments.out)
     say = partial(console.print, style="dim")
     plan, _, model = build_plan(arguments, request, say)
+    if arguments.out:
+        keeps_what_is_there(arguments.out, plan)
     runnable = [cell for cell in plan.cells if not cell.refusal]
     for cell in plan.cells:
         if cell.refusal:

@@ -21,8 +21,8 @@ from harness.compress.block import BlockRun
 from harness.compress.forward import BlockInputs
 from harness.compressed import CompressedModel, attach_tables, round_rest
 from harness.data.sealed import believed, load_tensors, save_tensors
-from harness.model import Inventory, decoder_blocks, first_line
-from harness.progress import Progress, silent
+from harness.model import Inventory, decoder_blocks
+from harness.progress import Progress, first_line, silent
 from kernels.dispatch import reference_only
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.layer import LayerConfig, LayerSpec

@@ -190,11 +190,16 @@ def resolve_model(name: str, revision: str | None = None, say: Say = say_nothing
         return ResolvedModel(name, path, fingerprint(path), MODELS[name].note)
     path = Path(name).expanduser()
     if path.is_dir():
-        return ResolvedModel(path.resolve().name, path, fingerprint(path))
+        return ResolvedModel(_printable(path.resolve().name), path, fingerprint(path))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"no folder {name}: give a folder, a hub id (owner/name) or one of {', '.join(MODELS)}")
     path = _from_hub(name, revision)
     return ResolvedModel(name, path, fingerprint(path))
+
+
+def _printable(name: str) -> str:
+    """A name that moves no cursor and ends no line."""
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

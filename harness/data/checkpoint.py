@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from harness.data.files import cache_dir, digest, file_sha256
 from harness.data.sealed import believed, read_sealed, write_sealed
 
@@ -67,6 +69,16 @@ def view(path: Path) -> Iterator[Path]:
             (Path(folder) / file.name).symlink_to(file.resolve())
         yield Path(folder)
     require_unchanged(path, files == checkpoint_files(path) and before == [_signature(p) for p in files])
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        with view(path) as files:
+            return AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+    except ValueError:
+        raise
+    except Exception as error:  # tokenizer loading raises whatever its backend raises
+        raise ValueError(f"{path} holds no tokenizer: save it there with tokenizer.save_pretrained()") from error
 
 
 def require_unchanged(path: Path, unchanged: bool) -> None:

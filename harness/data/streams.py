@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.data.assets import TEXTS, ResolvedModel
-from harness.data.checkpoint import remembered_sha256
+from harness.data.checkpoint import load_tokenizer, remembered_sha256
 from harness.data.files import cache_dir, digest
 from harness.data.protocols import Calibration, Protocol
 from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.data.texts import WIKITEXT2_SHA256, c4_file
 from harness.data.windows import Articles, Windows, calibration_windows, evaluation_windows, stream_sha256
-from harness.model import load_tokenizer
 from harness.progress import Say, say_nothing
 
 # Bump when what is in a file changes; a stream is then cut again.

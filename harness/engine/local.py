@@ -171,7 +171,7 @@ class _Processes:
                 if not receiver.poll(None if end is None else max(0.0, end - time.monotonic())):
                     child.kill()
                     return Ended(
-                        f"not finished after {self.timeout_s:g} s (--timeout); more time goes on", Ending.TIMEOUT
+                        f"not finished after {self.timeout_s:g} s (--timeout); with more it goes on", Ending.TIMEOUT
                     )
                 message = receiver.recv()
                 if isinstance(message, Ended):

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from harness.data.checkpoint import load_tokenizer
 from harness.data.files import canonical
 from harness.data.task_documents import load_task
 from harness.data.tasks import Task
-from harness.model import load_tokenizer
 from harness.progress import Progress, Say
 from harness.store.results import Accuracy, TaskResult
 

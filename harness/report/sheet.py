@@ -52,7 +52,7 @@ class Sheet:
 
 def _escaped(value: str) -> str:
     """Text that is no markup."""
-    value = value.replace("&", "&amp;").replace("<", "&lt;").replace("`", "&#96;").replace("[", "&#91;")
+    value = value.replace("&", "&amp;").replace("<", "&lt;").replace("`", "&#96;").replace("](", "]&#40;")
     return " ".join(value.replace("|", "\\|").split())
 
 

@@ -30,7 +30,7 @@ def assets_cache(session_folder: Path) -> Path:
     resolve_model(DEFAULT_MODEL)
     for file in TEXTS.values():
         fetch(file)
-    with locked(session_folder / "kernels"):  # two workers would compile the same library
+    with locked(session_folder / "kernels", "the kernels"):  # two workers would compile the same library
         build.library()
     return cache_dir().resolve()
 
@@ -54,7 +54,7 @@ def finished(truncated: ResolvedModel, assets_cache: Path, estimates: Path, sess
     """A folder with the leaderboard (out) of four small cells and their reference, and the cache they are in (cache):
     run once a session, to be read."""
     folder = session_folder / "finished"
-    with locked(folder):
+    with locked(folder, folder.name):
         if not (folder / "out" / "leaderboard.csv").exists():
             cache = linked_cache(assets_cache, folder / "cache", estimates)
             arguments = ("--model", str(truncated.path), "--methods", "rtn,gptq", "--bits", "2.25,3.25", *SMALL)

@@ -32,7 +32,7 @@ ARGUMENTS = (
 @pytest.fixture(scope="session")
 def leaderboard(assets_cache, session_folder) -> Path:
     folder = session_folder / "regression"
-    with locked(folder):
+    with locked(folder, folder.name):
         if not (folder / "out" / "leaderboard.csv").exists():
             cache = linked_cache(assets_cache, folder / "cache")
             done = run_harness("run", *ARGUMENTS, "--out", str(folder / "out"), HARNESS_CACHE=str(cache))

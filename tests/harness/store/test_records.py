@@ -26,12 +26,12 @@ from harness.data.protocols import (
 from harness.data.record import Record
 from harness.data.tasks import Task
 from harness.store.cells import CellStore
-from harness.store.records import AllocationRecord, Artifact, CellSpec, Outcome
+from harness.store.records import AllocationRecord, Artifact, CellSpec
 from harness.store.results import Bench, Score, TaskResult
 from kernels.formats.layer import LayerConfig
 
 EARLIER = Path(__file__).parent / "earlier"  # as the harness wrote them before records had versions
-STORED = (AllocationRecord, Artifact, Bench, CellSpec, Outcome, Score, TaskResult)
+STORED = (AllocationRecord, Artifact, Bench, CellSpec, Score, TaskResult)
 ASKED = (Protocol, ResolvedModel, Task, Training)
 
 # --- round trips
@@ -135,7 +135,7 @@ def test_a_record_is_read_strictly_and_its_shown_values_are_ignored():
 @pytest.mark.parametrize(
     "change, hint",
     [
-        ({"colour": 1}, "the field 'colour' is unknown; delete it and run again"),
+        ({"colour": 1}, "the field 'colour' is unknown"),
         ({"inner": {"x": {"values": [], "more": 1}}}, "the field 'inner.x.more' is unknown"),
         ({"inner": {"x": {}}}, "the field 'inner.x.values' is missing"),
         ({"inner": {"x": {"values": [1, "2"]}}}, "'inner.x.values.1': '2' is wrong"),
@@ -161,7 +161,7 @@ def test_a_wrong_file_is_one_line_with_file_and_field(change, hint, tmp_path):
 def test_what_is_no_record_at_all_is_one_line_too(text, tmp_path):
     path = tmp_path / "outer.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"outer\.json: .*; delete it and run again$"):
+    with pytest.raises(ValueError, match=r"outer\.json: .*"):
         Outer.read(path)
 
 
