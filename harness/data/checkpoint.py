@@ -72,13 +72,11 @@ def view(path: Path) -> Iterator[Path]:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    try:
-        with view(path) as files:
+    with view(path) as files:
+        try:
             return AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
-    except ValueError:
-        raise
-    except Exception as error:  # tokenizer loading raises whatever its backend raises
-        raise ValueError(f"{path} holds no tokenizer: save it there with tokenizer.save_pretrained()") from error
+        except Exception as error:  # tokenizer loading raises whatever its backend raises
+            raise ValueError(f"{path} holds no tokenizer: save it there with tokenizer.save_pretrained()") from error
 
 
 def require_unchanged(path: Path, unchanged: bool) -> None:

@@ -14,7 +14,7 @@ from statistics import fmean
 
 import torch
 
-from harness.data.files import read_json
+from harness.data.sealed import read_object
 from harness.report.baseline import read_rows
 from harness.report.sheet import GOOD, Row, Sheet, label, number
 from harness.report.stats import MIN_WINDOWS, interval, resampled_means
@@ -119,9 +119,12 @@ def read_entries(folder: Path, to: str = "") -> list[Entry]:
 
 def _read_cell(path: Path) -> _Cell:
     """One cell of a run, as `write_leaderboard` or an earlier version of it wrote it."""
-    data = read_json(path)
-    scores = {name: Score.from_json(score, f"{path}: {name}") for name, score in data["scores"].items()}
-    return _Cell(data["row"], data.get("seeded", True), scores)
+    data = read_object(path)
+    row, scores = data.get("row"), data.get("scores")
+    if not isinstance(row, dict) or not isinstance(scores, dict):
+        raise ValueError(f"{path} is no cell of a run: the run's own command writes it again")
+    read = {name: Score.from_json(score, f"{path}: {name}") for name, score in scores.items()}
+    return _Cell(row, data.get("seeded", True), read)
 
 
 def _entry(name: str, budget: str, cells: Sequence[_Cell], seeds: frozenset[str]) -> Entry:
