@@ -20,7 +20,6 @@ from harness.compress.training import finetune, save_adapter
 from harness.compressed import FILES, CompressedModel
 from harness.data.files import cache_dir, digest, file_sha256, locked
 from harness.data.protocols import Protocol
-from harness.data.sealed import Damaged, check_tensors
 from harness.data.streams import calibration_stream, evaluation_stream
 from harness.data.windows import stream_sha256
 from harness.engine.process import Phase, Speaker
@@ -90,18 +89,12 @@ def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Spea
 def _reference_states(spec: CellSpec, protocol_key: str, reference_over: Path, speak: Speaker) -> Path | None:
     """The reference's states, once its cell has scored this protocol; None when that cell ended without doing so."""
     store = CellStore(spec.reference)
-    while store.score(protocol_key) is None:
-        if reference_over.exists() and store.score(protocol_key) is None:
+    while not store.scored(protocol_key, is_reference=True):
+        if reference_over.exists() and not store.scored(protocol_key, is_reference=True):
             return None
         speak.say(Phase("waiting for the reference", 0, 1))  # also how a cell notices that its parent is gone
         time.sleep(0.5)
-    states = store.states(protocol_key)
-    try:
-        check_tensors(states)
-    except (Damaged, OSError) as error:
-        log.warning("%s; this row has no divergence until the same command has run again", error)
-        return None
-    return states
+    return store.states(protocol_key)
 
 
 def _score(spec: CellSpec, protocol: Protocol, reloaded: CompressedModel, states: Path | None, speak: Speaker) -> Score:

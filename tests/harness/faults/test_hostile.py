@@ -272,7 +272,10 @@ OTHER_VERBS = {
         lambda p: ["run", "--methods", "rtn", *SHORT, "--out", _file(p / "out", b"kept")],
         "give another path",
     ),
-    "no place for --out": (lambda p: ["run", "--methods", "rtn", *SHORT, "--out", "/proc/nowhere"], "give a path|may write"),
+    "no place for --out": (
+        lambda p: ["run", "--methods", "rtn", *SHORT, "--out", "/proc/nowhere"],
+        "give a path|may write",
+    ),
     "list of nothing": (lambda p: ["ls", "everything"], "invalid choice"),
     "no verb": (lambda p: ["rum"], "invalid choice"),
 }
