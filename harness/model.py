@@ -180,7 +180,7 @@ def load_reference(path: Path, device: str, dtype: torch.dtype) -> PreTrainedMod
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
             )
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"the weights of {path} cannot be read ({first_line(error)}): copy them again") from error
     _require_own(path, "lacks", "that its config.json asks for: its weights are incomplete", found["missing_keys"])
     _require_own(

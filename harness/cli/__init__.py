@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         print("\nstopped; what is finished is kept, the same command goes on from here", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        return 128 + (signal.SIGTERM if isinstance(stop.__cause__ or stop, Terminated) else signal.SIGINT)
 
 
 class Terminated(KeyboardInterrupt):

@@ -79,9 +79,9 @@ def run_cells(
         asked = [pool.submit(run, spec) for spec in specs]
         try:
             outcomes = [future.result() for future in asked]
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             processes.stop()  # those that wait for a place end at once, too
-            raise Interrupted({outcome.key: outcome for outcome in (f.result() for f in asked)}) from None
+            raise Interrupted({outcome.key: outcome for outcome in (f.result() for f in asked)}) from stop
     return {outcome.key: outcome for outcome in outcomes}
 
 
@@ -101,9 +101,9 @@ def measure_cells(
             for spec in specs:
                 work = partial(measurement.work, spec, conditions)
                 outcomes[spec.key] = processes.run(work, spec.key, multiprocessing.get_context("spawn"))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             processes.stop()
-            raise Interrupted(outcomes) from None
+            raise Interrupted(outcomes) from stop
     return outcomes
 
 
