@@ -66,7 +66,7 @@ def test_an_index_is_part_of_the_model(folder, cache):
     (folder / WEIGHTS).unlink()
     found = {}
     for shard in ("one", "two"):
-        index = {"weight_map": dict.fromkeys(tensors, f"{shard}.safetensors")}
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, f"{shard}.safetensors")}
         (folder / checkpoint.INDEX).write_text(json.dumps(index))
         weight = load_reference(folder, "cpu", torch.float32).state_dict()[ROW]
         found[checkpoint.fingerprint(folder)] = weight
