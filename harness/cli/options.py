@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from harness.architectures import known_positions
 from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, resolve_model
 from harness.data.protocols import (
     PROFILES,
@@ -161,6 +163,9 @@ def build_plan(
         model = resolve_model(arguments.model, arguments.revision, say)
     config = read_config(model.path, arguments.revision)
     stock = inventory(skeleton(config))
+    if arguments.model not in PRESETS:  # which say nothing of positions
+        _require_positions(known_positions(config), request)
+    model = replace(model, note="; ".join(filter(None, (model.note, stock.uncovered_note))))
     half = half_dtype(config)
     for _, method in request.methods:
         if isinstance(method, Half) and method.dtype != Half().dtype:
@@ -208,6 +213,22 @@ def build_plan(
     if not from_config and not getattr(arguments, "fresh", False):
         adopt(plan.cells, say)
     return replace(plan, tasks=request.tasks), stock, model
+
+
+def _require_positions(known: int | None, request: Request) -> None:
+    """Raises ValueError where a window would be longer than what the model knows: past that it looks up no position, or
+    one it was never trained on."""
+    calibrates = any(method.track != Track.DATA_FREE for _, method in request.methods)
+    trains = any(method.adaptation for _, method in request.methods)
+    used = [("--protocols", ",".join(request.protocols))]
+    used += [("--calibration", request.calibration.text)] if calibrates else []
+    used += [("--training", request.training.text)] if trains else []
+    fitting = [
+        (option, re.sub(r"@(\d+)", lambda found: f"@{min(int(found[1]), known or int(found[1]))}", text))
+        for option, text in used
+    ]
+    if wrong := [f"{option} {fits}" for (option, text), (_, fits) in zip(used, fitting, strict=True) if fits != text]:
+        raise ValueError(f"this model knows {known} positions, fewer than a window would have: write {' '.join(wrong)}")
 
 
 def _has_weights(name: str) -> bool:

@@ -48,7 +48,9 @@ def main(arguments: argparse.Namespace) -> int:
         # A folder that cannot be written should cost seconds, not a run.
         arguments.out.mkdir(parents=True, exist_ok=True)
     say = partial(console.print, style="dim")
-    plan, _, model = build_plan(arguments, request, say)
+    plan, stock, model = build_plan(arguments, request, say)
+    if stock.uncovered:
+        console.print(f"{model.name}: {stock.uncovered_note}", style="yellow")
     runnable = [cell for cell in plan.cells if not cell.refusal]
     for cell in plan.cells:
         if cell.refusal:

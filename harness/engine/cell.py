@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness import __version__
+from harness.architectures import known_positions
 from harness.compress.loop import compress_model
 from harness.compress.training import finetune, save_adapter
 from harness.compressed import CompressedModel
@@ -183,7 +184,7 @@ def _allocate(
     budget, seed = parse_budget(spec.budget), spec.seed
     data_free = tokens_NT is None
     if tokens_NT is None:
-        tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size), 0
+        tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size, known_positions(model.config)), 0
     measured = _measured(spec, method, model, tokens_NT, seed, speak)
     if data_free:
         measured = {name: sensitivity.flat for name, sensitivity in measured.items()}

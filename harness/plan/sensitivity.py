@@ -34,11 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.compress.forward import BlockInputs, run_block, stubbed_blocks
+from harness.compress.forward import BlockInputs, stubbed_blocks
 from harness.compress.statistics import add_gram, completed
 from harness.data.files import atomic_path, cache_dir, digest, locked
 from harness.data.windows import stream_sha256
-from harness.model import BlockSpec, decoder_blocks, inventory
+from harness.model import BlockSpec, inventory
 from harness.progress import Progress, silent
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import prepare
@@ -108,7 +108,6 @@ class _Walk:
     def __init__(self, model: PreTrainedModel, tokens_NT: Tensor, followed_back: int) -> None:
         """Only the first `followed_back` windows are gone back through."""
         self.model, self.tokens_NT, self.followed_back = model, tokens_NT, followed_back
-        _, self.modules = decoder_blocks(model)
         self.blocks = inventory(model).blocks
         self.inputs = BlockInputs(model, tokens_NT)
         self.kept_NTH: list[Tensor] = []
@@ -121,29 +120,23 @@ class _Walk:
     def forward(self, watches: Sequence[Watch]) -> Iterator[int]:
         """Yields the index of every block when it has run."""
         hidden_NTH = self.inputs.hidden_NTH
-        for index, module in enumerate(self.modules):
+        for index in range(len(self.blocks)):
             self.kept_NTH.append(hidden_NTH[: self.followed_back].clone())
             with torch.no_grad(), _hooked(self.model, self.blocks[index], watches[index]):
-                hidden_NTH = torch.cat(
-                    [run_block(module, window_TH[None], self.inputs.kwargs[index]) for window_TH in hidden_NTH]
-                )
+                hidden_NTH = torch.cat([*map(self.inputs.block(index), hidden_NTH.split(1))])
             yield index
         self.last_NTH = hidden_NTH[: self.followed_back]
 
     def backward(self, watches: Sequence[Watch], *, seed: int = 0, targets_NT: Tensor | None = None) -> Iterator[int]:
         """From the loss of predicting `targets_NT` (of the last place of a window nothing), or tokens drawn by `seed`;
         yields the index of every block when it has been gone back through."""
-        with torch.no_grad():
-            returns_tuple = not isinstance(self.modules[0](self.inputs.hidden_NTH[:1], **self.inputs.kwargs[0]), Tensor)
-        gradient_NTH = _head_gradient(self.model, self.last_NTH, seed, targets_NT, returns_tuple)
-        for index in reversed(range(len(self.modules))):
+        gradient_NTH = _head_gradient(self.model, self.last_NTH, seed, targets_NT, self.inputs.returns_tuple)
+        for index in reversed(range(len(self.blocks))):
             hidden_NTH = self.kept_NTH.pop()
             with _hooked(self.model, self.blocks[index], watches[index]):
                 for n, window_TH in enumerate(hidden_NTH):
                     given_NTH = window_TH[None].detach().requires_grad_()
-                    run_block(self.modules[index], given_NTH, self.inputs.kwargs[index]).backward(
-                        gradient_NTH[n : n + 1]
-                    )
+                    self.inputs.block(index)(given_NTH).backward(gradient_NTH[n : n + 1])
                     gradient_NTH[n] = given_NTH.grad[0]
             yield index
 
@@ -215,13 +208,15 @@ class _Grams:
 
     def columns(self) -> dict[str, Tensor]:
         """Every layer's costs by column [I]; the sums are let go."""
-        column_I = {name: self._column(total / self.tokens[name]) for name, total in self.sum.items()}
+        column_I = {name: self._column(total / max(1, self.tokens[name])) for name, total in self.sum.items()}
         self.sum.clear()
         return {name: column_I[owner] for name, owner in self.owner.items()}
 
     def _column(self, mean: Tensor) -> Tensor:
         if not self.feedback:
             return mean
+        if not mean.any():  # an expert no token was sent to
+            return mean.diagonal()
         factored = prepare(completed(mean), act_order=True, damp=DAMP)
         pivot_I = factored.upper_II.diagonal().square().reciprocal()
         return torch.empty_like(pivot_I).index_copy_(0, factored.order_I, pivot_I)
@@ -327,9 +322,10 @@ def remembered_sensitivities(
     return {name: Sensitivity(tensors[f"{name}.row"], tensors[f"{name}.column"]) for name in names}
 
 
-def random_tokens(vocabulary: int) -> Tensor:
-    """What the layers of a data-free method are measured on [N, T]. The same for every seed: a method that no seed can
-    change keeps one allocation."""
+def random_tokens(vocabulary: int, positions: int | None = None) -> Tensor:
+    """What the layers of a data-free method are measured on [N, T], T being at most `positions`. The same for every
+    seed: a method that no seed can change keeps one allocation."""
+    context = min(RANDOM_CONTEXT, positions or RANDOM_CONTEXT)
     return torch.randint(
-        vocabulary, (HESSIAN_TOKENS // RANDOM_CONTEXT, RANDOM_CONTEXT), generator=torch.Generator().manual_seed(0)
+        vocabulary, (HESSIAN_TOKENS // context, context), generator=torch.Generator().manual_seed(0)
     )
