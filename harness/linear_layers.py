@@ -34,6 +34,12 @@ def linear_of(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
     return linear
 
 
+def is_expert(model: nn.Module, name: str) -> bool:
+    """Whether this is a projection of an expert: a layer that sees the tokens a router sends it."""
+    owner = name.rsplit(".", 2)[0]  # less the projection and the number
+    return isinstance(model.get_submodule(owner), LinearExperts)
+
+
 def _are_experts(module: Any) -> bool:
     """Whether this is one of transformers' modules of experts (transformers.integrations.moe), which say of themselves
     how their tensors are laid out, and holds nothing but the projections."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from harness.compress.forward import BATCH_TOKENS, PausedForward, abandon, advanced
 from harness.compress.statistics import add_gram, completed
+from harness.linear_layers import is_expert
 from harness.model import BlockSpec
 from kernels.formats.layer import LayerSpec
 from kernels.formats.tables import Table
@@ -100,10 +101,10 @@ class BlockRun:
     @torch.no_grad()
     def drift(self, name: str) -> Tensor:
         """fp32 [I, I]: sum of (x' - x) x^T, x' being the uncompressed model's input of the layer where `hessian` sees
-        x."""
+        x. Zero for an expert: the two models send it other tokens, so that no x' belongs to an x."""
         size = self.layers[name].in_features
         drift_II = torch.zeros(size, size, device=self.hidden_NTH.device)
-        if name not in self._uncalled:
+        if name not in self._uncalled and not is_expert(self.model, name):
             stage = self._stage_of[name]
             for paused, original in zip(self._advance_to(stage), self._originals_to(stage), strict=True):
                 x_NI, original_NI = (p.stage_input.reshape(-1, size).float() for p in (paused, original))

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from harness.architectures import known_positions
 from harness.compress.forward import BlockInputs, stubbed_blocks
 from harness.compress.statistics import add_gram, completed
 from harness.data.files import atomic_path, cache_dir, digest, locked
@@ -149,16 +150,15 @@ def _head_gradient(
     generator = torch.Generator().manual_seed(seed)
     gradient_NTH = torch.empty_like(hidden_NTH)
     width = hidden_NTH.shape[-1]
+    at_once = min(HEAD_TOKENS, known_positions(model.config) or HEAD_TOKENS)
     if targets_NT is not None:
         targets_NT = targets_NT.clone()
         targets_NT[:, -1] = NOTHING
-    targets = iter(()) if targets_NT is None else iter(targets_NT.flatten().to(hidden_NTH.device).split(HEAD_TOKENS))
+    targets = iter(()) if targets_NT is None else iter(targets_NT.flatten().to(hidden_NTH.device).split(at_once))
     with stubbed_blocks(model, returns_tuple) as stubs:
         # Final norm and head look at one position at a time, so any slice of positions will do, and the token ids are
         # not looked at.
-        for part_TH, out_TH in zip(
-            *(x.view(-1, width).split(HEAD_TOKENS) for x in (hidden_NTH, gradient_NTH)), strict=True
-        ):
+        for part_TH, out_TH in zip(*(x.view(-1, width).split(at_once) for x in (hidden_NTH, gradient_NTH)), strict=True):
             given_NTH = stubs[-1].replay = part_TH[None].detach().requires_grad_()
             tokens_BT = torch.zeros(1, len(part_TH), dtype=torch.long, device=part_TH.device)
             log_p_TV = model(input_ids=tokens_BT, use_cache=False).logits[0].float().log_softmax(dim=-1)
