@@ -96,7 +96,7 @@ class Inventory:
         roles = dict.fromkeys(_role(name, block.name) for name in self.uncovered for block in self.blocks)
         share = sum(self.uncovered.values()) / self.weights
         names = ", ".join(filter(None, roles))
-        return f"{share:.2%} of the weights are in no linear layer and stored at 16 bits ({names})"
+        return f"{100 * share:.2g} % of the block weights are in no linear layer and count at 16 bits ({names})"
 
 
 def _role(name: str, block: str) -> str:

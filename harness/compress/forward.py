@@ -1,7 +1,7 @@
 """A model's forward pass, one block at a time, and a block's, one stage at a time.
 
 `BlockInputs` asks the model what every block receives besides its hidden state (masks, rotary angles, biases of
-positions), without running any block. `PausedForward` is a pass through one block that stops in front of every stage."""
+positions), without running any block. `PausedForward` is a pass through a block that stops in front of every stage."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from harness.model import decoder_blocks, states_of
@@ -27,6 +28,11 @@ class Arguments:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def same(self, other: Arguments) -> bool:
+        """Whether all tensors are the same."""
+        pairs = zip(*(tree_leaves((of.args, of.kwargs)) for of in (self, other)), strict=True)
+        return all(torch.equal(mine, its) for mine, its in pairs if isinstance(mine, Tensor))
 
 
 class BlockStub(nn.Module):
@@ -102,17 +108,24 @@ class BlockInputs:
     """Hidden states [N, T, H] in front of the first block, and blocks that run on as many such windows as one likes.
 
     What else a block is called with is found by handing the model a batch of that size: masks and biases need not
-    broadcast (Bloom's hold the batch and the heads in one dimension). It may not depend on the tokens."""
+    broadcast (Bloom's hold the batch and the heads in one dimension). Raises ValueError where it depends on the tokens
+    themselves: blocks run on states whose tokens nobody knows."""
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, tokens_NT: Tensor) -> None:
         self.model, self.first_T = model, tokens_NT[0]
         self.returns_tuple = _returns_tuple(model)
         with stubbed_blocks(model, self.returns_tuple) as stubs:
-            for window_T in tokens_NT:
-                _body(model, window_T[None])
+            _body(model, tokens_NT[:1])
+            self._known = {1: [stub.arguments for stub in stubs]}
+            for window_1T in tokens_NT[1:].split(1):
+                _body(model, window_1T)
         self.hidden_NTH = torch.cat(stubs[0].hidden)
-        self._known: dict[int, list[Arguments]] = {1: [stub.arguments for stub in stubs]}
+        if not all(stub.arguments.same(first) for stub, first in zip(stubs, self._known[1], strict=True)):
+            raise ValueError(
+                f"models of type {model.config.model_type} tell their blocks something of every token besides its "
+                "state, which is not supported: give another model"
+            )
 
     def block(self, index: int) -> Callable[[Tensor], Tensor]:
         """The forward pass of a block as it is when it is called, on states [B, T, H], gradients and all."""

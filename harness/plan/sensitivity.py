@@ -158,7 +158,8 @@ def _head_gradient(
     with stubbed_blocks(model, returns_tuple) as stubs:
         # Final norm and head look at one position at a time, so any slice of positions will do, and the token ids are
         # not looked at.
-        for part_TH, out_TH in zip(*(x.view(-1, width).split(at_once) for x in (hidden_NTH, gradient_NTH)), strict=True):
+        parts = (x_NTH.view(-1, width).split(at_once) for x_NTH in (hidden_NTH, gradient_NTH))
+        for part_TH, out_TH in zip(*parts, strict=True):
             given_NTH = stubs[-1].replay = part_TH[None].detach().requires_grad_()
             tokens_BT = torch.zeros(1, len(part_TH), dtype=torch.long, device=part_TH.device)
             log_p_TV = model(input_ids=tokens_BT, use_cache=False).logits[0].float().log_softmax(dim=-1)
@@ -326,6 +327,4 @@ def random_tokens(vocabulary: int, positions: int | None = None) -> Tensor:
     """What the layers of a data-free method are measured on [N, T], T being at most `positions`. The same for every
     seed: a method that no seed can change keeps one allocation."""
     context = min(RANDOM_CONTEXT, positions or RANDOM_CONTEXT)
-    return torch.randint(
-        vocabulary, (HESSIAN_TOKENS // context, context), generator=torch.Generator().manual_seed(0)
-    )
+    return torch.randint(vocabulary, (HESSIAN_TOKENS // context, context), generator=torch.Generator().manual_seed(0))
