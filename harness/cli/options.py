@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from harness.architectures import known_positions
 from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, resolve_model
 from harness.data.protocols import (
     PROFILES,
@@ -25,6 +24,7 @@ from harness.data.streams import with_text
 from harness.data.tasks import GROUPS, SOURCES, Task, parse_tasks
 from harness.measure.machine import cores
 from harness.model import PRESETS, Inventory, half_dtype, inventory, read_config, skeleton
+from harness.model.families import known_positions
 from harness.plan.allocation import MODES
 from harness.plan.budgets import Budget
 from harness.plan.cells import Compute, Plan, make_plan

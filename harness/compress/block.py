@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from harness.compress.forward import BATCH_TOKENS, PausedForward, abandon, advanced
 from harness.compress.statistics import add_gram, completed
-from harness.linear_layers import is_expert
 from harness.model import BlockSpec
+from harness.model.linear_layers import is_expert
 from kernels.formats.layer import LayerSpec
 from kernels.formats.tables import Table
 from methods.base import Compressed, Sensitivity

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness import __version__
-from harness.architectures import known_positions
 from harness.compress.loop import compress_model
 from harness.compress.training import finetune, save_adapter
 from harness.compressed import CompressedModel
@@ -27,6 +26,7 @@ from harness.evaluate.score import noise_floor, score
 from harness.evaluate.zero_shot import score_tasks
 from harness.measure.machine import peak_process_bytes
 from harness.model import Inventory, inventory, load_reference
+from harness.model.families import known_positions
 from harness.plan.allocation import mixed
 from harness.plan.budgets import parse_budget
 from harness.plan.cells import ARTIFACT_VERSION

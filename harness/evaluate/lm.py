@@ -13,8 +13,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harness.architectures import known_positions
 from harness.evaluate.branches import Scored, Text, follows_branches, log_likelihoods, longest_tree, plant
+from harness.model.families import known_positions
 from harness.progress import Progress, silent
 
 Tokenized = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation), and the token ids of both

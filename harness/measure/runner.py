@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
-from harness.architectures import known_positions
 from harness.compressed import CompressedModel
-from harness.linear_layers import linear_of
 from harness.measure.halves import keep_halves
 from harness.measure.native import token_decoder
+from harness.model.families import known_positions
+from harness.model.linear_layers import linear_of
 from kernels.dispatch import fused
 from kernels.formats.stored import StoredModule
 from kernels.timing import Call, graphed

@@ -34,12 +34,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.architectures import known_positions
 from harness.compress.forward import BlockInputs, stubbed_blocks
 from harness.compress.statistics import add_gram, completed
 from harness.data.files import atomic_path, cache_dir, digest, locked
 from harness.data.windows import stream_sha256
 from harness.model import BlockSpec, inventory
+from harness.model.families import known_positions
 from harness.progress import Progress, silent
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import prepare

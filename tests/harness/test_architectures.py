@@ -165,7 +165,7 @@ def prepared(made):
 def test_every_family_goes_the_whole_way_with_every_method(family, text, prepared, tmp_path):
     original, _, tokens, measured, states = prepared(family)
     model = copy.deepcopy(original)
-    stock, method, budget = inventory(model), parse_method(text), Fraction(6)
+    stock, method, budget = inventory(model), parse_method(text), Fraction(17, 4)
     costs = expected_costs(method, model, stock, budget, measured[method.needs.text], 0)
     plan = mixed(stock, budget, costs)
     compressed, _ = compress_model(model, stock, method, plan.layers, tokens, 0, tmp_path / "blocks")

@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from harness.architectures import require_supported
-from harness.linear_layers import with_linear_layers
+from harness.model.families import require_supported
+from harness.model.linear_layers import with_linear_layers
 from kernels.formats.layer import LayerSpec
 
 

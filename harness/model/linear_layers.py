@@ -5,6 +5,7 @@ projection of all experts. Both become `nn.Linear`s when a model is made, before
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def linear_of(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight_OI.shape
     linear.weight = nn.Parameter(weight_OI, requires_grad=False)
-    linear.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+    linear.register_parameter("bias", None if bias_O is None else nn.Parameter(bias_O, requires_grad=False))
     return linear
 
 
@@ -62,8 +63,8 @@ class LinearExperts(nn.Module):
 
     def __init__(self, experts: Any) -> None:
         super().__init__()
-        self.entrance = _entrance(experts)
-        for name in (self.entrance, "down_proj"):
+        self.projections = (_entrance(experts), "down_proj")
+        for name in self.projections:
             weights = getattr(experts, name).detach()
             biases = getattr(experts, f"{name}_bias").detach() if experts.has_bias else [None] * len(weights)
             if experts.is_transposed:
@@ -71,13 +72,14 @@ class LinearExperts(nn.Module):
             self.add_module(name, nn.ModuleList(map(linear_of, weights, biases)))
         for name in list(experts._parameters):
             delattr(experts, name)  # its activation is used on, its weights are ours
+        self.activate: Callable[[Tensor], Tensor]
         object.__setattr__(self, "activate", experts._apply_gate if experts.has_gate else experts.act_fn)
 
     def forward(self, hidden_NH: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Every token's sum over its experts [N, H]; of each token, which experts and how much of them [N, k]."""
         out_NH = torch.zeros_like(hidden_NH)
-        layers = zip(self.get_submodule(self.entrance).children(), self.down_proj.children(), strict=True)
-        for number, (entrance, down) in enumerate(layers):
+        layers = (self.get_submodule(name).children() for name in self.projections)
+        for number, (entrance, down) in enumerate(zip(*layers, strict=True)):
             token_S, place_S = torch.where(top_k_index == number)
             if not len(token_S) and isinstance(entrance, PackedLinear):
                 continue
