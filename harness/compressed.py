@@ -17,12 +17,12 @@ from typing import ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from harness.data.files import atomic_path
 from harness.data.record import Record
 from harness.ledger import Ledger, payload_bytes
-from harness.model import Inventory, inventory
+from harness.model import Inventory, empty_model, inventory
 from kernels.dispatch import kind
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.packed import PackedLinear
@@ -123,11 +123,7 @@ class CompressedModel:
     @classmethod
     def load(cls, folder: Path, device: str, dtype: torch.dtype) -> CompressedModel:
         """Rebuild from the folder alone; `dtype` is the compute dtype of everything that is not packed."""
-        from accelerate import init_empty_weights
-
-        config = AutoConfig.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):  # non-persistent buffers (rotary frequencies) must be real
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = empty_model(AutoConfig.from_pretrained(folder, dtype=dtype, trust_remote_code=False), dtype)
         stock = inventory(model)
         description = PackedDescription.read(folder / "packed.json")
         for name, spec in description.layers.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from harness.data.streams import with_text
 from harness.data.tasks import GROUPS, SOURCES, Task, parse_tasks
 from harness.measure.machine import cores
 from harness.model import PRESETS, Inventory, half_dtype, inventory, read_config, skeleton
+from harness.model.families import known_positions
 from harness.plan.allocation import MODES
 from harness.plan.budgets import Budget
 from harness.plan.cells import Compute, Plan, make_plan
@@ -180,6 +182,9 @@ def build_plan(
         model = resolve_model(arguments.model, arguments.revision, say)
     config = read_config(model.path, arguments.revision)
     stock = inventory(skeleton(config))
+    if arguments.model not in PRESETS:  # which say nothing of positions
+        _require_positions(known_positions(config), request)
+    model = replace(model, note="; ".join(filter(None, (model.note, stock.uncovered_note))))
     half = half_dtype(config)
     for _, method in request.methods:
         if isinstance(method, Half) and method.dtype != Half().dtype:
@@ -227,6 +232,22 @@ def build_plan(
     if not from_config and not getattr(arguments, "fresh", False):
         adopt(plan.cells, say)
     return replace(plan, tasks=request.tasks), stock, model
+
+
+def _require_positions(known: int | None, request: Request) -> None:
+    """Raises ValueError where a window would be longer than what the model knows: past that it looks up no position, or
+    one it was never trained on."""
+    calibrates = any(method.track != Track.DATA_FREE for _, method in request.methods)
+    trains = any(method.adaptation for _, method in request.methods)
+    used = [("--protocols", ",".join(request.protocols))]
+    used += [("--calibration", request.calibration.text)] if calibrates else []
+    used += [("--training", request.training.text)] if trains else []
+    fitting = [
+        (option, re.sub(r"@(\d+)", lambda found: f"@{min(int(found[1]), known or int(found[1]))}", text))
+        for option, text in used
+    ]
+    if wrong := [f"{option} {fits}" for (option, text), (_, fits) in zip(used, fitting, strict=True) if fits != text]:
+        raise ValueError(f"this model knows {known} positions, fewer than a window would have: write {' '.join(wrong)}")
 
 
 def _has_weights(name: str) -> bool:

@@ -48,8 +48,8 @@ def main(arguments: argparse.Namespace) -> int:
         end="",
     )
     print(f"{2 * stock.rest_weights / 2**30:.3f} GiB of embeddings, head and norms at 16 bits")
-    for name, count in list(stock.uncovered.items())[:4]:
-        print(f"  not covered by any method, counted at 16 bits: {name} ({count:,} weights)")
+    if stock.uncovered:
+        print(f"  {stock.uncovered_note}")
     for cell in plan.cells:
         if arguments.scope == "paper" and cell.budget:
             _print_paper_scope(cell, stock)

@@ -58,9 +58,11 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.out:
         writable(arguments.out)
     say = partial(console.print, style="dim")
-    plan, _, model = build_plan(arguments, request, say)
+    plan, stock, model = build_plan(arguments, request, say)
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
+    if stock.uncovered:
+        console.print(f"{model.name}: {stock.uncovered_note}", style="yellow")
     runnable = [cell for cell in plan.cells if not cell.refusal]
     for cell in plan.cells:
         if cell.refusal:

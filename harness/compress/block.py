@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.compress.forward import BATCH_TOKENS, PausedForward, abandon, advanced, run_block
+from harness.compress.forward import BATCH_TOKENS, PausedForward, abandon, advanced
 from harness.compress.statistics import add_gram, completed
 from harness.model import BlockSpec
+from harness.model.linear_layers import is_expert
 from kernels.formats.layer import LayerSpec
 from kernels.formats.tables import Table
 from methods.base import Compressed, Sensitivity
@@ -37,7 +37,7 @@ class _Slot(nn.Module):
 
 
 class BlockRun:
-    """methods.base.Block over a live block and the calibration activations in front of it.
+    """methods.base.Block over a live block and the calibration activations in front of it; `forward` runs the block.
 
     `original_NTH` are the activations of the uncompressed model; without them `drift` and `original_outputs` are not to
     be had. Use as a context: inside, the block's linear layers are slots; on leaving, what is installed in them takes
@@ -47,14 +47,13 @@ class BlockRun:
         self,
         model: PreTrainedModel,
         spec: BlockSpec,
-        module: nn.Module,
+        forward: Callable[[Tensor], Tensor],
         hidden_NTH: Tensor,
-        kwargs: dict[str, Any],
         original_NTH: Tensor | None = None,
         tables: Mapping[str, Table] | None = None,
         fisher: Mapping[str, Sensitivity] | None = None,
     ) -> None:
-        self.model, self.module, self.kwargs = model, module, kwargs
+        self.model, self._forward = model, forward
         self.tables, self._fisher = tables or {}, fisher or {}
         self.hidden_NTH, self.original_NTH = hidden_NTH, original_NTH
         self.layers: dict[str, LayerSpec] = {layer.name: layer for layer in spec.layers}
@@ -102,10 +101,10 @@ class BlockRun:
     @torch.no_grad()
     def drift(self, name: str) -> Tensor:
         """fp32 [I, I]: sum of (x' - x) x^T, x' being the uncompressed model's input of the layer where `hessian` sees
-        x."""
+        x. Zero for an expert: the two models send it other tokens, so that no x' belongs to an x."""
         size = self.layers[name].in_features
         drift_II = torch.zeros(size, size, device=self.hidden_NTH.device)
-        if name not in self._uncalled:
+        if name not in self._uncalled and not is_expert(self.model, name):
             stage = self._stage_of[name]
             for paused, original in zip(self._advance_to(stage), self._originals_to(stage), strict=True):
                 x_NI, original_NI = (p.stage_input.reshape(-1, size).float() for p in (paused, original))
@@ -174,9 +173,6 @@ class BlockRun:
     def _restart(self) -> None:
         abandon(self._passes)
         self._stale = False
-
-    def _forward(self, hidden_NTH: Tensor) -> Tensor:
-        return run_block(self.module, hidden_NTH, self.kwargs)
 
     def _reached(self, name: str, x: Tensor) -> bool:
         """A slot is about to run: note it while stages are being found, pause in front of the first layer of a stage.

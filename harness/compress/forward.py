@@ -1,34 +1,51 @@
 """A model's forward pass, one block at a time, and a block's, one stage at a time.
 
-`BlockInputs` records what every block receives besides its hidden state (masks, rotary angles), once, without running
-any block. `PausedForward` is a pass through one block that stops in front of every stage."""
+`BlockInputs` asks the model what every block receives besides its hidden state (masks, rotary angles, biases of
+positions), without running any block. `PausedForward` is a pass through a block that stops in front of every stage."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from harness.model import decoder_blocks
+from harness.model import decoder_blocks, states_of
 
 BATCH_TOKENS = 8192  # tokens pushed through a block at once: amortises decoding packed layers, bounds activations
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a block is called with besides its hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def same(self, other: Arguments) -> bool:
+        """Whether all tensors are the same."""
+        pairs = zip(*(tree_leaves((of.args, of.kwargs)) for of in (self, other)), strict=True)
+        return all(torch.equal(mine, its) for mine, its in pairs if isinstance(mine, Tensor))
 
 
 class BlockStub(nn.Module):
     """Stands in for a block: notes its arguments and hands the hidden state on, or `replay`, if that is set, in its
     place."""
 
+    arguments: Arguments
+
     def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
         self.returns_tuple = returns_tuple
         object.__setattr__(self, "block", block)  # not a submodule: .to() and state_dict() must not see it twice
         self.hidden: list[Tensor] = []
-        self.kwargs: dict[str, Any] = {}
         self.replay: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks (attention_type)
@@ -38,17 +55,16 @@ class BlockStub(nn.Module):
             return getattr(object.__getattribute__(self, "block"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        assert not args, "blocks are called with keyword arguments"
         out = self.replay
         if out is None:
             self.hidden.append(hidden_states)
-            self.kwargs = kwargs
+            self.arguments = Arguments(args, kwargs)
             out = hidden_states
         return (out,) if self.returns_tuple else out
 
 
 @contextmanager
-def stubbed_blocks(model: PreTrainedModel, returns_tuple: bool = False) -> Iterator[list[BlockStub]]:
+def stubbed_blocks(model: PreTrainedModel, returns_tuple: bool) -> Iterator[list[BlockStub]]:
     """Inside, every decoder block of the model is a stub: a forward pass costs the embedding and the head alone. What
     comes out of that pass is right only if the stubs return what the blocks do, a tensor or a tuple (Falcon, MPT)."""
     _, blocks = decoder_blocks(model)
@@ -63,24 +79,70 @@ def stubbed_blocks(model: PreTrainedModel, returns_tuple: bool = False) -> Itera
             blocks[index] = original
 
 
+@torch.no_grad()
+def _returns_tuple(model: PreTrainedModel) -> bool:
+    """Whether the blocks do: the first one runs on a single token."""
+    found: list[bool] = []
+    with stubbed_blocks(model, returns_tuple=False) as stubs:
+
+        def look(module: nn.Module, args: Any, out: Any) -> None:
+            found.append(isinstance(out, tuple))
+            for stub in stubs:
+                stub.returns_tuple = found[0]
+
+        first = stubs[0].block
+        decoder_blocks(model)[1][0] = first
+        handle = first.register_forward_hook(look)
+        try:
+            _body(model, torch.zeros(1, 1, dtype=torch.long))
+        finally:
+            handle.remove()
+    return found[0]
+
+
+def _body(model: PreTrainedModel, tokens_BT: Tensor) -> None:
+    model.base_model(input_ids=tokens_BT.to(next(model.parameters()).device), use_cache=False)
+
+
 class BlockInputs:
-    """Hidden states [N, T, H] in front of the first block, and each block's keyword arguments for a batch of any
-    size."""
+    """Hidden states [N, T, H] in front of the first block, and blocks that run on as many such windows as one likes.
+
+    What else a block is called with is found by handing the model a batch of that size: masks and biases need not
+    broadcast (Bloom's hold the batch and the heads in one dimension). Raises ValueError where it depends on the tokens
+    themselves: blocks run on states whose tokens nobody knows."""
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, tokens_NT: Tensor) -> None:
-        device = next(model.parameters()).device
-        with stubbed_blocks(model) as stubs:
-            # One window at a time, so that recorded masks and angles have batch 1 and broadcast over any batch.
-            for row_T in tokens_NT:
-                model.base_model(input_ids=row_T[None].to(device), use_cache=False)
+        self.model, self.first_T = model, tokens_NT[0]
+        self.returns_tuple = _returns_tuple(model)
+        with stubbed_blocks(model, self.returns_tuple) as stubs:
+            _body(model, tokens_NT[:1])
+            self._known = {1: [stub.arguments for stub in stubs]}
+            for window_1T in tokens_NT[1:].split(1):
+                _body(model, window_1T)
         self.hidden_NTH = torch.cat(stubs[0].hidden)
-        self.kwargs = [stub.kwargs for stub in stubs]
+        if not all(stub.arguments.same(first) for stub, first in zip(stubs, self._known[1], strict=True)):
+            raise ValueError(
+                f"models of type {model.config.model_type} tell their blocks something of every token besides its "
+                "state, which is not supported: give another model"
+            )
 
+    def block(self, index: int) -> Callable[[Tensor], Tensor]:
+        """The forward pass of a block as it is when it is called, on states [B, T, H], gradients and all."""
+        return partial(self._run, index)
 
-def run_block(module: nn.Module, hidden_NTH: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    out = module(hidden_NTH, **kwargs)
-    return out if isinstance(out, Tensor) else out[0]
+    def _run(self, index: int, hidden_BTH: Tensor) -> Tensor:
+        given = self._arguments(len(hidden_BTH))[index]
+        return states_of(decoder_blocks(self.model)[1][index](hidden_BTH, *given.args, **given.kwargs))
+
+    @torch.no_grad()
+    def _arguments(self, batch: int) -> list[Arguments]:
+        """Of every block, for a batch of this size."""
+        if batch not in self._known:
+            with stubbed_blocks(self.model, self.returns_tuple) as stubs:
+                _body(self.model, self.first_T.expand(batch, -1))
+            self._known[batch] = [stub.arguments for stub in stubs]
+        return self._known[batch]
 
 
 class _Abandoned(Exception):

@@ -21,7 +21,7 @@ from harness.compress.block import BlockRun
 from harness.compress.forward import BlockInputs
 from harness.compressed import CompressedModel, attach_tables, round_rest
 from harness.data.sealed import believed, load_tensors, save_tensors
-from harness.model import Inventory, decoder_blocks
+from harness.model import Inventory
 from harness.progress import Progress, first_line, silent
 from kernels.dispatch import reference_only
 from kernels.formats.dense import HALF_DTYPES
@@ -62,7 +62,6 @@ def compress_model(
     keeps finished blocks, `half` is the 16-bit type of everything that is not packed."""
     tables = _tables(model, method, configs, stock.layers, seed, folder / "tables.safetensors")
     round_rest(model, stock, HALF_DTYPES[half])
-    _, modules = decoder_blocks(model)
     # A data-free method sees no activation, but runs through the same loop on a single short window of nothing.
     needs_data = method.needs.hessian or method.needs.original
     assert tokens_NT is not None or not needs_data
@@ -73,11 +72,11 @@ def compress_model(
     original_NTH = hidden_NTH if method.needs.original else None
     reports: dict[str, dict[str, float]] = {}
     seconds = 0.0
-    for index, (spec, module) in enumerate(zip(stock.blocks, modules, strict=True)):
+    for index, spec in enumerate(stock.blocks):
         file = folder / f"block_{index:04d}.safetensors"
         kept = believed(file, load_tensors)
         start = time.perf_counter()
-        with BlockRun(model, spec, module, hidden_NTH, inputs.kwargs[index], original_NTH, tables, fisher) as block:
+        with BlockRun(model, spec, inputs.block(index), hidden_NTH, original_NTH, tables, fisher) as block:
             if kept:
                 done = _install(block, *kept, hidden_NTH.device)
             else:

@@ -27,6 +27,7 @@ from harness.evaluate.score import noise_floor, score
 from harness.evaluate.zero_shot import score_tasks
 from harness.measure.machine import peak_process_bytes
 from harness.model import Inventory, inventory, load_reference
+from harness.model.families import known_positions
 from harness.plan.allocation import mixed
 from harness.plan.budgets import parse_budget
 from harness.plan.cells import ARTIFACT_VERSION
@@ -194,7 +195,7 @@ def _allocate(
     budget, seed = parse_budget(spec.budget), spec.seed
     data_free = tokens_NT is None
     if tokens_NT is None:
-        tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size), 0
+        tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size, known_positions(model.config)), 0
     measured = _measured(spec, method, model, tokens_NT, seed, speak)
     if data_free:
         measured = {name: sensitivity.flat for name, sensitivity in measured.items()}

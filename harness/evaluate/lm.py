@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.evaluate.branches import Scored, Text, follows_branches, log_likelihoods, longest_tree, plant
+from harness.model.families import known_positions
 from harness.progress import Progress, silent
 
 Tokenized = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation), and the token ids of both
@@ -26,7 +27,7 @@ class BranchingLM(HFLM):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         # It warns of every model that is not given by its name.
         logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
-        super().__init__(pretrained=model, tokenizer=tokenizer)
+        super().__init__(pretrained=model, tokenizer=tokenizer, max_length=known_positions(model.config))
         self.progress: Progress = silent
         self.phase = "score"
         self.branching = follows_branches(model)

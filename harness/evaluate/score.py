@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from harness.data.sealed import save_tensors
 from harness.data.windows import Articles
-from harness.model import decoder_blocks, swapped_module
+from harness.model import decoder_blocks, decoder_name, in_place_of_states, states_of, swapped_module
 from harness.progress import Progress, silent
 from harness.store.results import Divergence, Losses
 
@@ -76,6 +76,15 @@ def _quantile(values_N: Tensor, q: float) -> float:
     return values_N.quantile(q).item() if len(values_N) else math.nan
 
 
+@dataclass
+class _Handed(BaseModelOutputWithPast):
+    """A decoder's output that holds states and nothing else a head may ask for (logits of routers, say)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _Given(nn.Module):
     """Stands in for the decoder: hands out hidden states computed before."""
 
@@ -83,8 +92,8 @@ class _Given(nn.Module):
         super().__init__()
         self.hidden: Tensor | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> _Handed:
+        return _Handed(last_hidden_state=self.hidden)
 
 
 @contextmanager
@@ -99,7 +108,7 @@ def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
             model(input_ids=torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)).logits[0].float()
         )
 
-    with swapped_module(model, model.base_model_prefix, given):
+    with swapped_module(model, decoder_name(model), given):
         yield head
 
 
@@ -170,9 +179,10 @@ def noise_floor(
     """Divergence of the reference from itself under one rounding unit of noise, on the first NOISE_WINDOWS windows."""
     generator = torch.Generator().manual_seed(0)
 
-    def disturb(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        noise = torch.rand(out.shape, generator=generator).mul_(2 * NOISE_UNIT).sub_(NOISE_UNIT)
-        return out * (1 + noise.to(out))
+    def disturb(module: nn.Module, args: Any, out: Any) -> Any:
+        states = states_of(out)
+        noise = torch.rand(states.shape, generator=generator).mul_(2 * NOISE_UNIT).sub_(NOISE_UNIT)
+        return in_place_of_states(out, states * (1 + noise.to(states)))
 
     hooks = [block.register_forward_hook(disturb) for block in decoder_blocks(model)[1]]
     try:

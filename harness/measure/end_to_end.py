@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from harness.compressed import CompressedModel, attach_tables
-from harness.model import half_dtype, inventory
+from harness.model import empty_model, half_dtype, inventory
 from kernels.formats.codebook import table_spec
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.layer import LayerConfig, LayerSpec
@@ -32,11 +32,7 @@ def random_model(
     config: PretrainedConfig, layers: Mapping[str, LayerConfig], device: str, dtype: torch.dtype
 ) -> CompressedModel:
     """A model whose layers, by name, have random bits in these configurations; `dtype` is the compute dtype."""
-    from accelerate import init_empty_weights
-
-    config = type(config)(**config.to_dict())  # building a model writes into it
-    with init_empty_weights(include_buffers=False):  # non-persistent buffers (rotary frequencies) must be real
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = empty_model(type(config)(**config.to_dict()), dtype)  # building a model writes into its configuration
     stock, half = inventory(model), half_dtype(config)
     tables: dict[str, Table] = {}
     for seed, layer in enumerate(stock.layers):

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, StaticCache
 from harness.compressed import CompressedModel
 from harness.measure.halves import keep_halves
 from harness.measure.native import token_decoder
+from harness.model.families import known_positions
+from harness.model.linear_layers import linear_of
 from kernels.dispatch import fused
-from kernels.formats.packed import PackedLinear
 from kernels.formats.stored import StoredModule
 from kernels.timing import Call, graphed
 from kernels.views import Kept
@@ -35,19 +36,11 @@ def timed_model(loaded: CompressedModel) -> PreTrainedModel:
     on_cpu = model.device.type == "cpu"
     for name, layer in loaded.packed.items():
         if layer.format == "dense" and not (on_cpu and fused(layer, "cpu")):
-            model.set_submodule(name, _linear(layer, model.dtype))
+            bias_O = None if layer.bias is None else layer.bias.to(model.dtype)
+            model.set_submodule(name, linear_of(layer.decode().to(model.dtype), bias_O))
     if on_cpu:
         keep_halves(model, loaded.half)
     return model
-
-
-def _linear(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
-    linear = nn.Linear(1, 1, bias=False).requires_grad_(False)
-    linear.in_features, linear.out_features = layer.in_features, layer.out_features
-    linear.weight = nn.Parameter(layer.decode().to(dtype), requires_grad=False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-    return linear
 
 
 class Runner:
@@ -152,7 +145,7 @@ def prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
 
 
 def _positions(model: PreTrainedModel) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return known_positions(model.config) or 1 << 30
 
 
 def _room(model: PreTrainedModel) -> int:

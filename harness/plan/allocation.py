@@ -70,7 +70,7 @@ def uniform(method: Method, stock: Inventory, budget: Fraction | None) -> Alloca
     ]
     if not fitting:
         least = min((ledger.stored_bpw for _, ledger in found), default=math.inf)
-        raise _least(method, least)
+        raise _least(method, stock, least)
     first = stock.layers[0].name
     configs, ledger = max(fitting, key=lambda item: method.preference(item[0][first], item[1].bits, item[1].weights))
     return Allocation(configs, ledger)
@@ -92,7 +92,7 @@ def require_mixable(method: Method, stock: Inventory, budget: Fraction) -> None:
     }
     bits = sum(least[sort_of(layer)] for layer in stock.layers) + stock.uncovered_bits
     if bits > budget * stock.weights:
-        raise _least(method, bits / stock.weights)
+        raise _least(method, stock, bits / stock.weights)
 
 
 def mixed(stock: Inventory, budget: Fraction, costs: Mapping[str, Mapping[LayerConfig, float]]) -> Allocation:
@@ -175,7 +175,8 @@ def alike(stock: Inventory) -> dict[tuple[str, int, int], LayerSpec]:
     return {sort_of(layer): layer for layer in stock.layers}
 
 
-def _least(method: Method, bpw: float) -> BudgetError:
+def _least(method: Method, stock: Inventory, bpw: float) -> BudgetError:
     if math.isinf(bpw):
         return BudgetError(f"{method.name} has no configuration with these options for a layer of this model")
-    return BudgetError(f"{method.name} stores at least {bpw:.4f} bits per weight on this model")
+    why = f": {stock.uncovered_note}" if stock.uncovered else ""
+    return BudgetError(f"{method.name} stores at least {bpw:.4f} bits per weight on this model{why}")

@@ -33,12 +33,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.compress.forward import BlockInputs, run_block, stubbed_blocks
+from harness.compress.forward import BlockInputs, stubbed_blocks
 from harness.compress.statistics import add_gram, completed
 from harness.data.files import cache_dir, digest, locked
 from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.data.windows import stream_sha256
-from harness.model import BlockSpec, decoder_blocks, inventory
+from harness.model import BlockSpec, inventory
+from harness.model.families import known_positions
 from harness.progress import Progress, silent
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import Indefinite, NotFinite, prepare
@@ -108,7 +109,6 @@ class _Walk:
     def __init__(self, model: PreTrainedModel, tokens_NT: Tensor, followed_back: int) -> None:
         """Only the first `followed_back` windows are gone back through."""
         self.model, self.tokens_NT, self.followed_back = model, tokens_NT, followed_back
-        _, self.modules = decoder_blocks(model)
         self.blocks = inventory(model).blocks
         self.inputs = BlockInputs(model, tokens_NT)
         self.kept_NTH: list[Tensor] = []
@@ -121,29 +121,23 @@ class _Walk:
     def forward(self, watches: Sequence[Watch]) -> Iterator[int]:
         """Yields the index of every block when it has run."""
         hidden_NTH = self.inputs.hidden_NTH
-        for index, module in enumerate(self.modules):
+        for index in range(len(self.blocks)):
             self.kept_NTH.append(hidden_NTH[: self.followed_back].clone())
             with torch.no_grad(), _hooked(self.model, self.blocks[index], watches[index]):
-                hidden_NTH = torch.cat(
-                    [run_block(module, window_TH[None], self.inputs.kwargs[index]) for window_TH in hidden_NTH]
-                )
+                hidden_NTH = torch.cat([*map(self.inputs.block(index), hidden_NTH.split(1))])
             yield index
         self.last_NTH = hidden_NTH[: self.followed_back]
 
     def backward(self, watches: Sequence[Watch], *, seed: int = 0, targets_NT: Tensor | None = None) -> Iterator[int]:
         """From the loss of predicting `targets_NT` (of the last place of a window nothing), or tokens drawn by `seed`;
         yields the index of every block when it has been gone back through."""
-        with torch.no_grad():
-            returns_tuple = not isinstance(self.modules[0](self.inputs.hidden_NTH[:1], **self.inputs.kwargs[0]), Tensor)
-        gradient_NTH = _head_gradient(self.model, self.last_NTH, seed, targets_NT, returns_tuple)
-        for index in reversed(range(len(self.modules))):
+        gradient_NTH = _head_gradient(self.model, self.last_NTH, seed, targets_NT, self.inputs.returns_tuple)
+        for index in reversed(range(len(self.blocks))):
             hidden_NTH = self.kept_NTH.pop()
             with _hooked(self.model, self.blocks[index], watches[index]):
                 for n, window_TH in enumerate(hidden_NTH):
                     given_NTH = window_TH[None].detach().requires_grad_()
-                    run_block(self.modules[index], given_NTH, self.inputs.kwargs[index]).backward(
-                        gradient_NTH[n : n + 1]
-                    )
+                    self.inputs.block(index)(given_NTH).backward(gradient_NTH[n : n + 1])
                     gradient_NTH[n] = given_NTH.grad[0]
             yield index
 
@@ -156,16 +150,16 @@ def _head_gradient(
     generator = torch.Generator().manual_seed(seed)
     gradient_NTH = torch.empty_like(hidden_NTH)
     width = hidden_NTH.shape[-1]
+    at_once = min(HEAD_TOKENS, known_positions(model.config) or HEAD_TOKENS)
     if targets_NT is not None:
         targets_NT = targets_NT.clone()
         targets_NT[:, -1] = NOTHING
-    targets = iter(()) if targets_NT is None else iter(targets_NT.flatten().to(hidden_NTH.device).split(HEAD_TOKENS))
+    targets = iter(()) if targets_NT is None else iter(targets_NT.flatten().to(hidden_NTH.device).split(at_once))
     with stubbed_blocks(model, returns_tuple) as stubs:
         # Final norm and head look at one position at a time, so any slice of positions will do, and the token ids are
         # not looked at.
-        for part_TH, out_TH in zip(
-            *(x.view(-1, width).split(HEAD_TOKENS) for x in (hidden_NTH, gradient_NTH)), strict=True
-        ):
+        parts = (x_NTH.view(-1, width).split(at_once) for x_NTH in (hidden_NTH, gradient_NTH))
+        for part_TH, out_TH in zip(*parts, strict=True):
             given_NTH = stubs[-1].replay = part_TH[None].detach().requires_grad_()
             tokens_BT = torch.zeros(1, len(part_TH), dtype=torch.long, device=part_TH.device)
             log_p_TV = model(input_ids=tokens_BT, use_cache=False).logits[0].float().log_softmax(dim=-1)
@@ -215,7 +209,7 @@ class _Grams:
 
     def columns(self) -> dict[str, Tensor]:
         """Every layer's costs by column [I]; the sums are let go."""
-        column_I = {name: self._column(name, total / self.tokens[name]) for name, total in self.sum.items()}
+        column_I = {name: self._column(name, total / max(1, self.tokens[name])) for name, total in self.sum.items()}
         self.sum.clear()
         return {name: column_I[owner] for name, owner in self.owner.items()}
 
@@ -226,6 +220,8 @@ class _Grams:
             )
         if not self.feedback:
             return mean
+        if not mean.any():  # an expert no token was sent to
+            return mean.diagonal()
         try:
             factored = prepare(completed(mean), act_order=True, damp=DAMP)
         except Indefinite:  # as when it is packed: no feedback
@@ -333,9 +329,8 @@ def remembered_sensitivities(
     return {name: Sensitivity(tensors[f"{name}.row"], tensors[f"{name}.column"]) for name in names}
 
 
-def random_tokens(vocabulary: int) -> Tensor:
-    """What the layers of a data-free method are measured on [N, T]. The same for every seed: a method that no seed can
-    change keeps one allocation."""
-    return torch.randint(
-        vocabulary, (HESSIAN_TOKENS // RANDOM_CONTEXT, RANDOM_CONTEXT), generator=torch.Generator().manual_seed(0)
-    )
+def random_tokens(vocabulary: int, positions: int | None = None) -> Tensor:
+    """What the layers of a data-free method are measured on [N, T], T being at most `positions`. The same for every
+    seed: a method that no seed can change keeps one allocation."""
+    context = min(RANDOM_CONTEXT, positions or RANDOM_CONTEXT)
+    return torch.randint(vocabulary, (HESSIAN_TOKENS // context, context), generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,8 @@ class LayerSpec:
     """One linear layer, known from shapes alone."""
 
     name: str  # dotted name in the model
-    role: str  # its name within the block, shared by the same layer of every block ("self_attn.q_proj")
+    # Its name within the block, shared by the same layer of every block ("self_attn.q_proj") and by all experts.
+    role: str
     out_features: int
     in_features: int
     bias: bool

@@ -13,10 +13,8 @@ from harness.compress.loop import compress_model
 from harness.compressed import CompressedModel
 from harness.ledger import payload_bytes, planned
 from harness.model import decoder_blocks, half_dtype, inventory, load_reference, read_config, skeleton
-from harness.plan.allocation import BudgetError, mixed, uniform
+from harness.plan.allocation import BudgetError, uniform
 from harness.plan.budgets import parse_budget
-from harness.plan.costs import expected_costs
-from harness.plan.sensitivity import measure_sensitivities
 from kernels.cpu.build import library
 from kernels.formats.packed import PackedLinear
 from methods import parse_method
@@ -94,10 +92,9 @@ def test_true_sequential_inputs_are_those_of_the_packed_prefix(truncated, tokens
     model = load_reference(truncated.path, "cpu", torch.float32)
     stock = inventory(model)
     inputs = BlockInputs(model, tokens)
-    module = decoder_blocks(model)[1][0]
     rtn = parse_method("rtn")
     plan = uniform(rtn, stock, Fraction(13, 4)).layers
-    with BlockRun(model, stock.blocks[0], module, inputs.hidden_NTH, inputs.kwargs[0]) as block:
+    with BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden_NTH) as block:
         assert [[n.rpartition(".")[2] for n in stage] for stage in block.stages()] == [
             ["q_proj", "k_proj", "v_proj"],
             ["o_proj"],
@@ -127,7 +124,7 @@ def test_a_method_that_looks_again_gets_a_fresh_pass(truncated, tokens):
     model = load_reference(truncated.path, "cpu", torch.float32)
     stock = inventory(model)
     inputs = BlockInputs(model, tokens)
-    with BlockRun(model, stock.blocks[0], decoder_blocks(model)[1][0], inputs.hidden_NTH, inputs.kwargs[0]) as block:
+    with BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden_NTH) as block:
         q, down = block.stages()[0][0], block.stages()[3][0]
         first = block.hessian(q)
         before = block.hessian(down)
@@ -147,7 +144,7 @@ def test_an_error_inside_a_block_reaches_the_caller(truncated, tokens):
     module = decoder_blocks(model)[1][0]
     with (
         pytest.raises(RuntimeError, match="broken"),
-        BlockRun(model, stock.blocks[0], module, inputs.hidden_NTH, inputs.kwargs[0]) as block,
+        BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden_NTH) as block,
     ):
 
         def broken(*_):
@@ -166,57 +163,6 @@ TINY = dict(
     num_key_value_heads=2,
     head_dim=16,
 )
-ARCHITECTURES = {
-    "qwen2": TINY,  # biases on q, k, v
-    "gemma3_text": TINY
-    | dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"]),  # masks differ by block
-    "phi3": TINY | dict(pad_token_id=0),  # fused qkv and gate-up
-    "falcon": dict(  # blocks return tuples; one input for attention and MLP
-        vocab_size=512,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        parallel_attn=True,
-        new_decoder_architecture=False,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["gptq", "reallm"])
-def test_other_architectures_run_through(name, method, tmp_path):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **ARCHITECTURES[name])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear) and layer.bias is not None:
-            torch.nn.init.normal_(layer.bias)
-    model.save_pretrained(tmp_path / "model")
-    tokens = torch.randint(0, 512, (4, 48))
-    loaded, parsed, budget = load_reference(tmp_path / "model", "cpu", torch.float32), parse_method(method), Fraction(6)
-    measured = measure_sensitivities(loaded, tokens, seed=0)
-    assert set(measured) == {layer.name for layer in inventory(loaded).layers}
-    allocation = mixed(
-        inventory(loaded), budget, expected_costs(parsed, loaded, inventory(loaded), budget, measured, seed=0)
-    )
-    assert budget - Fraction(1, 5) < Fraction(allocation.ledger.stored_bits, allocation.ledger.weights) <= budget
-    assert len(set(allocation.layers.values())) > 1 and allocation.bound <= allocation.predicted
-    compressed, _ = compress_model(loaded, inventory(loaded), parsed, allocation.layers, tokens, 0, tmp_path / "blocks")
-    compressed.save(tmp_path / "artifact")
-    reloaded = CompressedModel.load(tmp_path / "artifact", "cpu", torch.float32)
-    with torch.no_grad():
-        expected, got = compressed.model(tokens).logits, reloaded.model(tokens).logits
-        reference = model(tokens).logits
-    assert torch.equal(expected, got)
-    assert float((got - reference).norm() / reference.norm()) < 0.5
-
-
-def test_block_weights_that_are_no_linear_layer_count_at_sixteen_bits():
-    config = AutoConfig.for_model("mixtral", **TINY, num_local_experts=2)
-    stock = inventory(skeleton(config))
-    assert any("experts" in name for name in stock.uncovered)
-    with pytest.raises(BudgetError, match="at least"):
-        uniform(parse_method("gptq"), stock, Fraction(4))
 
 
 @pytest.mark.parametrize(

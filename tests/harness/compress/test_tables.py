@@ -19,7 +19,7 @@ from harness.compressed import CompressedModel
 from harness.data.protocols import parse_calibration
 from harness.data.windows import calibration_windows
 from harness.ledger import payload_bytes, planned
-from harness.model import BlockSpec, Inventory, decoder_blocks, inventory, load_reference
+from harness.model import BlockSpec, Inventory, inventory, load_reference
 from harness.plan.allocation import mixed
 from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
 from kernels.formats.mlp_table import MlpTable
@@ -130,10 +130,9 @@ def test_drift_is_the_difference_of_two_models(truncated, tokens):
     stock = inventory(model)
     inputs, rtn = BlockInputs(model, tokens), parse_method("rtn")
     hidden_NTH = original_NTH = inputs.hidden_NTH
-    _, modules = decoder_blocks(model)
     config = {layer.name: rtn.candidates(layer)[0] for layer in stock.layers}
     for index in (0, 1):
-        block = BlockRun(model, stock.blocks[index], modules[index], hidden_NTH, inputs.kwargs[index], original_NTH)
+        block = BlockRun(model, stock.blocks[index], inputs.block(index), hidden_NTH, original_NTH)
         with block:
             for stage in block.stages():
                 name = stage[0]
@@ -154,8 +153,8 @@ def test_drift_is_the_difference_of_two_models(truncated, tokens):
 @torch.no_grad()
 def test_a_restored_block_is_the_original_until_it_is_packed_again(truncated, tokens):
     model, rtn = load_reference(truncated.path, "cpu", torch.float32), parse_method("rtn")
-    stock, inputs, (_, modules) = inventory(model), BlockInputs(model, tokens[:2]), decoder_blocks(model)
-    with BlockRun(model, stock.blocks[0], modules[0], inputs.hidden_NTH, inputs.kwargs[0], inputs.hidden_NTH) as block:
+    stock, inputs = inventory(model), BlockInputs(model, tokens[:2])
+    with BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden_NTH, inputs.hidden_NTH) as block:
         packed = {
             name: rtn.compress(LayerData(block.weight(name)), layer, rtn.candidates(layer)[0])
             for name, layer in block.layers.items()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from harness.data.checkpoint import view
+from harness.model.families import require_supported
+from harness.model.linear_layers import with_linear_layers
 from harness.progress import first_line
 from kernels.formats.layer import LayerSpec
 
@@ -87,6 +89,23 @@ class Inventory:
     def uncovered_bits(self) -> int:
         return 16 * sum(self.uncovered.values())
 
+    @property
+    def uncovered_note(self) -> str:
+        """What a reader must know of them; "" where there are none."""
+        if not self.uncovered:
+            return ""
+        roles = dict.fromkeys(_role(name, block.name) for name in self.uncovered for block in self.blocks)
+        share = sum(self.uncovered.values()) / self.weights
+        names = ", ".join(filter(None, roles))
+        return f"{100 * share:.2g} % of the block weights are in no linear layer and count at 16 bits ({names})"
+
+
+def _role(name: str, block: str) -> str:
+    """A name inside a block, less the number of an expert; "" for a name outside."""
+    prefix, _, role = name.partition(f"{block}.")
+    head, _, last = role.rpartition(".")
+    return "" if prefix else head if last.isdecimal() else role
+
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """(dotted name, list) of the decoder blocks. Raises ValueError for a model that has none."""
@@ -99,17 +118,33 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
+def states_of(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The hidden states a block gives, alone or in front of others."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def in_place_of_states(out: Tensor | tuple[Tensor, ...], hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """What a block gives, with these hidden states."""
+    return hidden if isinstance(out, Tensor) else (hidden, *out[1:])
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """Dotted name of the module that owns the blocks: what it gives is what the head gets."""
+    return decoder_blocks(model)[0].rpartition(".")[0]
+
+
 def inventory(model: PreTrainedModel) -> Inventory:
     """Raises ValueError when no block has a linear layer to compress."""
     prefix, modules = decoder_blocks(model)
     blocks, covered = [], set()
     for index, module in enumerate(modules):
         layers = []
-        for role, layer in module.named_modules():
+        for inside, layer in module.named_modules():
             if isinstance(layer, nn.Linear):
-                name = f"{prefix}.{index}.{role}"
+                name = f"{prefix}.{index}.{inside}"
                 covered.add(f"{name}.weight")
-                layers.append(LayerSpec(name, role, layer.out_features, layer.in_features, layer.bias is not None))
+                role, bias = _role(name, f"{prefix}.{index}"), layer.bias is not None
+                layers.append(LayerSpec(name, role, layer.out_features, layer.in_features, bias))
         blocks.append(BlockSpec(f"{prefix}.{index}", tuple(layers)))
     if not covered:
         raise ValueError(
@@ -147,14 +182,23 @@ def read_config(source: str | Path, revision: str | None = None) -> PretrainedCo
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model with shapes only. Raises ValueError when there is none of such sizes."""
+    """The model with shapes only. Raises ValueError for a type of model that cannot be run here, or of such sizes."""
+    require_supported(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return with_linear_layers(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except Exception as error:  # a layer's constructor raises what it likes
         raise ValueError(
             f"config.json describes no causal language model that can be built ({first_line(error)}): check its sizes"
         ) from error
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights, but with the buffers that no checkpoint holds (rotary frequencies)."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return with_linear_layers(AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
 
 
 def half_dtype(config: PretrainedConfig) -> str:
@@ -193,7 +237,7 @@ def load_reference(path: Path, device: str, dtype: torch.dtype) -> PreTrainedMod
     if not any(bool(p.any()) for p in decoder_blocks(model)[1].parameters() if p.ndim >= 2):
         raise ValueError(f"every matrix of {path} is zero: it was saved before it had weights")
     model.config.name_or_path = str(path)  # not the view's
-    return model.to(device).eval()
+    return with_linear_layers(model).to(device).eval()
 
 
 def _require_own(path: Path, verb: str, problem: str, names: Iterable[str]) -> None:
