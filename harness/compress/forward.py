@@ -118,8 +118,8 @@ class BlockInputs:
         with stubbed_blocks(model, self.returns_tuple) as stubs:
             _body(model, tokens_NT[:1])
             self._known = {1: [stub.arguments for stub in stubs]}
-            for window_1T in tokens_NT[1:].split(1):
-                _body(model, window_1T)
+            for window_T in tokens_NT[1:]:
+                _body(model, window_T[None])
         self.hidden_NTH = torch.cat(stubs[0].hidden)
         if not all(stub.arguments.same(first) for stub, first in zip(stubs, self._known[1], strict=True)):
             raise ValueError(

@@ -174,7 +174,7 @@ def test_every_family_goes_the_whole_way_with_every_method(family, text, prepare
     compressed.save(tmp_path / "saved")
     reloaded = CompressedModel.load(tmp_path / "saved", "cpu", torch.float32)
     assert set(reloaded.packed) == {layer.name for layer in stock.layers}
-    assert reloaded.ledger() == plan.ledger and plan.ledger.fits(budget) and plan.bound <= plan.predicted
+    assert reloaded.ledger() == plan.ledger and plan.ledger.fits(budget) and plan.bound <= plan.predicted * (1 + 1e-9)
     assert not underspent(plan.ledger.stored_bits, stock.weights, budget - Fraction(1, 5))
     assert len(set(plan.layers.values())) > 1  # mixed
     with torch.inference_mode():
