@@ -24,7 +24,7 @@ kept. `measure_fisher` reduces them in hooks on the way back: no gradient of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -40,6 +40,7 @@ from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.data.windows import stream_sha256
 from harness.model import BlockSpec, inventory
 from harness.model.families import known_positions
+from harness.plan.unfinished import Unfinished, prefixed, under
 from harness.progress import Progress, silent
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import Indefinite, NotFinite, prepare
@@ -54,52 +55,79 @@ FISHER_TOKENS = 4096  # whose states are kept in front of every block at once
 NOTHING = -100  # a target that is none
 MEASURES = ("feedback", "plain", "fisher")
 PHASE = "measure layers"
+NOWHERE = Unfinished()
 
 Watch = Callable[[str, Tensor, Tensor], None]  # name, input and output of a layer that has run
 
 
 def measure_sensitivities(
-    model: PreTrainedModel, tokens_NT: Tensor, seed: int, feedback: bool = True, progress: Progress = silent
+    model: PreTrainedModel,
+    tokens_NT: Tensor,
+    seed: int,
+    feedback: bool = True,
+    progress: Progress = silent,
+    unfinished: Unfinished = NOWHERE,
 ) -> dict[str, Sensitivity]:
     """One `Sensitivity` for every linear layer the windows [N, T] reach; `seed` draws the predicted tokens. `feedback`:
-    errors will be passed on between columns."""
+    errors will be passed on between columns. Goes on from what is `unfinished`."""
     blocks = inventory(model).blocks
-    column_I: dict[str, Tensor] = {}
-    row_O: dict[str, Tensor] = {}
     tokens_NT = tokens_NT[: -(-HESSIAN_TOKENS // tokens_NT.shape[1])]
     followed_back = -(-GRADIENT_TOKENS // tokens_NT.shape[1])
+    steps, kept = unfinished.state(str(next(model.parameters()).device))
+    column_I, square_O = under("column", kept), under("square", kept)
     with _frozen(model):
-        grams = [_Grams(feedback) for _ in blocks]
         walk = _Walk(model, tokens_NT, followed_back)
+        walk.go_on(steps, kept)
+
+        def found() -> dict[str, Tensor]:
+            return prefixed("column", column_I) | prefixed("square", square_O) | walk.state()
+
+        grams = [_Grams(feedback) for _ in blocks]
         for index in walk.forward(grams):
             column_I |= grams[index].columns()
+            unfinished.keep(index + 1, found)
             progress(PHASE, index + 1, 2 * len(blocks))
         squares = [_Squares() for _ in blocks]
         for index in walk.backward(squares, seed=seed):
-            row_O |= {name: square_O / walk.tokens for name, square_O in squares[index].square_O.items()}
+            square_O |= squares[index].square_O
+            unfinished.keep(2 * len(blocks) - index, found)
             progress(PHASE, 2 * len(blocks) - index, 2 * len(blocks))
+    row_O = {name: total_O / walk.tokens for name, total_O in square_O.items()}
     return {name: Sensitivity(row, column_I[name]) for name, row in row_O.items() if row.any() and column_I[name].any()}
 
 
-def measure_fisher(model: PreTrainedModel, tokens_NT: Tensor, progress: Progress = silent) -> dict[str, Sensitivity]:
+def measure_fisher(
+    model: PreTrainedModel, tokens_NT: Tensor, progress: Progress = silent, unfinished: Unfinished = NOWHERE
+) -> dict[str, Sensitivity]:
     """The Fisher information of every linear layer as a product of rows and columns, per token; of rows that no loss
     reaches it is zero. A window is a sequence; its loss is that of predicting its own tokens."""
     blocks = inventory(model).blocks
     squares = [_Gradients() for _ in blocks]
+    done, kept = unfinished.state(str(next(model.parameters()).device))
+    of_layer = {layer.name: squares[index].means for index, block in enumerate(blocks) for layer in block.layers}
+    for name, row_O in under("row", kept).items():
+        of_layer[name][name] = (row_O, kept[f"column/{name}"])
     at_once = max(1, FISHER_TOKENS // tokens_NT.shape[1])
     with _frozen(model):
-        for start in range(0, len(tokens_NT), at_once):
+        for start in range(done, len(tokens_NT), at_once):
             walk = _Walk(model, tokens_NT[start : start + at_once], at_once)
             for _ in walk.forward([_ignore] * len(blocks)):
                 pass
             for index in walk.backward(squares, targets_NT=walk.tokens_NT.roll(-1, dims=1)):
-                done = start * len(blocks) + len(walk.tokens_NT) * (len(blocks) - index)
-                progress(PHASE, done, len(tokens_NT) * len(blocks))
+                back = start * len(blocks) + len(walk.tokens_NT) * (len(blocks) - index)
+                progress(PHASE, back, len(tokens_NT) * len(blocks))
+            unfinished.keep(start + at_once, partial(_means, squares))
     found = {}
     for name, (row_O, column_I) in ((name, means) for block in squares for name, means in block.means.items()):
         mean = row_O.mean().clamp_min(torch.finfo(torch.float32).tiny)
         found[name] = Sensitivity(row_O / tokens_NT.numel(), column_I / mean)
     return found
+
+
+def _means(blocks: Sequence[_Gradients]) -> dict[str, Tensor]:
+    found = {name: means for block in blocks for name, means in block.means.items()}
+    rows, columns = ({name: means[side] for name, means in found.items()} for side in (0, 1))
+    return prefixed("row", rows) | prefixed("column", columns)
 
 
 class _Walk:
@@ -111,34 +139,55 @@ class _Walk:
         self.model, self.tokens_NT, self.followed_back = model, tokens_NT, followed_back
         self.blocks = inventory(model).blocks
         self.inputs = BlockInputs(model, tokens_NT)
-        self.kept_NTH: list[Tensor] = []
+        self.hidden_NTH = self.inputs.hidden_NTH  # in front of the next block
+        self.kept_NTH: list[Tensor] = []  # of the windows that are followed back, in front of every block so far
+        self.gradient_NTH: Tensor | None = None  # with respect to what the last block gone back through was given
 
     @property
     def tokens(self) -> int:
         """How many tokens are followed back."""
         return self.tokens_NT[: self.followed_back].numel()
 
+    def state(self) -> dict[str, Tensor]:
+        """What `go_on` needs to continue from here."""
+        found = {f"kept/{index}": kept_NTH for index, kept_NTH in enumerate(self.kept_NTH)}
+        if self.gradient_NTH is None:
+            return found | {"hidden": self.hidden_NTH}
+        return found | {"gradient": self.gradient_NTH}
+
+    def go_on(self, steps: int, state: Mapping[str, Tensor]) -> None:
+        """Take up a walk that had gone so many blocks forward, and then back."""
+        if steps:
+            kept = under("kept", state)
+            self.kept_NTH = [kept[str(index)] for index in range(len(kept))]
+            self.hidden_NTH = state.get("hidden", self.hidden_NTH)
+            self.gradient_NTH = state.get("gradient")
+
     def forward(self, watches: Sequence[Watch]) -> Iterator[int]:
         """Yields the index of every block when it has run."""
-        hidden_NTH = self.inputs.hidden_NTH
-        for index in range(len(self.blocks)):
-            self.kept_NTH.append(hidden_NTH[: self.followed_back].clone())
+        if self.gradient_NTH is not None:
+            return
+        for index in range(len(self.kept_NTH), len(self.blocks)):
+            self.kept_NTH.append(self.hidden_NTH[: self.followed_back].clone())
             with torch.no_grad(), _hooked(self.model, self.blocks[index], watches[index]):
-                hidden_NTH = torch.cat([*map(self.inputs.block(index), hidden_NTH.split(1))])
+                self.hidden_NTH = torch.cat([*map(self.inputs.block(index), self.hidden_NTH.split(1))])
             yield index
-        self.last_NTH = hidden_NTH[: self.followed_back]
 
     def backward(self, watches: Sequence[Watch], *, seed: int = 0, targets_NT: Tensor | None = None) -> Iterator[int]:
         """From the loss of predicting `targets_NT` (of the last place of a window nothing), or tokens drawn by `seed`;
         yields the index of every block when it has been gone back through."""
-        gradient_NTH = _head_gradient(self.model, self.last_NTH, seed, targets_NT, self.inputs.returns_tuple)
-        for index in reversed(range(len(self.blocks))):
-            hidden_NTH = self.kept_NTH.pop()
+        if self.gradient_NTH is None:
+            last_NTH = self.hidden_NTH[: self.followed_back]
+            self.gradient_NTH = _head_gradient(self.model, last_NTH, seed, targets_NT, self.inputs.returns_tuple)
+        while self.kept_NTH:
+            hidden_NTH, index = self.kept_NTH[-1], len(self.kept_NTH) - 1
             with _hooked(self.model, self.blocks[index], watches[index]):
                 for n, window_TH in enumerate(hidden_NTH):
                     given_NTH = window_TH[None].detach().requires_grad_()
-                    self.inputs.block(index)(given_NTH).backward(gradient_NTH[n : n + 1])
-                    gradient_NTH[n] = given_NTH.grad[0]
+                    self.inputs.block(index)(given_NTH).backward(self.gradient_NTH[n : n + 1])
+                    assert given_NTH.grad is not None
+                    self.gradient_NTH[n] = given_NTH.grad[0]
+            self.kept_NTH.pop()
             yield index
 
 
@@ -311,10 +360,11 @@ def remembered_sensitivities(
     with locked(path, "the sensitivities of this model's layers"):
         kept = believed(path, load_tensors)
         if kept is None:
+            unfinished = Unfinished(path.with_name(f"{path.stem}.unfinished.safetensors"))
             if measure == "fisher":
-                found = measure_fisher(model, tokens_NT, progress)
+                found = measure_fisher(model, tokens_NT, progress, unfinished)
             else:
-                found = measure_sensitivities(model, tokens_NT, seed, measure == "feedback", progress)
+                found = measure_sensitivities(model, tokens_NT, seed, measure == "feedback", progress, unfinished)
             for name, s in found.items():
                 if not all(bool(torch.isfinite(vector).all()) for vector in (s.row_O, s.column_I)):
                     raise NotFinite(
@@ -322,6 +372,7 @@ def remembered_sensitivities(
                     )
             vectors = {f"{name}.row": s.row_O for name, s in found.items()}
             save_tensors(path, vectors | {f"{name}.column": s.column_I.clone() for name, s in found.items()})
+            unfinished.forget()
             kept = load_tensors(path)
     device = next(model.parameters()).device
     tensors = {name: tensor.to(device) for name, tensor in kept[0].items()}

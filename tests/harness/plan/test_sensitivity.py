@@ -8,8 +8,11 @@ import torch
 from harness.data.protocols import parse_calibration
 from harness.data.windows import calibration_windows
 from harness.model import inventory, load_reference
+from harness.plan import sensitivity as measuring
 from harness.plan.costs import considered
 from harness.plan.sensitivity import measure_sensitivities, random_tokens
+from harness.plan.unfinished import Unfinished
+from harness.progress import silent
 from methods import parse_method
 from methods.base import LayerData
 
@@ -126,3 +129,42 @@ def hessian_at(model, name, tokens):
     hook.remove()
     x = inputs[0].reshape(-1, inputs[0].shape[-1])
     return x.t() @ x / len(x)
+
+
+class _Stopped(Exception):
+    """In the middle of a measurement."""
+
+
+@pytest.mark.parametrize("measure", ["feedback", "fisher"])
+def test_a_measurement_that_was_killed_goes_on_to_the_last_bit(measure, two_blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.plan.unfinished.SAVE_S", 0.0)
+    monkeypatch.setattr("harness.plan.unfinished.SHARE", torch.inf)
+    monkeypatch.setattr(measuring, "FISHER_TOKENS", 64)  # two windows at once
+    tokens_NT = torch.randint(1000, (4, 32), generator=torch.Generator().manual_seed(0))
+    model = load_reference(two_blocks.path, "cpu", torch.float32)
+
+    def measured(progress, unfinished):
+        if measure == "fisher":
+            return measuring.measure_fisher(model, tokens_NT, progress, unfinished)
+        return measuring.measure_sensitivities(model, tokens_NT, 0, True, progress, unfinished)
+
+    whole = measured(silent, measuring.NOWHERE)
+    path = tmp_path / "unfinished.safetensors"
+    attempts = 0
+
+    def stop(phase, done, total):
+        """Killed in every step, once what there was is kept."""
+        if path.exists() and path.stat().st_mtime_ns != begun:
+            raise _Stopped
+
+    while True:
+        begun = path.stat().st_mtime_ns if path.exists() else 0
+        try:
+            found = measured(stop, Unfinished(path))
+            break
+        except _Stopped:
+            attempts += 1
+    assert attempts >= 2
+    assert found.keys() == whole.keys()
+    for name, vectors in whole.items():
+        assert torch.equal(found[name].row_O, vectors.row_O) and torch.equal(found[name].column_I, vectors.column_I)
