@@ -61,6 +61,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+MOST_BLOCKS = 10_000  # whose layers are laid out one by one, if without weights
+
+
 @dataclass(frozen=True)
 class BlockSpec:
     name: str
@@ -184,6 +187,9 @@ def read_config(source: str | Path, revision: str | None = None) -> PretrainedCo
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model with shapes only. Raises ValueError for a type of model that cannot be run here, or of such sizes."""
     require_supported(config)
+    count = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(count, int) or count > MOST_BLOCKS:
+        raise ValueError(f"config.json asks for {str(count)[:20]} decoder blocks: more than any model has")
     try:
         with torch.device("meta"):
             return with_linear_layers(AutoModelForCausalLM.from_config(config, trust_remote_code=False))

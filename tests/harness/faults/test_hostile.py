@@ -146,6 +146,7 @@ FOLDERS = {
     "unknown type": (_edit(model_type="llamma"), "no configuration"),
     "negative size": (_edit(hidden_size=-64), "check its sizes|no configuration"),
     "textual size": (_edit(hidden_size="wide"), "check its sizes|no configuration"),
+    "blocks without end": (_edit(num_hidden_layers=10**12), "more than any model has"),
     "no blocks": (_edit(num_hidden_layers=0), "check its sizes|decoder blocks"),
     "already quantised": (_edit(quantization_config={"quant_method": "gptq", "bits": 4}), "unquantised model"),
     "code of its own": (
