@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from harness.model import decoder_blocks, states_of
+from harness.model import decoder, decoder_blocks, states_of
 
 BATCH_TOKENS = 8192  # tokens pushed through a block at once: amortises decoding packed layers, bounds activations
 
@@ -86,7 +86,7 @@ def _returns_tuple(model: PreTrainedModel) -> bool:
     with stubbed_blocks(model, returns_tuple=False) as stubs:
 
         def look(module: nn.Module, args: Any, out: Any) -> None:
-            found.append(isinstance(out, tuple))
+            found.append(not isinstance(out, Tensor))
             for stub in stubs:
                 stub.returns_tuple = found[0]
 
@@ -101,7 +101,7 @@ def _returns_tuple(model: PreTrainedModel) -> bool:
 
 
 def _body(model: PreTrainedModel, tokens_BT: Tensor) -> None:
-    model.base_model(input_ids=tokens_BT.to(next(model.parameters()).device), use_cache=False)
+    decoder(model)(input_ids=tokens_BT.to(next(model.parameters()).device), use_cache=False)
 
 
 class BlockInputs:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness.evaluate.score import HEAD_LOGITS, head_of
+from harness.model import decoder
 from harness.progress import Progress, silent
 
 BATCH_TOKENS = 4096  # through the decoder at once, padding included
@@ -108,7 +109,7 @@ def _batch(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[Scored]]:
     mask = None  # padding comes last, where a causal model never looks
     if any(tree.forked for tree in trees):
         mask = _mask(torch.tensor([pad(tree.branch, -1) for tree in trees], device=device), _float_dtype(model))
-    hidden_BTH = model.base_model(
+    hidden_BTH = decoder(model)(
         input_ids=tokens_BT, attention_mask=mask, position_ids=positions_BT, use_cache=False
     ).last_hidden_state
     flat_NH = hidden_BTH.flatten(0, 1)

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from harness.data.sealed import save_tensors
 from harness.data.windows import Articles
-from harness.model import decoder_blocks, decoder_name, in_place_of_states, states_of, swapped_module
+from harness.model import decoder, decoder_blocks, decoder_name, in_place_of_states, states_of, swapped_module
 from harness.progress import Progress, silent
 from harness.store.results import Divergence, Losses
 
@@ -115,7 +115,7 @@ def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
 def hidden_states(model: PreTrainedModel, tokens_BT: Tensor, length: int) -> Tensor:
     """States in front of the head that predict a token of windows of `length`: [B * (L - 1), H]. The last token
     predicts none; the papers' code runs it all the same, lm-eval's does not."""
-    hidden_BTH = model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    hidden_BTH = decoder(model)(input_ids=tokens_BT, use_cache=False).last_hidden_state
     return hidden_BTH[:, : length - 1].reshape(-1, hidden_BTH.shape[-1])
 
 

