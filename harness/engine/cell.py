@@ -23,7 +23,7 @@ from harness.data.protocols import Protocol
 from harness.data.streams import calibration_stream, evaluation_stream
 from harness.data.windows import stream_sha256
 from harness.engine.process import Phase, Speaker
-from harness.evaluate.score import noise_floor, score
+from harness.evaluate.score import first_nonfinite, noise_floor, score
 from harness.evaluate.zero_shot import score_tasks
 from harness.measure.machine import peak_process_bytes
 from harness.model import Inventory, inventory, load_reference
@@ -113,6 +113,8 @@ def _score(spec: CellSpec, protocol: Protocol, reloaded: CompressedModel, states
         protocol.name,
     )
     seconds = time.perf_counter() - start
+    if losses.nonfinite_windows:
+        _name_overflow(reloaded.model, protocol, tokens.tokens_NT)
     divergence = losses.divergence
     if spec.is_reference and states:
         divergence = noise_floor(reloaded.model, tokens.tokens_NT, states, tokens.articles)
@@ -129,6 +131,12 @@ def _score(spec: CellSpec, protocol: Protocol, reloaded: CompressedModel, states
         resident_bpw=reloaded.resident_bpw,
         decode_s=reloaded.decode_seconds,
     )
+
+
+def _name_overflow(model: PreTrainedModel, protocol: Protocol, tokens_NT: Tensor) -> None:
+    """Log the layer that first has an output that is not finite."""
+    name = next(filter(None, (first_nonfinite(model, window_T) for window_T in tokens_NT)), "the head")
+    log.warning("%s: losses are not finite; the first output that is not is that of %s", protocol.name, name)
 
 
 def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,25 @@ def noise_floor(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def first_nonfinite(model: PreTrainedModel, tokens_T: Tensor) -> str:
+    """The first module, in the order they end, of whose output on a window a number is not finite; "" for none."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, args: Any, out: Any) -> None:
+        tensors = out if isinstance(out, tuple | list) else (out,)
+        if not found and any(isinstance(t, Tensor) and not bool(torch.isfinite(t).all()) for t in tensors):
+            found.append(name)
+
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
+    try:
+        model(input_ids=tokens_T[None].to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else ""
 
 
 def _read_states(file: Path, first: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:

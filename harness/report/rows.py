@@ -154,7 +154,7 @@ def report_of(
         "harness_version": __version__,
         "cell": cell.key,
         "model_note": cell.model.note,
-        "reason": error or (measured.error if measured else ""),
+        "reason": error or (measured.error if measured else "") or _overflow(scores),
     }
     report = CellReport(row, cell.method.seeded, artifact, scores, tasks, bench)
     done, answered = list(report.done.values()), [result for result in tasks.values() if result]
@@ -175,6 +175,12 @@ def report_of(
     for name, score in report.done.items():
         row |= _protocol_values(name, score)
     return report
+
+
+def _overflow(scores: Mapping[str, Score | None]) -> str:
+    """What is not finite, of a row without another reason."""
+    found = {name: score.nonfinite_windows for name, score in scores.items() if score and score.nonfinite_windows}
+    return "; ".join(f"{count} windows of {name} have no finite loss" for name, count in found.items())
 
 
 def _artifact_values(artifact: Artifact) -> Row:

@@ -18,7 +18,9 @@ from harness.compress.loop import FALLBACK, _compressed
 from harness.data.files import CACHE_VARIABLE
 from harness.data.streams import calibration_stream
 from harness.engine.process import ended
+from harness.evaluate.score import first_nonfinite
 from harness.measure import machine
+from harness.model import load_reference
 from harness.report.baseline import read_rows
 from harness.store import lease as leases
 from harness.store.cells import CellStore
@@ -228,3 +230,12 @@ def test_streams_are_of_the_model_that_was_asked_for(truncated, cache):
     stale = replace(truncated, fingerprint="0" * 64)
     with pytest.raises(ValueError, match="changed while it was read"):
         calibration_stream(Calibration("c4-mini", 64, 2), stale, 0, "text")
+
+
+def test_losses_that_are_not_finite_name_the_layer(two_blocks):
+    model = load_reference(two_blocks.path, "cpu", torch.float32)
+    tokens_T = torch.arange(8)
+    assert first_nonfinite(model, tokens_T) == ""
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").fill_(3e38)
+    assert first_nonfinite(model, tokens_T) == "model.layers.1.mlp.up_proj"
