@@ -183,9 +183,11 @@ class _Processes:
 
 def _death(code: int, log: Path, victims: int) -> Ended:
     """How a process ended that did not say so itself."""
-    if code >= 0:
+    if code == TAKEN:
         taken = "another process took this cell over while this one stood still; the same command goes on"
-        return Ended(taken if code == TAKEN else f"exit code {code}; log: {log}", Ending.KILLED)
+        return Ended(taken, Ending.INTERRUPTED)
+    if code >= 0:
+        return Ended(f"exit code {code}; log: {log}", Ending.CRASHED)
     if -code == signal.SIGKILL and _memory_victims() > victims:
         return Ended(f"killed by the kernel, which was out of memory; log: {log}", Ending.OUT_OF_MEMORY)
     name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
