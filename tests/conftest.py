@@ -15,7 +15,16 @@ from harness.data.files import locked
 from harness.model import load_tokenizer
 
 # Files that take longest, and keep processes of their own busy: begun last, they would run while a worker idles.
-LONGEST = ("test_regression.py", "test_shell_lines.py", "test_local.py", "test_measurement.py", "test_triton.py")
+LONGEST = (
+    "test_regression.py",
+    "test_shell_lines.py",
+    "test_local.py",
+    "test_measurement.py",
+    "test_training.py",
+    "test_triton.py",
+    "test_wheel.py",
+    "test_example_method.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
