@@ -1,21 +1,33 @@
-"""Fixtures on the real model and the real texts. Everything heavy is made once a session, for all its workers."""
+"""Fixtures on the real model and the real texts. Everything heavy is made once a session, for all its workers.
+
+Imports that take seconds are inside the fixtures: the process that hands tests to the workers reads this file too, and
+needs none of them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from harness.data.assets import DEFAULT_MODEL, ResolvedModel, resolve_model
-from harness.data.checkpoint import load_tokenizer
-from harness.data.files import locked
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from harness.data.assets import ResolvedModel
 
 # Files that take longest, and keep processes of their own busy: begun last, they would run while a worker idles.
-LONGEST = ("test_regression.py", "test_shell_lines.py", "test_local.py", "test_measurement.py", "test_triton.py")
+LONGEST = (
+    "test_regression.py",
+    "test_shell_lines.py",
+    "test_local.py",
+    "test_measurement.py",
+    "test_training.py",
+    "test_triton.py",
+    "test_wheel.py",
+    "test_example_method.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _threads() -> None:
     """One thread: pytest runs two workers on two cores, and threads that wait for each other cost more than they
     save."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -42,16 +56,22 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model() -> ResolvedModel:
     """The default model: a real trained one."""
+    from harness.data.assets import DEFAULT_MODEL, resolve_model
+
     return resolve_model(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")
 def weights(model: ResolvedModel) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
     return load_file(model.path / "model.safetensors")
 
 
 @pytest.fixture(scope="session")
 def tokenizer(model: ResolvedModel) -> PreTrainedTokenizerBase:
+    from harness.model import load_tokenizer
+
     return load_tokenizer(model.path)
 
 
@@ -68,6 +88,14 @@ def two_blocks(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
 
 
 def _first_blocks(model: ResolvedModel, blocks: int, folder: Path) -> ResolvedModel:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from harness.data.assets import resolve_model
+    from harness.data.checkpoint import load_tokenizer
+    from harness.data.files import locked
+
     with locked(folder, folder.name):
         if not (folder / "model.safetensors").exists():
             config = AutoConfig.from_pretrained(model.path)

@@ -51,6 +51,7 @@ class FrozenLinear(nn.Linear):
     and never kept."""
 
     packed: PackedLinear
+    shown: Tensor | None = None  # in the weight's place
 
     def __init__(self, packed: PackedLinear) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: there is no parameter
@@ -59,7 +60,7 @@ class FrozenLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # decoded, where nn.Linear keeps a parameter
-        return self.packed.decode_base()
+        return self.packed.decode_base() if self.shown is None else self.shown
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
@@ -164,7 +165,8 @@ def _adapted(compressed: CompressedModel, adaptation: Adaptation, seed: int) -> 
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)  # peft draws the factor that does not start at zero
-            adapted = get_peft_model(model, config)
+            with _undecoded(model):
+                adapted = get_peft_model(model, config)
         _load(adapted, packed)
         yield adapted
     finally:
@@ -173,6 +175,21 @@ def _adapted(compressed: CompressedModel, adaptation: Adaptation, seed: int) -> 
         for leftover in ("peft_config", "active_adapter"):
             model.__dict__.pop(leftover, None)
         model.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _undecoded(model: PreTrainedModel) -> Iterator[None]:
+    """While peft takes layers in, it asks for a weight twenty times, to see where it is and of what type: zeros that
+    take no memory can tell. (Magnitudes that it makes of them are overwritten by `_load`.)"""
+    layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
+    for layer in layers:
+        device = next(layer.packed.buffers()).device
+        layer.shown = torch.zeros((), device=device).expand(layer.out_features, layer.in_features)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.shown = None
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from harness.compressed import CompressedModel
 from harness.data.protocols import parse_calibration
 from harness.data.windows import calibration_windows
 from harness.ledger import payload_bytes, planned
-from harness.model import BlockSpec, Inventory, inventory, load_reference
+from harness.model import BlockSpec, Inventory, inventory, load_reference, read_config, skeleton
 from harness.plan.allocation import mixed
 from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
 from kernels.formats.mlp_table import MlpTable
@@ -28,6 +28,8 @@ from methods.base import LayerData
 from methods.reallm.calibrated import followed
 
 SHAPE = (4, 9)
+RESUMED = "reallm:blockwise,epochs=1"  # behind two finished blocks: it needs a third
+TEXTS = (RESUMED, "reallm:data-free,rounds=1", "reallm:data-free,rounds=1,decoder=mlp")
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +61,25 @@ def compress(folder, text, tokens, path):
 
 
 @pytest.fixture(scope="module")
-def whole(truncated, tokens, tmp_path_factory):
+def path_of(truncated, two_blocks):
+    """Text of a method -> folder of the model it is tried on."""
+    return lambda text: (truncated if text == RESUMED else two_blocks).path
+
+
+@pytest.fixture(scope="module")
+def whole(path_of, tokens, tmp_path_factory):
     """Text of a method -> (compressed model, plan, report, folder of blocks), once for all that only read them."""
 
     @cache
     def compressed_by(text):
         folder = tmp_path_factory.mktemp("whole")
-        return *compress(folder, text, tokens, truncated.path), folder
+        return *compress(folder, text, tokens, path_of(text)), folder
 
     return compressed_by
 
 
-@pytest.mark.parametrize(
-    "text", ["reallm:blockwise,epochs=1", "reallm:data-free,rounds=1", "reallm:data-free,rounds=1,decoder=mlp"]
-)
-def test_shared_tables_are_stored_and_counted_once(text, whole, truncated, tokens, tmp_path):
+@pytest.mark.parametrize("text", TEXTS)
+def test_shared_tables_are_stored_and_counted_once(text, whole, path_of, tmp_path):
     compressed, plan, report, _ = whole(text)
     assert len(compressed.tables) == 2
     if "mlp" in text:
@@ -81,44 +87,55 @@ def test_shared_tables_are_stored_and_counted_once(text, whole, truncated, token
     else:
         assert shared_bits(plan.values()).total == 2 * 2**9 * 4 * 16
     compressed.save(tmp_path / "artifact")
-    stock = inventory(load_reference(truncated.path, "cpu", torch.float32))
+    stock = inventory(skeleton(read_config(path_of(text))))
     expected = planned(plan, stock.layers, stock.uncovered_bits, stock.weights)
     assert compressed.ledger() == expected
     assert 8 * payload_bytes(tmp_path / "artifact" / "packed.safetensors") == expected.stored_bits
-    with torch.no_grad():
-        before = compressed.model(tokens[:2, :64]).logits
-    torch.save({"tokens": tokens[:2, :64], "logits": before}, tmp_path / "before.pt")
-    script = (
-        "import sys, torch; from pathlib import Path; from harness.compressed import CompressedModel;"
-        "torch.set_num_threads(1);"
-        "folder = Path(sys.argv[1]); seen = torch.load(folder / 'before.pt');"
-        "loaded = CompressedModel.load(folder / 'artifact', 'cpu', torch.float32);"
-        "assert torch.equal(loaded.model(seen['tokens']).logits, seen['logits'])"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     reports = [value for value in report.layers.values() if "loss_before" in value]
     assert len(reports) == (len(plan) if "epochs" in text else 0)
     assert all(value["loss_after"] <= value["loss_before"] for value in reports)
     assert not reports or any(value["loss_after"] < 0.99 * value["loss_before"] for value in reports)
 
 
-def test_a_resumed_compression_stores_the_same_bytes(whole, truncated, tokens, tmp_path):
-    text = "reallm:blockwise,epochs=1"
-    expected, _, _, blocks = whole(text)
+AGAIN = """
+import sys, torch
+from pathlib import Path
+from harness.compressed import CompressedModel
+torch.set_num_threads(1)
+for folder in map(Path, sys.argv[1:]):
+    seen = torch.load(folder / "before.pt")
+    loaded = CompressedModel.load(folder / "artifact", "cpu", torch.float32)
+    assert torch.equal(loaded.model(seen["tokens"]).logits, seen["logits"]), folder
+"""
+
+
+def test_a_process_that_has_nothing_but_the_files_gives_the_same_logits(whole, tokens, tmp_path):
+    folders = [tmp_path / str(index) for index in range(len(TEXTS))]
+    for folder, text in zip(folders, TEXTS, strict=True):
+        compressed = whole(text)[0]
+        compressed.save(folder / "artifact")
+        with torch.no_grad():
+            before = compressed.model(tokens[:2, :64]).logits
+        torch.save({"tokens": tokens[:2, :64], "logits": before}, folder / "before.pt")
+    done = subprocess.run([sys.executable, "-c", AGAIN, *map(str, folders)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_resumed_compression_stores_the_same_bytes(whole, path_of, tokens, tmp_path):
+    expected, _, _, blocks = whole(RESUMED)
     (tmp_path / "part").mkdir()
     for name in ("tables.safetensors", "block_0000.safetensors", "block_0001.safetensors"):
         (tmp_path / "part" / name).write_bytes((blocks / name).read_bytes())
-    part, _, _ = compress(tmp_path / "part", text, tokens, truncated.path)
+    part, _, _ = compress(tmp_path / "part", RESUMED, tokens, path_of(RESUMED))
     left, right = expected.model.state_dict(), part.model.state_dict()
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_the_tables_of_a_plan_do_not_depend_on_how_far_it_came(whole, truncated, tmp_path):
+def test_the_tables_of_a_plan_do_not_depend_on_how_far_it_came(whole, path_of, tmp_path):
     """Fitted again after a kill in front of the first block, they are the same."""
     text = "reallm:data-free,rounds=1"
-    compress(tmp_path, text, None, truncated.path)
+    compress(tmp_path, text, None, path_of(text))
     again, first = (load_file(folder / "tables.safetensors") for folder in (tmp_path, whole(text)[-1]))
     assert all(torch.equal(first[name], again[name]) for name in first)
 

@@ -90,7 +90,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("text", ["qlora", "qlora:dora=true"])
 def test_resumed_training_ends_with_the_same_numbers(text, two_blocks, tokens, tmp_path):
     results = []
-    for name, killed_after in (("whole", ()), ("part", (2, 5))):
+    for name, killed_after in (("whole", ()), ("part", (1, 3))):
         folder = tmp_path / name
         compressed, adaptation = packed_model(text, two_blocks.path, tokens, folder)
         names = set(compressed.packed)
@@ -101,12 +101,12 @@ def test_resumed_training_ends_with_the_same_numbers(text, two_blocks, tokens, t
                     raise Killed
 
             try:
-                report = finetune(compressed, adaptation, tokens[:7], 1, 3, folder, progress, checkpoint_seconds=0.0)
+                report = finetune(compressed, adaptation, tokens[:5], 1, 3, folder, progress, checkpoint_seconds=0.0)
             except Killed:
                 assert "peft_config" not in vars(compressed.model) and set(compressed.packed) == names
         results.append((report.losses, compressed.model.state_dict()))
     (losses, whole), (losses_again, part) = results
-    assert losses == losses_again and len(losses) == 7
+    assert losses == losses_again and len(losses) == 5
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
 
 

@@ -13,6 +13,7 @@ import random
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,12 @@ ONLINE = pytest.mark.skipif(
 )
 
 
+# Thousands of documents: read once, for all tests that ask for requests.
+loaded_once = cache(load_task)
+
+
 def requests(task, limit=None):
-    loaded = load_task(task)
+    loaded = loaded_once(task)
     loaded.build_all_requests(limit=limit, rank=0, world_size=1)
     return loaded, [instance.args for instance in loaded.instances]
 

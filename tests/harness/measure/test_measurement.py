@@ -23,7 +23,7 @@ from kernels.timing import interleaved, speed_up
 from tests.helpers import PLANNED, linked_cache, linked_cells, run_harness
 
 PLAN = ("--methods", "rtn,nf", "--bits", "4.25", "--allocate", "uniform", *PLANNED)
-BENCH = ("--bench-seconds", "0.1", "--bench-threads", "1")
+BENCH = ("--bench-seconds", "0.02", "--bench-threads", "1")
 
 
 def rows_of(path) -> list[dict[str, str]]:
