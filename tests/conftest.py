@@ -70,7 +70,7 @@ def weights(model: ResolvedModel) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def tokenizer(model: ResolvedModel) -> PreTrainedTokenizerBase:
-    from harness.model import load_tokenizer
+    from harness.data.checkpoint import load_tokenizer
 
     return load_tokenizer(model.path)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from harness.data.assets import ResolvedModel
-from harness.data.checkpoint import load_tokenizer
-from harness.data.files import locked
-from harness.model import read_config
+if TYPE_CHECKING:
+    from harness.data.assets import ResolvedModel
 
 
 @pytest.fixture(scope="session")
 def tiny(model: ResolvedModel, session_folder: Path) -> Path:
     """A folder with a random model of two narrow blocks, and the real tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from harness.data.checkpoint import load_tokenizer
+    from harness.data.files import locked
+    from harness.model import read_config
+
     folder = session_folder / "tiny"
     with locked(folder, "the tiny model"):
         if not (folder / "model.safetensors").exists():
