@@ -22,7 +22,7 @@ from harness.data.files import cache_dir, digest, file_sha256, locked
 from harness.data.protocols import Protocol
 from harness.data.streams import calibration_stream, evaluation_stream
 from harness.data.windows import stream_sha256
-from harness.engine.process import Phase, Speaker
+from harness.engine.process import WAITING, Phase, Speaker
 from harness.evaluate.score import first_nonfinite, noise_floor, score
 from harness.evaluate.zero_shot import score_tasks
 from harness.measure.machine import peak_process_bytes
@@ -93,7 +93,7 @@ def _reference_states(spec: CellSpec, protocol_key: str, reference_over: Path, s
     while not store.scored(protocol_key, is_reference=True):
         if reference_over.exists() and not store.scored(protocol_key, is_reference=True):
             return None
-        speak.say(Phase("waiting for the reference", 0, 1))  # also how a cell notices that its parent is gone
+        speak.say(Phase(f"{WAITING} for the reference", 0, 1))  # also how a cell notices that its parent is gone
         time.sleep(0.5)
     return store.states(protocol_key)
 

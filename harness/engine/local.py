@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from harness.engine import cell, process
-from harness.engine.process import Ended, Message
+from harness.engine.process import WAITING, Ended, Message, Phase
 from harness.measure import measurement
 from harness.measure.machine import quiet, wait_in_silence, working
 from harness.store.cells import CellStore
@@ -165,20 +165,24 @@ class _Processes:
     def _listen(self, receiver: Connection, child: BaseProcess, key: str) -> Ended | None:
         """What a child says of its end; None when it ends without a word."""
         said: Ended | None = None
-        end = None if self.timeout_s is None else time.monotonic() + self.timeout_s
-        with contextlib.suppress(EOFError, OSError):  # killed, perhaps in the middle of a message
-            while True:
-                if not receiver.poll(None if end is None else max(0.0, end - time.monotonic())):
+        left, heard = self.timeout_s, time.monotonic()
+        while True:
+            try:
+                if not receiver.poll(None if left is None else max(0.0, heard + left - time.monotonic())):
                     child.kill()
-                    return Ended(
-                        f"not finished after {self.timeout_s:g} s (--timeout); with more it goes on", Ending.TIMEOUT
-                    )
+                    text = f"not finished after {self.timeout_s:g} s (--timeout); with more it goes on from there"
+                    return Ended(text, Ending.TIMEOUT)
                 message = receiver.recv()
-                if isinstance(message, Ended):
-                    said = message
-                else:
-                    self.watch(key, message)
-        return said
+            except (EOFError, OSError):  # killed, perhaps in the middle of a message; the exit code tells
+                return said
+            now = time.monotonic()
+            if left is not None and not (isinstance(message, Phase) and message.phase.startswith(WAITING)):
+                left -= now - heard  # waiting for another cell is not its own time
+            heard = now
+            if isinstance(message, Ended):
+                said = message
+            else:
+                self.watch(key, message)
 
 
 def _death(code: int, log: Path, victims: int) -> Ended:

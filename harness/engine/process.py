@@ -26,6 +26,9 @@ from methods.codecs.error_feedback import NotFinite
 OURS = tuple(Path(package.__path__[0]) for package in (harness, kernels, methods))
 
 
+WAITING = "waiting"  # how phases begin in which a process only waits
+
+
 @dataclass(frozen=True)
 class Phase:
     """How far a process is with what it does."""
