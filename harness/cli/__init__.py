@@ -63,7 +63,8 @@ def _told_to_end() -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     in_main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP) if in_main}
+    ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(n) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, end) for number in ours}
     try:
         yield
     finally:
