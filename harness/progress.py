@@ -20,3 +20,8 @@ def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
+
+
+def printable(text: str) -> str:
+    """Text that moves no cursor and ends no line, whatever name from outside is in it."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -84,7 +84,7 @@ def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Spea
     def put(key: str, result: TaskResult) -> None:
         store.put_task(key, replace(result, peak_ram_gib=_peak_ram_gib()))
 
-    score_tasks(reloaded.model, spec.model.path, tasks, put, speak)
+    score_tasks(reloaded.model, spec.model, tasks, put, speak)
 
 
 def _reference_states(spec: CellSpec, protocol_key: str, reference_over: Path, speak: Speaker) -> Path | None:
@@ -142,7 +142,7 @@ def _name_overflow(model: PreTrainedModel, protocol: Protocol, tokens_NT: Tensor
 def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dtype) -> None:
     speak("load", 0, 1)
     method = parse_method(spec.method)
-    model = load_reference(spec.model.path, spec.device, dtype)
+    model = load_reference(spec.model.path, spec.device, dtype, spec.model.fingerprint)
     calibration_sha256, tokens_NT = None, None
     if spec.calibration:
         windows = calibration_stream(spec.calibration, spec.model, spec.seed, spec.bos, spec.data)

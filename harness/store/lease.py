@@ -101,10 +101,10 @@ def _age_s(path: Path) -> float:
 
 def _beat(path: Path, mine: Holder, released: threading.Event, end: Callable[[int], object] = os._exit) -> None:
     while not released.wait(BEAT_S):
-        if _holder(path) != mine and not released.is_set():
-            log.error("this cell was taken over by another process while this one stood still")
-            end(TAKEN)
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a folder that cannot be reached for a moment: the next beat may find it again
+            if _holder(path) != mine and not released.is_set():
+                log.error("this cell was taken over by another process while this one stood still")
+                end(TAKEN)
             os.utime(path)
 
 
