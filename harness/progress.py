@@ -16,6 +16,10 @@ def say_nothing(text: str) -> None:
     """The `Say` of a caller who does not want to know."""
 
 
+def wait_in_silence() -> None:
+    """What to do while waiting: nothing."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

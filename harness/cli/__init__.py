@@ -64,8 +64,7 @@ def _told_to_end() -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     in_main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
-    # What whoever started this has switched off (nohup) stays so.
-    ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(n) != signal.SIG_IGN]
+    ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(n) != signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, end) for number in ours}
     try:
         yield

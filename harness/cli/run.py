@@ -123,6 +123,7 @@ def _run(
     for cell in runnable:
         if cell not in todo:
             console.print(f"{cell.label}: found, not repeated", style="dim")
+            CellStore(cell.key).asked_for()
     if not todo:
         return {}
     with Display(console, {cell.key: cell.label for cell in todo}) as display:

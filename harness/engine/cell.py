@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def work(spec: CellSpec, reference_over: Path, speak: Speaker) -> None:
     """All a cell still lacks; another process at the same cell waits, and then finds it done. The file `reference_over`
     exists once the reference's cell will do no more."""
     store = CellStore(spec.key)
-    with store.lease():
+    with store.lease(partial(speak, f"{WAITING} for another run", 0, 1)):
         run_cell(spec, store, reference_over, speak)
 
 

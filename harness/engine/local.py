@@ -22,7 +22,8 @@ from pathlib import Path
 from harness.engine import cell, process
 from harness.engine.process import WAITING, Ended, Message, Phase
 from harness.measure import measurement
-from harness.measure.machine import quiet, wait_in_silence, working
+from harness.measure.machine import quiet, working
+from harness.progress import wait_in_silence
 from harness.store.cells import CellStore
 from harness.store.lease import TAKEN
 from harness.store.records import CellSpec, Ending, Outcome

@@ -8,16 +8,19 @@ import os
 import shutil
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from harness.cli import _told_to_end
+from harness.cli import _told_to_end, clean, main
+from harness.cli.leaderboard import keeps_what_is_there
 from harness.compress.loop import _compressed
 from harness.data import checkpoint
-from harness.data.files import atomic_path
+from harness.data.files import CACHE_VARIABLE, atomic_path
 from harness.engine.local import INTERRUPTED, LONGEST_POLL_S, Interrupted, _Processes, measure_cells
 from harness.engine.process import Ended, Speaker, ended
 from harness.measure import machine
@@ -25,6 +28,7 @@ from harness.measure.measurement import Conditions
 from harness.model import load_reference
 from harness.report.leaderboard import escaped
 from harness.store import lease as leases
+from harness.store.cells import CellStore
 from harness.store.lease import Holder
 from harness.store.records import Ending
 from kernels.cpu import build
@@ -173,3 +177,65 @@ def test_a_folder_that_was_another_model_in_between_is_refused(tiny, cache, tmp_
     ):
         with pytest.raises(ValueError, match="changed while it was read"):
             load()
+
+
+def test_verify_looks_behind_links_and_at_all_that_is_pinned(tmp_path, monkeypatch, capsys):
+    disk, cache = tmp_path / "disk", tmp_path / "cache"
+    damaged = [disk / "abc" / "score_x.json", cache / "files" / ("0" * 16) / "a.txt", cache / "kernels" / "k-123.so"]
+    for path in damaged:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    (cache / "cells").symlink_to(disk)
+    (disk / "round").symlink_to(cache)
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache))
+    assert main(["verify"]) == 1
+    shown = capsys.readouterr().out
+    assert all(path.name in shown for path in damaged) and "3 damaged" in shown
+
+
+def test_clean_goes_by_what_was_asked_for_and_removes_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    old, found, linked = (CellStore(name) for name in ("old", "found", "linked"))
+    (tmp_path / "disk").mkdir(parents=True)
+    for store in (old, found, linked):
+        if store is linked:
+            store.folder.symlink_to(tmp_path / "disk")
+        else:
+            store.folder.mkdir(parents=True)
+        for name in ("spec.json", "artifact.json"):
+            (store.folder / name).write_text("{}")
+            os.utime(store.folder / name, (1e9, 1e9))
+    found.asked_for()
+    assert main(["clean", "--older-than", "30", "--yes"]) == 0
+    assert "2 of 3 cells" in capsys.readouterr().out
+    assert found.folder.exists() and not old.folder.exists() and not linked.folder.is_symlink()
+    assert not (tmp_path / "disk" / "artifact.json").exists()
+
+
+def test_a_cell_that_is_asked_for_while_clean_waits_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    store = CellStore("cell")
+    store.folder.mkdir(parents=True)
+    (store.folder / "spec.json").write_text("{}")
+    os.utime(store.folder / "spec.json", (1e9, 1e9))
+    monkeypatch.setattr(clean.CellStore, "lease", lambda self: nullcontext(self.asked_for()))
+    assert main(["clean", "--older-than", "30", "--yes"]) == 0
+    assert store.folder.exists() and "kept" in capsys.readouterr().out
+
+
+def test_a_table_with_tasks_is_not_overwritten_by_one_without(tmp_path):
+    (tmp_path / "leaderboard.csv").write_text(
+        "method,variant,budget_bpw,seed,stored_bpw,ppl_p,acc_piqa,cell\nrtn,,3,0,3,9.5,0.5,abc\n"
+    )
+    plan = SimpleNamespace(cells=[SimpleNamespace(key="abc")], protocols=[SimpleNamespace(name="p")], tasks=())
+    with pytest.raises(ValueError, match="acc_piqa"):
+        keeps_what_is_there(tmp_path, plan)
+
+
+def test_time_that_a_cell_waits_for_another_run_is_said_to_the_parent(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "POLL_S", 0.01)
+    monkeypatch.setattr(leases, "STALE_S", 0.1)
+    Holder("elsewhere", "another boot", 1, "0", "theirs").write(tmp_path / "cell.lease")
+    waited = []
+    with leases.lease(tmp_path / "cell", lambda: waited.append(1)):
+        assert waited
