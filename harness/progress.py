@@ -16,7 +16,16 @@ def say_nothing(text: str) -> None:
     """The `Say` of a caller who does not want to know."""
 
 
+def wait_in_silence() -> None:
+    """What to do while waiting: nothing."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
+
+
+def printable(text: str) -> str:
+    """Text that moves no cursor and ends no line, whatever name from outside is in it."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from harness import __version__
+from harness.progress import printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ValueError as error:  # bad input: what to type next
-        print(f"harness {arguments.verb}: {_line(str(error))}", file=sys.stderr)
+        print(f"harness {arguments.verb}: {printable(str(error).strip())}", file=sys.stderr)
         return 2
     except OSError as error:  # a folder that cannot be read or written, a full disk
-        print(f"harness {arguments.verb}: {_line(_advice(error))}", file=sys.stderr)
+        print(f"harness {arguments.verb}: {printable(_advice(error).strip())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("\nstopped; what is finished is kept, the same command goes on from here", file=sys.stderr)
@@ -71,11 +72,6 @@ def _told_to_end() -> Iterator[None]:
         logger.removeHandler(handler)
         for number, handled in before.items():
             signal.signal(number, handled)
-
-
-def _line(text: str) -> str:
-    """One line, in which nothing moves the cursor."""
-    return "".join(c if c.isprintable() else " " for c in text.strip()).strip()
 
 
 def _advice(error: OSError) -> str:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,11 +65,18 @@ def main(arguments: argparse.Namespace) -> int:
         going = [cell for cell in going if cell.used < time.time() - arguments.older_than * 86400]
     if arguments.larger_than is not None:
         going = list(_until(going, sum(cell.size for cell in stored), arguments.larger_than))
+    kept: list[_Stored] = []
     for cell in going:
         print(f"{cell.path.name}  {cell.size / 2**20:.0f} MiB  {cell.label}")
         if arguments.yes:
-            with CellStore(cell.path.name).lease():  # nobody is at work on it
-                shutil.rmtree(cell.path, ignore_errors=True)
+            store = CellStore(cell.path.name)
+            with store.lease():  # nobody is at work on it
+                if _stored(cell.path).used > cell.used:
+                    print(f"{cell.path.name}  was asked for meanwhile: kept")
+                    kept.append(cell)
+                else:
+                    store.remove()
+    going = [cell for cell in going if cell not in kept]
     done = "removed" if arguments.yes else "would be removed; --yes removes them"
     print(f"{len(going)} of {len(stored)} cells, {sum(cell.size for cell in going) / 2**20:.0f} MiB {done}")
     return 0
@@ -87,9 +94,16 @@ def _cells() -> Iterator[_Stored]:
     root = cache_dir("cells")
     for path in root.iterdir() if root.is_dir() else ():
         if path.is_dir():
-            files = [p.stat() for p in path.rglob("*") if p.is_file()]
-            used = max((stat.st_mtime for stat in files), default=path.stat().st_mtime)
-            yield _Stored(path, sum(stat.st_size for stat in files), used)
+            yield _stored(path)
+
+
+def _stored(path: Path) -> _Stored:
+    size, used = 0, 0.0
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # of a run that is at work
+            stat = file.stat()
+            size, used = size + stat.st_size, max(used, stat.st_mtime)
+    return _Stored(path, size, used)
 
 
 def _named(folder: Path) -> set[str]:

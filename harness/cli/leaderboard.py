@@ -21,6 +21,7 @@ from harness.plan.cells import Plan
 from harness.report.baseline import perplexity_columns, read_rows
 from harness.report.leaderboard import write_leaderboard
 from harness.report.sheet import GOOD
+from harness.report.task_pages import task_columns
 from harness.store.cells import CellStore
 from harness.store.records import Outcome
 
@@ -72,7 +73,9 @@ def keeps_what_is_there(folder: Path, plan: Plan) -> None:
     here, names = {cell.key for cell in plan.cells}, [f"ppl_{protocol.name}" for protocol in plan.protocols]
     rows = read_rows(path)
     lost = [name for name, row in rows.items() if row.get("cell") not in here]
-    lost += [name for name in perplexity_columns(next(iter(rows.values()))) if name not in names]
+    columns = next(iter(rows.values()))
+    lost += [name for name in perplexity_columns(columns) if name not in names]
+    lost += [name for name in columns if name.startswith("acc_") and name not in task_columns(plan.tasks)]
     if lost:
         raise ValueError(
             f"{folder} holds the table of another run, with {len(lost)} rows or columns that this one has not "
@@ -88,7 +91,10 @@ def report(
     console: Console,
     start: float,
 ) -> int:
-    """Write and print the leaderboard; returns the exit status."""
+    """Write and print the leaderboard; returns the exit status. Raises ValueError when another run has put its own
+    there meanwhile."""
+    if arguments.out:
+        keeps_what_is_there(arguments.out, plan)
     folder = arguments.out or Path("results") / plan.key
     rows, sheets = write_leaderboard(plan, outcomes, folder, _identity(plan, arguments), measured)
     for sheet in sheets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -78,26 +79,31 @@ def main(arguments: argparse.Namespace) -> int:
         for cell in runnable:
             CellStore(cell.key).forget()
     outcomes: dict[str, Outcome] = {}
-    measured: dict[str, Outcome] = {}
+    measuring = False
     try:
         outcomes = _run(plan, runnable, arguments, request.jobs, console)
         if not runnable:
             skipped = Outcome(plan.reference.key, "everything else was refused", Ending.SKIPPED)
             outcomes = {plan.reference.key: skipped}
         if arguments.strict:
-            outcomes |= _strictly(runnable)
+            outcomes |= _strictly(runnable, outcomes)
+        measuring = True
         measured = measure_stored(plan, arguments, console) if arguments.bench else {}
     except Interrupted as stop:
         # What is finished is in the table; what is not says so.
-        report(plan, outcomes or stop.outcomes, measured, arguments, console, start)
+        done, timed = (outcomes, stop.outcomes) if measuring else (stop.outcomes, {})
+        report(plan, done, timed, arguments, console, start)
         raise
     return report(plan, outcomes, measured, arguments, console, start)
 
 
-def _strictly(cells: list[Cell]) -> dict[str, Outcome]:
-    """Cells with layers that could not be packed as asked for, as failures."""
+def _strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """Cells with layers that could not be packed as asked for, as failures; those that failed anyway keep their
+    reason."""
     found = {}
     for cell in cells:
+        if (known := outcomes.get(cell.key)) and known.error:
+            continue
         artifact = CellStore(cell.key).artifact()
         if artifact and artifact.fallback_layers:
             reason = f"{artifact.fallback_layers} layers were packed without error feedback (--strict); see its log"
@@ -117,6 +123,7 @@ def _run(
     for cell in runnable:
         if cell not in todo:
             console.print(f"{cell.label}: found, not repeated", style="dim")
+            CellStore(cell.key).asked_for()
     if not todo:
         return {}
     with Display(console, {cell.key: cell.label for cell in todo}) as display:

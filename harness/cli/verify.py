@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
 def main(arguments: argparse.Namespace) -> int:
     root = cache_dir()
     files, problems = 0, 0
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+    for path in sorted(_files(root)):
         for problem in _problems(path):
             print(f"{problem}; the next run that needs it makes it again")
             problems += 1
@@ -40,6 +41,18 @@ def main(arguments: argparse.Namespace) -> int:
         print(line)
     print(f"{files} files in {root}, {problems} damaged")
     return 1 if problems else 0
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Every file below a folder; parts of a cache may be links to another disk."""
+    seen = set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:
+            inside.clear()  # a link to a folder above it
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        yield from (path for path in map(Path(folder).joinpath, names) if path.is_file())
 
 
 def _problems(path: Path) -> Iterator[str]:
@@ -60,17 +73,32 @@ def _problems(path: Path) -> Iterator[str]:
             for name, expected in read_sealed(path).items():
                 if not (file := path.parent / name).is_file() or file_sha256(file) != expected:
                     yield f"{file} is damaged (its checksum is of other content)"
+        elif path.parent.parent == cache_dir("files"):  # named by what it must be
+            if not file_sha256(path).startswith(path.parent.name):
+                yield f"{path} is damaged (not the pinned sha256)"
+        elif path.parent == cache_dir("kernels") and path.suffix == ".so":
+            yield from _library(path)
+    except FileNotFoundError:  # a run is at work
+        return
     except Damaged as error:
         yield str(error)
     except (ValueError, OSError) as error:  # of a later version, or not ours to read
         yield str(error)
 
 
+def _library(path: Path) -> Iterator[str]:
+    if not file_sha256(path).startswith(path.stem.rpartition("-")[2]):
+        yield f"{path} is damaged (its name has the checksum of other content)"
+
+
 def _payload(path: Path) -> Iterator[str]:
     for name, expected in Artifact.read(path).files.items():
-        if not (file := path.parent / name).is_file():
+        wrong = not (file := path.parent / name).is_file() or file_sha256(file) != expected
+        if wrong and not path.exists():
+            return  # a run is at work, and makes it again
+        if not file.is_file():
             yield f"{file} is missing"
-        elif file_sha256(file) != expected:
+        elif wrong:
             yield f"{file} is damaged (its checksum is of other content)"
 
 

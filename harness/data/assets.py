@@ -21,7 +21,7 @@ from harness.data.checkpoint import fingerprint, remembered_sha256, require_unch
 from harness.data.files import CACHE_VARIABLE, atomic_path, cache_dir, file_sha256, locked, sync_dir
 from harness.data.record import Record
 from harness.data.sealed import believed, read_sealed, write_sealed
-from harness.progress import Say, say_nothing
+from harness.progress import Say, printable, say_nothing
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"  # of a converted model: the sha256 of its files
@@ -190,16 +190,11 @@ def resolve_model(name: str, revision: str | None = None, say: Say = say_nothing
         return ResolvedModel(name, path, fingerprint(path), MODELS[name].note)
     path = Path(name).expanduser()
     if path.is_dir():
-        return ResolvedModel(_printable(path.resolve().name), path, fingerprint(path))
+        return ResolvedModel(printable(path.resolve().name), path, fingerprint(path))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"no folder {name}: give a folder, a hub id (owner/name) or one of {', '.join(MODELS)}")
     path = _from_hub(name, revision)
     return ResolvedModel(name, path, fingerprint(path))
-
-
-def _printable(name: str) -> str:
-    """A name that moves no cursor and ends no line."""
-    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -60,10 +60,12 @@ def fingerprint(path: Path) -> str:
 
 
 @contextmanager
-def view(path: Path) -> Iterator[Path]:
-    """A folder with the model's files alone. Raises ValueError when one of them changed while it was used."""
+def view(path: Path, expected: str = "") -> Iterator[Path]:
+    """A folder with the model's files alone. Raises ValueError when one of them changed while it was used, or when they
+    are not those of the fingerprint that is `expected`: one that is right before and after says nothing of between."""
     files = checkpoint_files(path)
     before = [_signature(p) for p in files]
+    require_unchanged(path, not expected or fingerprint(path) == expected)
     with tempfile.TemporaryDirectory(prefix="ptq-harness-") as folder:
         for file in files:
             (Path(folder) / file.name).symlink_to(file.resolve())
@@ -71,8 +73,9 @@ def view(path: Path) -> Iterator[Path]:
     require_unchanged(path, files == checkpoint_files(path) and before == [_signature(p) for p in files])
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    with view(path) as files:
+def load_tokenizer(path: Path, expected: str = "") -> PreTrainedTokenizerBase:
+    """Raises ValueError where there is none, and as `view` does."""
+    with view(path, expected) as files:
         try:
             return AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizer loading raises whatever its backend raises

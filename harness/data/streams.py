@@ -46,7 +46,9 @@ def evaluation_stream(protocol: Protocol, model: ResolvedModel, data: str | None
         importlib.metadata.version("lm_eval") if protocol.source == "wikitext2-words" and find_spec("lm_eval") else None
     )
     key = [protocol.to_json(), TEXT_SHA256.get(protocol.source), model.fingerprint, cutter]
-    return _remembered(key, model, lambda: evaluation_windows(protocol, load_tokenizer(model.path), data, say))
+    return _remembered(
+        key, model, lambda: evaluation_windows(protocol, load_tokenizer(model.path, model.fingerprint), data, say)
+    )
 
 
 def calibration_stream(
@@ -60,7 +62,9 @@ def calibration_stream(
     """The windows a calibrated method looks at. Raises ValueError as harness.data.windows.calibration_windows does."""
     key = [calibration.to_json(), TEXT_SHA256.get(calibration.source), model.fingerprint, seed, bos]
     return _remembered(
-        key, model, lambda: calibration_windows(calibration, load_tokenizer(model.path), seed, bos, data, say)
+        key,
+        model,
+        lambda: calibration_windows(calibration, load_tokenizer(model.path, model.fingerprint), seed, bos, data, say),
     )
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def work(spec: CellSpec, reference_over: Path, speak: Speaker) -> None:
     """All a cell still lacks; another process at the same cell waits, and then finds it done. The file `reference_over`
     exists once the reference's cell will do no more."""
     store = CellStore(spec.key)
-    with store.lease():
+    with store.lease(partial(speak, f"{WAITING} for another run", 0, 1)):
         run_cell(spec, store, reference_over, speak)
 
 
@@ -84,7 +85,7 @@ def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Spea
     def put(key: str, result: TaskResult) -> None:
         store.put_task(key, replace(result, peak_ram_gib=_peak_ram_gib()))
 
-    score_tasks(reloaded.model, spec.model.path, tasks, put, speak)
+    score_tasks(reloaded.model, spec.model, tasks, put, speak)
 
 
 def _reference_states(spec: CellSpec, protocol_key: str, reference_over: Path, speak: Speaker) -> Path | None:
@@ -142,7 +143,7 @@ def _name_overflow(model: PreTrainedModel, protocol: Protocol, tokens_NT: Tensor
 def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dtype) -> None:
     speak("load", 0, 1)
     method = parse_method(spec.method)
-    model = load_reference(spec.model.path, spec.device, dtype)
+    model = load_reference(spec.model.path, spec.device, dtype, spec.model.fingerprint)
     calibration_sha256, tokens_NT = None, None
     if spec.calibration:
         windows = calibration_stream(spec.calibration, spec.model, spec.seed, spec.bos, spec.data)

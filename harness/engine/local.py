@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -22,7 +22,8 @@ from pathlib import Path
 from harness.engine import cell, process
 from harness.engine.process import WAITING, Ended, Message, Phase
 from harness.measure import measurement
-from harness.measure.machine import quiet, wait_in_silence, working
+from harness.measure.machine import quiet, working
+from harness.progress import wait_in_silence
 from harness.store.cells import CellStore
 from harness.store.lease import TAKEN
 from harness.store.records import CellSpec, Ending, Outcome
@@ -30,6 +31,8 @@ from harness.store.records import CellSpec, Ending, Outcome
 # Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an
 # accelerator may not survive a fork, so there every cell starts from nothing.
 START = {"cpu": "forkserver"}
+LONGEST_POLL_S = 86400.0  # some weeks at once are more than the system takes
+GRACE_S = 1.0  # in which a run that is told to end together with its processes learns of it too
 LONGEST = 70  # bytes of the temporary folder's name: the server's socket lies there, and its whole name may have 108
 Context = ForkServerContext | SpawnContext
 Watch = Callable[[str, Message], None]  # (cell key, message of the cell's process)
@@ -76,8 +79,9 @@ def run_cells(
                 if spec.is_reference:
                     over.touch()
 
-        asked = [pool.submit(run, spec) for spec in specs]
+        asked: list[Future[Outcome]] = []
         try:
+            asked += [pool.submit(run, spec) for spec in specs]
             outcomes = [future.result() for future in asked]
         except KeyboardInterrupt as stop:
             processes.stop()  # those that wait for a place end at once, too
@@ -96,14 +100,14 @@ def measure_cells(
     else of ours runs. Raises Interrupted when this process is told to end."""
     processes = _Processes(watch, timeout_s)
     outcomes: dict[str, Outcome] = {}
-    with quiet(waiting), _variables(_QUIET):
-        try:
+    try:
+        with quiet(waiting), _variables(_QUIET):
             for spec in specs:
                 work = partial(measurement.work, spec, conditions)
                 outcomes[spec.key] = processes.run(work, spec.key, multiprocessing.get_context("spawn"))
-        except KeyboardInterrupt as stop:
-            processes.stop()
-            raise Interrupted(outcomes) from stop
+    except KeyboardInterrupt as stop:
+        processes.stop()
+        raise Interrupted(outcomes) from stop
     return outcomes
 
 
@@ -158,7 +162,9 @@ class _Processes:
             self._running.remove(child)
         if said == Ended():  # the exit code comes by way of the server of the forks, which may be dead
             return said
-        if self._stopped.is_set():
+        # A signal to all of a run's processes may end a child before this one has looked at its own.
+        alone = said is not None and said.ending != Ending.INTERRUPTED
+        if self._stopped.wait(0.0 if alone else GRACE_S):
             return INTERRUPTED
         return said or _death(child.exitcode or 0, store.log, victims)
 
@@ -168,7 +174,10 @@ class _Processes:
         left, heard = self.timeout_s, time.monotonic()
         while True:
             try:
-                if not receiver.poll(None if left is None else max(0.0, heard + left - time.monotonic())):
+                due = LONGEST_POLL_S if left is None else heard + left - time.monotonic()
+                if not receiver.poll(min(max(0.0, due), LONGEST_POLL_S)):
+                    if left is None or due > LONGEST_POLL_S:
+                        continue
                     child.kill()
                     text = f"not finished after {self.timeout_s:g} s (--timeout); with more it goes on from there"
                     return Ended(text, Ending.TIMEOUT)

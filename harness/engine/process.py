@@ -4,6 +4,7 @@ Everything that is printed goes to the cell's log."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -11,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,12 +21,14 @@ import torch
 import harness
 import kernels
 import methods
+from harness.progress import printable
 from harness.store.records import Ending
 from methods.codecs.error_feedback import NotFinite
 
 OURS = tuple(Path(package.__path__[0]) for package in (harness, kernels, methods))
 
 
+FULL = os.strerror(errno.ENOSPC)
 WAITING = "waiting"  # how phases begin in which a process only waits
 
 
@@ -81,7 +84,7 @@ class _Notes(logging.Handler):
         self.speak = speak
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.speak.say(Note(record.getMessage(), record.levelno >= logging.WARNING))
+        self.speak.say(Note(printable(record.getMessage()), record.levelno >= logging.WARNING))
 
 
 Work = Callable[[Speaker], None]
@@ -120,8 +123,15 @@ def _end_with(alive: Connection) -> None:
 
 def ended(error: BaseException) -> Ended:
     """How work ended that raised this."""
+    found = _ended(error)
+    return replace(found, error=printable(found.error))
+
+
+def _ended(error: BaseException) -> Ended:
     lines = str(error).strip().splitlines()
     first = lines[0][:300] if lines else ""
+    if isinstance(error, KeyboardInterrupt):  # Ctrl-C, which a terminal sends to all processes
+        return Ended("interrupted; the same command goes on from here", Ending.INTERRUPTED)
     if isinstance(error, torch.OutOfMemoryError):
         return Ended(f"out of memory on the device ({first})", Ending.OUT_OF_MEMORY)
     if isinstance(error, MemoryError) or "can't allocate memory" in first:  # torch's own, on a CPU
@@ -130,15 +140,21 @@ def ended(error: BaseException) -> Ended:
         return Ended(first, Ending.NON_FINITE)
     if isinstance(error, ValueError) and first and _is_ours(error):
         return Ended(first, Ending.FAILED)
-    if isinstance(error, OSError) and error.filename:
-        return Ended(f"{error.strerror}: {error.filename}; free or repair it, the same command goes on", Ending.FAILED)
+    if isinstance(error, OSError) and error.errno:
+        what = f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror} ({_where(error)})"
+        return Ended(f"{what}; free or repair it, the same command goes on", Ending.FAILED)
+    if FULL in first:  # of a file of tensors, whose writer has errors of its own
+        return Ended(f"{FULL} ({_where(error)}); free some space, the same command goes on", Ending.FAILED)
     return Ended(f"{type(error).__name__}: {first} ({_where(error)})", Ending.CRASHED)
 
 
 def _is_ours(error: BaseException) -> bool:
     """Whether this project raised it, on purpose: then it says what to do."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and _in_ours(frames[-1])
+    if not frames or not _in_ours(frames[-1]):
+        return False
+    line = frames[-1].line  # of what int(), zip() and the like raise, ours is the last line too, but it raises nothing
+    return not line or "raise " in line
 
 
 def _where(error: BaseException) -> str:

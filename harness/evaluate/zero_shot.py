@@ -10,11 +10,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from harness.data.assets import ResolvedModel
 from harness.data.checkpoint import load_tokenizer
 from harness.data.files import canonical
 from harness.data.task_documents import load_task
@@ -100,7 +100,7 @@ def _answer(task: ConfigurableTask, sample: Mapping[str, Any], metric: str) -> i
 
 def score_tasks(
     model: PreTrainedModel,
-    tokenizer_path: Path,
+    resolved: ResolvedModel,
     tasks: Mapping[str, Task],
     put: Callable[[str, TaskResult], None],
     progress: Progress,
@@ -109,7 +109,7 @@ def score_tasks(
     one task. `progress` counts tokens."""
     if not tasks:
         return
-    lm = open_lm(model, load_tokenizer(tokenizer_path))
+    lm = open_lm(model, load_tokenizer(resolved.path, resolved.fingerprint))
     lm.progress = progress
     for key, task in tasks.items():
         lm.phase = f"{task.name} (tokens)"

@@ -20,15 +20,12 @@ import torch
 
 import kernels
 from harness.data.files import digest
+from harness.progress import wait_in_silence
 from harness.store.results import Machine
 from kernels.timing import bandwidth as bandwidth
 
 CODE = (Path(kernels.__path__[0]), Path(__file__).parent)  # a latency measured on other code than this is not shown
 CODE_SUFFIXES = (".py", ".cpp", ".h", ".json")
-
-
-def wait_in_silence() -> None:
-    """What to do before waiting: nothing."""
 
 
 @contextmanager

@@ -219,12 +219,13 @@ def half_dtype(config: PretrainedConfig) -> str:
     return "bfloat16" if config.dtype == torch.bfloat16 else "float16"
 
 
-def load_reference(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Raises ValueError when the folder's weights and its configuration are not each other's, or are no numbers:
-    transformers would go on with random ones in place of what is missing."""
+def load_reference(path: Path, device: str, dtype: torch.dtype, fingerprint: str = "") -> PreTrainedModel:
+    """The model of a folder, of the `fingerprint` if one is given. Raises ValueError when it has another, or when its
+    weights and its configuration are not each other's, or are no numbers: transformers would go on with random ones in
+    place of what is missing."""
     read_config(path)
     try:
-        with view(path) as files:
+        with view(path, fingerprint) as files:
             model, found = AutoModelForCausalLM.from_pretrained(
                 files,
                 dtype=dtype,

@@ -16,7 +16,7 @@ from harness.data.files import write_json, write_text
 from harness.plan.cells import Plan
 from harness.report import latency
 from harness.report.rows import CellReport, all_columns, report_of
-from harness.report.sheet import Row, Sheet, Value, allocation_sheet, label, leaderboard_sheet, number
+from harness.report.sheet import Row, Sheet, Value, allocation_sheet, escaped, label, leaderboard_sheet, number
 from harness.report.summary import add_ranks, summarise
 from harness.report.task_pages import fill_tasks, shown_tasks, task_means, write_pages
 from harness.store.cells import CellStore
@@ -65,7 +65,10 @@ def write_leaderboard(
         sheets.append(allocation_sheet({label(row): mixed[str(row["cell"])] for row in rows if row["cell"] in mixed}))
         text += sheets[1].markdown()
     note = rows[0]["model_note"]
-    write_text(folder / "leaderboard.md", text + (f"\nNote on {rows[0]['model']}: {note}.\n" if note else ""))
+    write_text(
+        folder / "leaderboard.md",
+        text + (f"\nNote on {escaped(str(rows[0]['model']))}: {escaped(str(note))}.\n" if note else ""),
+    )
     return rows, sheets
 
 

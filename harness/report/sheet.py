@@ -46,11 +46,11 @@ class Sheet:
 
     def markdown(self) -> str:
         text = ["| " + " | ".join(self.header) + " |", "|" + "|".join(" --- " for _ in self.header) + "|"]
-        text += ["| " + " | ".join(map(_escaped, line)) + " |" for line in self.lines]
+        text += ["| " + " | ".join(map(escaped, line)) + " |" for line in self.lines]
         return "\n".join(text) + "\n"
 
 
-def _escaped(value: str) -> str:
+def escaped(value: str) -> str:
     """Text that is no markup."""
     value = value.replace("&", "&amp;").replace("<", "&lt;").replace("`", "&#96;").replace("](", "]&#40;")
     return " ".join(value.replace("|", "\\|").split())

@@ -17,9 +17,10 @@ JSON files hold the records of harness.store.records and harness.store.results.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +28,7 @@ from harness.data.checkpoint import remembered_sha256
 from harness.data.files import cache_dir, file_sha256
 from harness.data.record import Record
 from harness.data.sealed import believed, check_tensors
+from harness.progress import wait_in_silence
 from harness.store.lease import lease
 from harness.store.records import AllocationRecord, Artifact, CellSpec
 from harness.store.results import Bench, Score, TaskResult
@@ -41,9 +43,9 @@ class CellStore:
         self.key = key
         self.folder = cache_dir("cells", key)
 
-    def lease(self) -> AbstractContextManager[None]:
+    def lease(self, waiting: Callable[[], None] = wait_in_silence) -> AbstractContextManager[None]:
         """One process at a time works on a cell; a second one waits, and then finds the work done."""
-        return lease(self.folder)
+        return lease(self.folder, waiting)
 
     @property
     def blocks(self) -> Path:
@@ -134,7 +136,20 @@ class CellStore:
     def forget(self) -> None:
         """Drop everything this cell has stored."""
         with self.lease():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.remove()
+
+    def remove(self) -> None:
+        """The folder, which may be a link to another disk. Raises ValueError when it stays."""
+        shutil.rmtree(self.folder.resolve(), ignore_errors=True)
+        if self.folder.is_symlink():
+            self.folder.unlink()
+        if (self.folder / "artifact.json").exists():
+            raise ValueError(f"{self.folder} cannot be removed: make it yours to write to, or remove it")
+
+    def asked_for(self) -> None:
+        """Note that a run found what it asked for: `clean` goes by age."""
+        with suppress(OSError):  # a cache that can only be read
+            os.utime(self.folder / "spec.json")
 
     def _read(self, record: type[R], name: str) -> R | None:
         return believed(self.folder / f"{name}.json", record.read)

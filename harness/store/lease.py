@@ -22,6 +22,7 @@ from typing import ClassVar
 from harness.data.files import locked
 from harness.data.record import Record
 from harness.data.sealed import Damaged
+from harness.progress import wait_in_silence
 
 BEAT_S = 5.0
 STALE_S = 90.0
@@ -50,8 +51,9 @@ class Holder(Record):
 
 
 @contextmanager
-def lease(folder: Path) -> Iterator[None]:
-    """Inside, this process works on `folder` and no other does. Waits for whoever does, and says for whom."""
+def lease(folder: Path, waiting: Callable[[], None] = wait_in_silence) -> Iterator[None]:
+    """Inside, this process works on `folder` and no other does. Waits for whoever does, says for whom, and calls
+    `waiting` again and again."""
     path = folder.with_name(f"{folder.name}.lease")
     mine = Holder(socket.gethostname(), _place(), os.getpid(), _started(os.getpid()), uuid.uuid4().hex)
     told = False
@@ -59,6 +61,7 @@ def lease(folder: Path) -> Iterator[None]:
         if not told:
             log.info("waiting for process %d on %s, which works on this cell", holder.pid, holder.host)
             told = True
+        waiting()
         time.sleep(POLL_S)
     released = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, mine, released), daemon=True)
@@ -101,10 +104,10 @@ def _age_s(path: Path) -> float:
 
 def _beat(path: Path, mine: Holder, released: threading.Event, end: Callable[[int], object] = os._exit) -> None:
     while not released.wait(BEAT_S):
-        if _holder(path) != mine and not released.is_set():
-            log.error("this cell was taken over by another process while this one stood still")
-            end(TAKEN)
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a folder that cannot be reached for a moment: the next beat may find it again
+            if _holder(path) != mine and not released.is_set():
+                log.error("this cell was taken over by another process while this one stood still")
+                end(TAKEN)
             os.utime(path)
 
 

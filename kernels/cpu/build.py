@@ -83,7 +83,8 @@ def _built(instructions: tuple[str, ...], compiler: str) -> Path:
     key = hashlib.sha256(sources + " ".join(command).encode()).hexdigest()[:24]
     root = os.environ.get("HARNESS_CACHE")
     folder = (Path(root).expanduser() if root else Path.home() / ".cache" / "ptq-harness") / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)  # whatever the umask lets a group do
     if not _ours_alone(folder):
         raise RuntimeError(f"{folder} belongs to, or can be written by, others: make it yours alone (chmod go-w)")
     for path in sorted(folder.glob(f"{key}-*.so")):
