@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from harness.data.files import atomic_path
 from harness.data.record import Record
+from harness.data.sealed import write_tensors
 from harness.ledger import Ledger, payload_bytes
 from harness.model import Inventory, empty_model, inventory
 from kernels.dispatch import kind
@@ -114,7 +115,7 @@ class CompressedModel:
             if broken:
                 raise ValueError(f"{broken[0]} is not finite at 16 bits ({len(broken)} tensors): nothing saved")
             with atomic_path(folder / f"{name}.safetensors") as path:
-                save_file(contiguous, path)
+                write_tensors(contiguous, path)
         self.model.config.save_pretrained(folder)
         layers = {name: layer.spec() for name, layer in self.packed.items()}
         tables = {key: table.spec() for key, table in self.tables.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from harness.data.files import atomic_path, digest, json_text, write_text
 SEAL = "sha256"
 BLANK = "0" * 64
 _SEAL_IN_HEADER = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 CHUNK = 1 << 22
 T = TypeVar("T")
 
@@ -92,11 +94,22 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     assert metadata is None or SEAL not in metadata
     plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata={**(metadata or {}), SEAL: BLANK})
+        write_tensors(plain, temporary, {**(metadata or {}), SEAL: BLANK})
         found, place = _seal_of(temporary)
         with open(temporary, "r+b") as handle:
             handle.seek(place)
             handle.write(found.encode())
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' own file. Raises OSError for what the system refuses, as every other writer does."""
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        if found := _SYSTEM_ERROR.search(str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise
 
 
 def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -4,7 +4,6 @@ Everything that is printed goes to the cell's log."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -28,7 +27,6 @@ from methods.codecs.error_feedback import NotFinite
 OURS = tuple(Path(package.__path__[0]) for package in (harness, kernels, methods))
 
 
-FULL = os.strerror(errno.ENOSPC)
 WAITING = "waiting"  # how phases begin in which a process only waits
 
 
@@ -143,8 +141,6 @@ def _ended(error: BaseException) -> Ended:
     if isinstance(error, OSError) and error.errno:
         what = f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror} ({_where(error)})"
         return Ended(f"{what}; free or repair it, the same command goes on", Ending.FAILED)
-    if FULL in first:  # of a file of tensors, whose writer has errors of its own
-        return Ended(f"{FULL} ({_where(error)}); free some space, the same command goes on", Ending.FAILED)
     return Ended(f"{type(error).__name__}: {first} ({_where(error)})", Ending.CRASHED)
 
 
