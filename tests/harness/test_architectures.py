@@ -313,3 +313,16 @@ def test_a_model_of_another_family_is_not_decoded_natively(made):
     for family in ("gpt2", "opt", "qwen3-moe"):
         model = made(family)[0]
         assert f"type {model.config.model_type} are run by transformers" in token_decoder(model, None, POSITIONS)
+
+
+@pytest.mark.parametrize("text", ["gptq", "gptvq", "reallm"])
+def test_an_expert_no_token_is_sent_to_is_packed_too(text, made, tmp_path):
+    _, folder, tokens = made("mixtral")
+    model, method, few = loaded(folder), parse_method(text), tokens[:1, :1]
+    stock = inventory(model)
+    reached = measure_sensitivities(model, few, 0)
+    assert 0 < len(reached) < len(stock.layers)
+    plan = mixed(stock, Fraction(5), expected_costs(method, model, stock, Fraction(5), reached, 0))
+    compressed, _ = compress_model(model, stock, method, plan.layers, few, 0, tmp_path / "blocks")
+    assert compressed.ledger() == plan.ledger
+    assert torch.isfinite(compressed.model(tokens).logits).all()
