@@ -187,6 +187,9 @@ def test_verify_looks_behind_links_and_at_all_that_is_pinned(tmp_path, monkeypat
         path.parent.mkdir(parents=True)
         path.write_text("{}")
     (cache / "cells").symlink_to(disk)
+    (cache / "kernels" / "earlier.so").write_text("without a checksum in its name")
+    (cache / "sha256").mkdir()
+    (cache / "sha256" / "earlier.json").write_text('{"path": "/x", "sha256": "abc"}')
     (disk / "round").symlink_to(cache)
     monkeypatch.setenv(CACHE_VARIABLE, str(cache))
     assert main(["verify"]) == 1
