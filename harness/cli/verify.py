@@ -14,6 +14,7 @@ from harness.data.sealed import Damaged, check_tensors, read_object, read_sealed
 from harness.store.records import AllocationRecord, Artifact, CellSpec
 from harness.store.results import Bench, Score, TaskResult
 
+EARLIER_MEMO = {"path", "sha256"}  # of a file's checksum, which is not read any more
 RECORDS: dict[str, type[Record]] = {  # by what the names of their files begin with
     "spec": CellSpec,
     "allocation": AllocationRecord,
@@ -67,8 +68,11 @@ def _problems(path: Path) -> Iterator[str]:
                 check_tensors(path)
         elif path.suffix == ".safetensors" and path.parent.name in ("streams", "sensitivities", "blocks"):
             check_tensors(path)
-        elif path.suffix == ".json" and path.parent in (cache_dir("costs"), cache_dir("sha256")):
+        elif path.suffix == ".json" and path.parent == cache_dir("costs"):
             read_sealed(path)
+        elif path.suffix == ".json" and path.parent == cache_dir("sha256"):
+            if read_object(path).keys() != EARLIER_MEMO:
+                read_sealed(path)
         elif path.name == MANIFEST and path.parent.parent == cache_dir("models"):
             for name, expected in read_sealed(path).items():
                 if not (file := path.parent / name).is_file() or file_sha256(file) != expected:
@@ -87,7 +91,8 @@ def _problems(path: Path) -> Iterator[str]:
 
 
 def _library(path: Path) -> Iterator[str]:
-    if not file_sha256(path).startswith(path.stem.rpartition("-")[2]):
+    _, dash, checksum = path.stem.rpartition("-")
+    if dash and not file_sha256(path).startswith(checksum):  # earlier ones have none in their name, and are not loaded
         yield f"{path} is damaged (its name has the checksum of other content)"
 
 

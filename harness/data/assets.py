@@ -189,6 +189,8 @@ def resolve_model(name: str, revision: str | None = None, say: Say = say_nothing
         path = _converted(MODELS[name], name, say)
         return ResolvedModel(name, path, fingerprint(path), MODELS[name].note)
     path = Path(name).expanduser()
+    if any("\ud800" <= c <= "\udfff" for c in name):  # bytes that are no text
+        raise ValueError(f"the name of the folder {name!r} is no text in UTF-8: rename it, or give a link to it")
     if path.is_dir():
         return ResolvedModel(printable(path.resolve().name), path, fingerprint(path))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:

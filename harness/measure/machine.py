@@ -62,11 +62,16 @@ def _opened(path: Path) -> IO[bytes]:
     try:
         handle = os.fdopen(os.open(path, flags, 0o600), "r+b", buffering=0)
     except OSError as error:
-        raise ValueError(f"{path} is no lock of ours ({error.strerror}): remove it") from None
+        raise ValueError(
+            f"{path} is no lock of ours ({error.strerror}): remove it, or set TMPDIR to a folder of your own"
+        ) from None
     found = os.fstat(handle.fileno())
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
         handle.close()
-        raise ValueError(f"{path} is no lock of ours (another user's, or no plain file): remove it")
+        raise ValueError(
+            f"{path} is no lock of ours (another user's, or no plain file): remove it, or set TMPDIR to a folder of "
+            "your own"
+        )
     return handle
 
 

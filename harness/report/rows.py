@@ -154,7 +154,7 @@ def report_of(
         "harness_version": __version__,
         "cell": cell.key,
         "model_note": cell.model.note,
-        "reason": error or (measured.error if measured else "") or _overflow(scores),
+        "reason": error or (measured.error if measured else "") or _overflow(scores) or _no_divergence(scores),
     }
     report = CellReport(row, cell.method.seeded, artifact, scores, tasks, bench)
     done, answered = list(report.done.values()), [result for result in tasks.values() if result]
@@ -181,6 +181,12 @@ def _overflow(scores: Mapping[str, Score | None]) -> str:
     """What is not finite, of a row without another reason."""
     found = {name: score.nonfinite_windows for name, score in scores.items() if score and score.nonfinite_windows}
     return "; ".join(f"{count} windows of {name} have no finite loss" for name, count in found.items())
+
+
+def _no_divergence(scores: Mapping[str, Score | None]) -> str:
+    """What is missing of a row that was scored while the reference was not."""
+    missing = [name for name, score in scores.items() if score and score.divergence is None]
+    return f"the reference was not scored on {', '.join(missing)}: the same command adds kld" if missing else ""
 
 
 def _artifact_values(artifact: Artifact) -> Row:

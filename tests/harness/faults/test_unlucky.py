@@ -20,6 +20,7 @@ from harness.cli import _told_to_end, clean, main
 from harness.cli.leaderboard import keeps_what_is_there
 from harness.compress.loop import _compressed
 from harness.data import checkpoint
+from harness.data.assets import resolve_model
 from harness.data.files import CACHE_VARIABLE, atomic_path
 from harness.engine.local import INTERRUPTED, LONGEST_POLL_S, Interrupted, _Processes, measure_cells
 from harness.engine.process import Ended, Speaker, ended
@@ -186,6 +187,9 @@ def test_verify_looks_behind_links_and_at_all_that_is_pinned(tmp_path, monkeypat
         path.parent.mkdir(parents=True)
         path.write_text("{}")
     (cache / "cells").symlink_to(disk)
+    (cache / "kernels" / "earlier.so").write_text("without a checksum in its name")
+    (cache / "sha256").mkdir()
+    (cache / "sha256" / "earlier.json").write_text('{"path": "/x", "sha256": "abc"}')
     (disk / "round").symlink_to(cache)
     monkeypatch.setenv(CACHE_VARIABLE, str(cache))
     assert main(["verify"]) == 1
@@ -239,3 +243,16 @@ def test_time_that_a_cell_waits_for_another_run_is_said_to_the_parent(tmp_path, 
     waited = []
     with leases.lease(tmp_path / "cell", lambda: waited.append(1)):
         assert waited
+
+
+def test_a_folder_whose_name_is_no_text_and_an_index_too_deep_are_one_line(tmp_path, cache):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    with pytest.raises(ValueError, match="rename it"):
+        resolve_model(str(folder))
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / checkpoint.INDEX).write_text('{"weight_map": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match="no index of shards"):
+        resolve_model(str(folder))
