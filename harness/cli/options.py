@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, resolve_model
+from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, is_hub_id, resolve_model
 from harness.data.protocols import (
     PROFILES,
     Calibration,
@@ -179,6 +179,8 @@ def build_plan(
     if from_config and (arguments.model in PRESETS or not _has_weights(arguments.model)):
         model = ResolvedModel(arguments.model, Path(arguments.model), "")  # shapes are enough; its cells have no keys
     else:
+        if is_hub_id(arguments.model):
+            skeleton(read_config(arguments.model, arguments.revision))  # gigabytes are not fetched to be refused
         model = resolve_model(arguments.model, arguments.revision, say)
     config = read_config(model.path, arguments.revision)
     stock = inventory(skeleton(config))

@@ -193,10 +193,16 @@ def resolve_model(name: str, revision: str | None = None, say: Say = say_nothing
         raise ValueError(f"the name of the folder {name!r} is no text in UTF-8: rename it, or give a link to it")
     if path.is_dir():
         return ResolvedModel(printable(path.resolve().name), path, fingerprint(path))
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise ValueError(f"no folder {name}: give a folder, a hub id (owner/name) or one of {', '.join(MODELS)}")
     path = _from_hub(name, revision)
     return ResolvedModel(name, path, fingerprint(path))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is no pinned one and no folder, but looks like owner/name."""
+    known = name in MODELS or Path(name).expanduser().is_dir()
+    return not known and not name.startswith((".", "/", "~")) and name.count("/") == 1
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -181,7 +181,8 @@ def read_config(source: str | Path, revision: str | None = None) -> PretrainedCo
                 f"'{source}' brings code of its own, which is never run here: only architectures of transformers are"
             ) from None
         raise ValueError(
-            f"no configuration of '{source}' can be read ({first_line(error)}): presets are {', '.join(PRESETS)}"
+            f"no configuration of '{source}' can be read ({first_line(error)}): "
+            f"give a local folder or a hub id; presets are {', '.join(PRESETS)}"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is already quantised (its config.json says how): give the unquantised model")
