@@ -82,7 +82,7 @@ def _advice(error: OSError) -> str:
         case errno.EACCES | errno.EPERM | errno.EROFS:
             advice = "give a folder that you may write to, with --out or HARNESS_CACHE"
         case errno.EEXIST | errno.ENOTDIR | errno.EISDIR:
-            advice = "something else has that name: give another path"
+            advice = "something else has that name: remove it, or give another path"
         case _:
             advice = "give a path that exists"
     return f"{error.strerror or error}{where}: {advice}"

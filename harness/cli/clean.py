@@ -77,9 +77,23 @@ def main(arguments: argparse.Namespace) -> int:
                 else:
                     store.remove()
     going = [cell for cell in going if cell not in kept]
+    for path in _remains():
+        print(f"{path}  of a run that was killed")
+        if arguments.yes:
+            path.unlink(missing_ok=True)
     done = "removed" if arguments.yes else "would be removed; --yes removes them"
     print(f"{len(going)} of {len(stored)} cells, {sum(cell.size for cell in going) / 2**20:.0f} MiB {done}")
     return 0
+
+
+def _remains() -> Iterator[Path]:
+    """Files that a killed process was writing, or measuring for, a day ago and longer."""
+    yesterday = time.time() - 86400
+    for pattern in ("*/.*.tmp", "cells/*/.*.tmp", "cells/*/blocks/.*.tmp", "sensitivities/*.unfinished.safetensors"):
+        for path in sorted(cache_dir().glob(pattern)):
+            with suppress(FileNotFoundError):
+                if path.is_file() and path.stat().st_mtime < yesterday:
+                    yield path
 
 
 def _until(cells: list[_Stored], total: int, limit: float) -> Iterator[_Stored]:

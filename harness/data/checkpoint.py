@@ -20,7 +20,8 @@ from harness.data.sealed import believed, read_sealed, write_sealed
 
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = ("*token*", "*.model", "vocab*", "merges*")
+TOKENIZER: tuple[str, ...] = ("tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER += ("*.model", "*.tiktoken", "vocab.*", "merges.txt")
 RACY_SECONDS = 2.0  # a file this young may change again without a later time
 
 

@@ -64,7 +64,7 @@ def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Spea
     dtype = getattr(torch, spec.dtype)
     store.put_spec(spec)
     artifact = store.artifact()
-    if artifact and (damage := store.damage(artifact)):
+    if artifact and (damage := store.damage(artifact) or store.unsealed(artifact)):
         log.warning("%s; the cell is made again", damage)
         artifact = None
     if artifact is None:

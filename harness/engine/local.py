@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from harness.engine import cell, process
-from harness.engine.process import WAITING, Ended, Message, Phase
+from harness.engine.process import WAITING, Ended, Message, Note, Phase
 from harness.measure import measurement
 from harness.measure.machine import quiet, working
 from harness.progress import wait_in_silence
@@ -36,7 +36,7 @@ GRACE_S = 1.0  # in which a run that is told to end together with its processes 
 LONGEST = 70  # bytes of the temporary folder's name: the server's socket lies there, and its whole name may have 108
 Context = ForkServerContext | SpawnContext
 Watch = Callable[[str, Message], None]  # (cell key, message of the cell's process)
-INTERRUPTED = Ended("interrupted; the same command goes on from here", Ending.INTERRUPTED)
+INTERRUPTED = Ended("the same command goes on from here", Ending.INTERRUPTED)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -171,12 +171,12 @@ class _Processes:
     def _listen(self, receiver: Connection, child: BaseProcess, key: str) -> Ended | None:
         """What a child says of its end; None when it ends without a word."""
         said: Ended | None = None
-        left, heard = self.timeout_s, time.monotonic()
+        left, heard, waits = self.timeout_s, time.monotonic(), False
         while True:
             try:
-                due = LONGEST_POLL_S if left is None else heard + left - time.monotonic()
+                due = LONGEST_POLL_S if left is None or waits else heard + left - time.monotonic()
                 if not receiver.poll(min(max(0.0, due), LONGEST_POLL_S)):
-                    if left is None or due > LONGEST_POLL_S:
+                    if left is None or waits or due > LONGEST_POLL_S:
                         continue
                     child.kill()
                     text = f"not finished after {self.timeout_s:g} s (--timeout); with more it goes on from there"
@@ -185,13 +185,23 @@ class _Processes:
             except (EOFError, OSError):  # killed, perhaps in the middle of a message; the exit code tells
                 return said
             now = time.monotonic()
-            if left is not None and not (isinstance(message, Phase) and message.phase.startswith(WAITING)):
-                left -= now - heard  # waiting for another cell is not its own time
-            heard = now
+            if left is not None and not waits:  # waiting for another process is not its own time
+                left -= now - heard
+            heard, waits = now, _waits(message)
             if isinstance(message, Ended):
                 said = message
             else:
                 self.watch(key, message)
+
+
+def _waits(message: Message) -> bool:
+    """Whether a process that says this does nothing until it says something else."""
+    match message:
+        case Phase():
+            return message.phase.startswith(WAITING)
+        case Note():
+            return message.text.startswith(WAITING)
+    return False
 
 
 def _death(code: int, log: Path, victims: int) -> Ended:

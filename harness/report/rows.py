@@ -137,6 +137,13 @@ def report_of(
     artifact = store.artifact() if not cell.refusal else None
     scores = {p.name: store.score(protocol_key(p)) for p in plan.protocols} if artifact else {}
     tasks = {task.name: store.task(task.key) for task in plan.tasks} if artifact else {}
+    if (
+        outcome
+        and outcome.ending == Ending.INTERRUPTED
+        and artifact
+        and None not in (*scores.values(), *tasks.values())
+    ):
+        outcome = None  # another run has finished what this one was taken away from
     error = cell.refusal or (outcome.error if outcome else "")
     bench = bench if artifact else None  # of an artifact that is there
     row: Row = dict.fromkeys(all_columns(plan), "")

@@ -127,6 +127,11 @@ class CellStore:
                 return f"{path} is damaged (its checksum is of other content)"
         return ""
 
+    def unsealed(self, artifact: Artifact) -> str:
+        """Why nothing new may be found out about an artifact from before checksums were kept, in one line; empty for
+        others. What was found out about it then stays."""
+        return "" if artifact.files else f"{self.folder} was stored before checksums were kept"
+
     def drop_artifact(self) -> None:
         """Remove a stored artifact and all that was found out about it; unfinished work stays."""
         for pattern in ("artifact.json", "score_*", "task_*", "bench_*", "states_*"):

@@ -27,6 +27,7 @@ from harness.progress import wait_in_silence
 BEAT_S = 5.0
 STALE_S = 90.0
 POLL_S = 0.3
+STOPPED = ("T", "t")
 TAKEN = 75  # exit status of a process whose lease was taken over (EX_TEMPFAIL)
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,18 @@ class Holder(Record):
     token: str
 
     @property
+    def is_here(self) -> bool:
+        return self.place == _place()
+
+    @property
     def is_gone(self) -> bool:
-        """Whether it is known to be no more; of other machines only their silence tells."""
-        return self.place == _place() and _started(self.pid) != self.started
+        """Whether it is known to be no more."""
+        return self.is_here and _started(self.pid) != self.started
+
+    def is_silent(self, age_s: float) -> bool:
+        """Whether it does nothing, that long after its last beat: of other machines only that tells; a process of this
+        one must have been stopped, for after a night's sleep of a laptop all beats are old."""
+        return age_s >= STALE_S and (not self.is_here or _state(self.pid) in STOPPED)
 
 
 @contextmanager
@@ -80,7 +90,7 @@ def _take(path: Path, mine: Holder) -> Holder | None:
     """Take a lease that is free; else its holder."""
     with locked(path, "a lease"):
         holder = _holder(path)
-        if holder is not None and not holder.is_gone and _age_s(path) < STALE_S:
+        if holder is not None and not holder.is_gone and not holder.is_silent(_age_s(path)):
             return holder
         if holder is not None and not holder.is_gone:
             log.warning("process %d on %s has been silent for long; its cell is taken over", holder.pid, holder.host)
@@ -117,6 +127,14 @@ def _place() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
+
+
+def _state(pid: int) -> str:
+    """The letter of a process's state; empty where the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def _started(pid: int) -> str:

@@ -239,3 +239,34 @@ def test_losses_that_are_not_finite_name_the_layer(two_blocks):
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.up_proj.weight").fill_(3e38)
     assert first_nonfinite(model, tokens_T) == "model.layers.1.mlp.up_proj"
+
+
+def test_a_process_of_this_machine_keeps_its_lease_through_a_sleep(tmp_path):
+    """Old beats of a living process mean that the machine slept; of a stopped one, that it was stopped."""
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        holder = Holder("here", leases._place(), sleeper.pid, leases._started(sleeper.pid), "theirs")
+        assert not holder.is_gone and not holder.is_silent(1e6)
+        sleeper.send_signal(signal.SIGSTOP)
+        deadline = time.time() + 10
+        while leases._state(sleeper.pid) not in leases.STOPPED and time.time() < deadline:
+            time.sleep(0.01)
+        assert holder.is_silent(1e6) and not holder.is_silent(1.0)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert holder.is_gone
+
+
+def test_nothing_new_is_found_out_about_a_cell_without_checksums(tiny, finished_cells, tmp_path):
+    store = CellStore(finished_cells)
+    artifact = store.artifact()
+    store.put_artifact(replace(artifact, files={}))
+    arguments = ("run", "--model", str(tiny), "--methods", "rtn", *SHORT)
+    assert "rtn 3.25: found" in run_harness(*arguments, "--out", str(tmp_path / "a")).stderr
+    for score in store.folder.glob("score_*"):
+        score.unlink()
+    done = run_harness(*arguments, "--out", str(tmp_path / "b"))
+    assert done.returncode == 0 and "before checksums were kept; the cell is made again" in done.stderr
+    assert store.artifact().files == artifact.files
+    assert steady(read_rows(tmp_path / "a")) == steady(read_rows(tmp_path / "b"))

@@ -166,7 +166,7 @@ FOLDERS = {
         lambda folder: (_without("*.safetensors")(folder), _text("model.safetensors.index.json", "{}")(folder)),
         "no index of shards",
     ),
-    "no tokenizer": (_without("*token*"), "holds no tokenizer"),
+    "no tokenizer": (_without("token*"), "holds no tokenizer"),
     "broken tokenizer": (_text("tokenizer.json", "{"), "holds no tokenizer"),
 }
 
