@@ -11,6 +11,7 @@ import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from harness.cli import _told_to_end, clean, main
 from harness.cli.leaderboard import keeps_what_is_there
 from harness.compress.loop import _compressed
-from harness.data import checkpoint
+from harness.data import checkpoint, sealed
 from harness.data.assets import resolve_model
 from harness.data.files import CACHE_VARIABLE, atomic_path
 from harness.engine.local import INTERRUPTED, LONGEST_POLL_S, Interrupted, _Processes, measure_cells
@@ -47,7 +48,10 @@ def _caught(raise_it) -> Ended:
 
 
 def _serialise() -> None:
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    """The writer of tensor files has errors of its own."""
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with mock.patch.object(sealed, "save_file", side_effect=full):
+        sealed.write_tensors({"a": torch.zeros(9)}, Path("/x/y"))
 
 
 def _full() -> None:
@@ -63,7 +67,7 @@ def _ctrl_c() -> None:
     [
         (_ctrl_c, Ending.INTERRUPTED, "goes on from here"),
         (_full, Ending.FAILED, "No space left on device"),
-        (_serialise, Ending.FAILED, "free some space"),
+        (_serialise, Ending.FAILED, "No space left on device: /x/y"),
     ],
 )
 def test_how_work_ended(raise_it, ending, words):
