@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, is_hub_id, resolve_model
 from harness.data.protocols import (
@@ -180,7 +181,7 @@ def build_plan(
         model = ResolvedModel(arguments.model, Path(arguments.model), "")  # shapes are enough; its cells have no keys
     else:
         if is_hub_id(arguments.model):
-            skeleton(read_config(arguments.model, arguments.revision))  # gigabytes are not fetched to be refused
+            skeleton(_hub_config(arguments.model, arguments.revision))  # gigabytes are not fetched to be refused
         model = resolve_model(arguments.model, arguments.revision, say)
     config = read_config(model.path, arguments.revision)
     stock = inventory(skeleton(config))
@@ -250,6 +251,17 @@ def _require_positions(known: int | None, request: Request) -> None:
     ]
     if wrong := [f"{option} {fits}" for (option, text), (_, fits) in zip(used, fitting, strict=True) if fits != text]:
         raise ValueError(f"this model knows {known} positions, fewer than a window would have: write {' '.join(wrong)}")
+
+
+def _hub_config(name: str, revision: str | None) -> PretrainedConfig:
+    try:
+        return read_config(name, revision)
+    except ValueError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise ValueError(
+            f"cannot get '{name}' from the hub ({first_line(error.__cause__)}): give --model a local folder"
+        ) from None
 
 
 def _has_weights(name: str) -> bool:

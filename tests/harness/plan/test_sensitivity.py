@@ -141,7 +141,7 @@ class _Stopped(Exception):
 def test_a_measurement_that_was_killed_goes_on_to_the_last_bit(measure, two_blocks, tmp_path, monkeypatch):
     monkeypatch.setattr("harness.plan.unfinished.SAVE_S", 0.0)
     monkeypatch.setattr("harness.plan.unfinished.SHARE", torch.inf)
-    monkeypatch.setattr(measuring, "FISHER_TOKENS", 64)  # two windows at once
+    monkeypatch.setattr(measuring, "FISHER_TOKENS", 32)  # one window at once
     tokens_NT = torch.randint(1000, (4, 32), generator=torch.Generator().manual_seed(0))
     model = load_reference(two_blocks.path, "cpu", torch.float32)
 
