@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers import PretrainedConfig
 
 from harness.cli.leaderboard import keeps_what_is_there, measure_stored, open_console, report, say_waiting, writable
 from harness.cli.options import Request, add_bench_options, add_plan_options, build_plan, read_request
@@ -37,6 +39,15 @@ from harness.report.sheet import Row
 from harness.store.cells import CellStore
 from harness.store.results import Bench, ProductTime
 from kernels.formats.layer import LayerConfig
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """A model whose shapes are measured."""
+
+    name: str
+    config: PretrainedConfig
+    stock: Inventory
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -70,12 +81,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.end_to_end and not arguments.shapes:
         raise ValueError("--end-to-end builds random models: say of which shapes (--shapes llama3.2-1b)")
     if arguments.shapes:
-        for name in _names(arguments.shapes):  # before anything is waited for
-            inventory(skeleton(read_config(name, arguments.revision)))
-    if arguments.end_to_end:
-        return _end_to_end(arguments, request, console)
-    if arguments.shapes:
-        return _shapes(arguments, request, console)
+        models = _models(arguments)  # before anything is waited for
+        return (_end_to_end if arguments.end_to_end else _shapes)(models, arguments, request, console)
     plan, _, _ = build_plan(arguments, request, partial(console.print, style="dim"))
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
@@ -87,7 +94,7 @@ def main(arguments: argparse.Namespace) -> int:
     return report(plan, {}, measure_stored(plan, arguments, console, again=True), arguments, console, start)
 
 
-def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -> int:
+def _shapes(models: Sequence[_Shapes], arguments: argparse.Namespace, request: Request, console: Console) -> int:
     """Every distinct matrix of the models, packed by every method with the one configuration for all matrices that fits
     the budget."""
     device = arguments.device
@@ -96,9 +103,7 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
     bandwidth = 0.0
     with machine.quiet(partial(say_waiting, console)):
         here = machine.describe(device, arguments.bench_threads)
-        for name in _names(arguments.shapes):
-            config = read_config(name, arguments.revision)
-            stock = inventory(skeleton(config))
+        for name, config, stock in ((model.name, model.config, model.stock) for model in models):
             dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else half_dtype(config)))
             for row, configs in _uniform_rows(request, stock, console):
                 console.print(f"{name}, {row}", style="dim")
@@ -118,16 +123,14 @@ def _shapes(arguments: argparse.Namespace, request: Request, console: Console) -
     return 0
 
 
-def _end_to_end(arguments: argparse.Namespace, request: Request, console: Console) -> int:
+def _end_to_end(models: Sequence[_Shapes], arguments: argparse.Namespace, request: Request, console: Console) -> int:
     """Whole models of the shapes, packed by every method with one configuration for all matrices: a row each, and one
     of the uncompressed model, which all others take turns with."""
     device = arguments.device
     torch.set_num_threads(arguments.bench_threads)
     benches: list[tuple[str, str, float, Bench]] = []  # model, row, stored bits, what was found
     with machine.quiet(partial(say_waiting, console)):
-        for name in _names(arguments.shapes):
-            config = read_config(name, arguments.revision)
-            stock = inventory(skeleton(config))
+        for name, config, stock in ((model.name, model.config, model.stock) for model in models):
             dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else half_dtype(config)))
             dense = dict.fromkeys((layer.name for layer in stock.layers), uncompressed(config))
             load_reference = cache(partial(random_model, config, dense, device, dtype))
@@ -168,11 +171,13 @@ def _end_to_end(arguments: argparse.Namespace, request: Request, console: Consol
     return 0
 
 
-def _names(shapes: str) -> list[str]:
-    names = [part.strip() for part in shapes.split(",") if part.strip()]
+def _models(arguments: argparse.Namespace) -> list[_Shapes]:
+    """Raises ValueError when there is none, or one that no model can be laid out of."""
+    names = [part.strip() for part in arguments.shapes.split(",") if part.strip()]
     if not names:
         raise ValueError("--shapes names no model: give a preset, a folder or a hub id, as --shapes llama3.2-1b")
-    return names
+    configs = [read_config(name, arguments.revision) for name in names]
+    return [_Shapes(name, config, inventory(skeleton(config))) for name, config in zip(names, configs, strict=True)]
 
 
 def _uniform_rows(

@@ -5,15 +5,14 @@ What is removed can be made again by the line that made it. Without --yes only s
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.cli.options import amount
 from harness.data.files import cache_dir
-from harness.data.sealed import Damaged
 from harness.report.baseline import read_rows
 from harness.store.cells import CellStore
 from harness.store.records import CellSpec
@@ -33,7 +32,7 @@ class _Stored:
     def label(self) -> str:
         try:
             spec = CellSpec.read(self.path / "spec.json")
-        except (OSError, Damaged, ValueError):
+        except (OSError, ValueError):
             return "unreadable"
         return f"{spec.model.name}  {spec.method_text}{f' {spec.budget}' if spec.budget else ''} seed {spec.seed}"
 
@@ -128,21 +127,9 @@ def _named(folder: Path) -> set[str]:
 
 
 def _days(text: str) -> float:
-    try:
-        days = float(text)
-    except ValueError:
-        days = math.nan
-    if not 0 <= days < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of days; write for example 30")
-    return days
+    return amount(text, "number of days", "30")
 
 
 def _bytes(text: str) -> float:
-    number, unit = (text[:-1], UNITS[text[-1].upper()]) if text[-1:].upper() in UNITS and text else (text, 1)
-    try:
-        value = float(number) * unit
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is no size; write for example 20G")
-    return value
+    unit = UNITS.get(text[-1:].upper())
+    return amount(text[:-1], "size", "20G", unit) if unit else amount(text, "size", "20G")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, is_hub_id, resolve_model
+from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, is_hub_id, no_hub, resolve_model
 from harness.data.protocols import (
     PROFILES,
     Calibration,
@@ -110,14 +110,19 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive_seconds(text: str) -> float:
+def amount(text: str, what: str, example: str, unit: float = 1, may_be_zero: bool = True) -> float:
+    """A finite number of `unit`s that is not negative. Raises what argparse prints as one line."""
     try:
-        seconds = float(text)
+        value = float(text) * unit
     except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds; write for example 3")
-    return seconds
+        value = math.nan
+    if not 0 <= value < math.inf or not (value or may_be_zero):
+        raise argparse.ArgumentTypeError(f"'{text}' is no {what}; write for example {example}")
+    return value
+
+
+def positive_seconds(text: str) -> float:
+    return amount(text, "number of seconds", "3", may_be_zero=False)
 
 
 @dataclass(frozen=True)
@@ -259,9 +264,7 @@ def _hub_config(name: str, revision: str | None) -> PretrainedConfig:
     except ValueError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        raise ValueError(
-            f"cannot get '{name}' from the hub ({first_line(error.__cause__)}): give --model a local folder"
-        ) from None
+        raise no_hub(name, error.__cause__) from None
 
 
 def _has_weights(name: str) -> bool:

@@ -73,8 +73,8 @@ def main(arguments: argparse.Namespace) -> int:
     if runnable:
         _prepare_texts(plan, model, read_config(model.path).get_text_config().vocab_size, arguments.data, say)
         prepare(plan.tasks, say)
-    if runnable:
-        writable(arguments.out or Path("results") / plan.key)
+        if not arguments.out:
+            writable(Path("results") / plan.key)
     if arguments.fresh:
         for cell in runnable:
             CellStore(cell.key).forget()

@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.data.assets import MANIFEST
 from harness.data.files import cache_dir, file_sha256
 from harness.data.record import Record
-from harness.data.sealed import Damaged, check_tensors, read_object, read_sealed, unsealed
+from harness.data.sealed import Damaged, check_tensors, damaged_files, read_object, read_sealed, unsealed
 from harness.store.records import AllocationRecord, Artifact, CellSpec
 from harness.store.results import Bench, Score, TaskResult
 
@@ -74,9 +74,7 @@ def _problems(path: Path) -> Iterator[str]:
             if read_object(path).keys() != EARLIER_MEMO:
                 read_sealed(path)
         elif path.name == MANIFEST and path.parent.parent == cache_dir("models"):
-            for name, expected in read_sealed(path).items():
-                if not (file := path.parent / name).is_file() or file_sha256(file) != expected:
-                    yield f"{file} is damaged (its checksum is of other content)"
+            yield from damaged_files(path.parent, read_sealed(path))
         elif path.parent.parent == cache_dir("files"):  # named by what it must be
             if not file_sha256(path).startswith(path.parent.name):
                 yield f"{path} is damaged (not the pinned sha256)"
@@ -84,9 +82,7 @@ def _problems(path: Path) -> Iterator[str]:
             yield from _library(path)
     except FileNotFoundError:  # a run is at work
         return
-    except Damaged as error:
-        yield str(error)
-    except (ValueError, OSError) as error:  # of a later version, or not ours to read
+    except (ValueError, OSError) as error:  # damaged; of a later version, or not ours to read
         yield str(error)
 
 
@@ -97,14 +93,10 @@ def _library(path: Path) -> Iterator[str]:
 
 
 def _payload(path: Path) -> Iterator[str]:
-    for name, expected in Artifact.read(path).files.items():
-        wrong = not (file := path.parent / name).is_file() or file_sha256(file) != expected
-        if wrong and not path.exists():
+    for problem in damaged_files(path.parent, Artifact.read(path).files):
+        if not path.exists():
             return  # a run is at work, and makes it again
-        if not file.is_file():
-            yield f"{file} is missing"
-        elif wrong:
-            yield f"{file} is damaged (its checksum is of other content)"
+        yield problem
 
 
 def _unsealed_cells() -> Iterator[str]:

@@ -20,8 +20,8 @@ from pathlib import Path
 from harness.data.checkpoint import fingerprint, remembered_sha256, require_unchanged
 from harness.data.files import CACHE_VARIABLE, atomic_path, cache_dir, file_sha256, locked, sync_dir
 from harness.data.record import Record
-from harness.data.sealed import believed, read_sealed, write_sealed
-from harness.progress import Say, printable, say_nothing
+from harness.data.sealed import believed, damaged_files, read_sealed, write_sealed
+from harness.progress import Say, first_line, printable, say_nothing
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"  # of a converted model: the sha256 of its files
@@ -212,8 +212,12 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated types; all of them mean the model cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot get '{name}' from the hub ({reason[:160]}): give --model a local folder") from error
+        raise no_hub(name, error) from error
+
+
+def no_hub(name: str, error: BaseException) -> ValueError:
+    """What a user is told of a model that the hub does not give."""
+    return ValueError(f"cannot get '{name}' from the hub ({first_line(error)}): give --model a local folder")
 
 
 def _converted(model: PinnedModel, name: str, say: Say) -> Path:
@@ -232,9 +236,7 @@ def _converted(model: PinnedModel, name: str, say: Say) -> Path:
 
 def _intact(target: Path) -> bool:
     sums = believed(target / MANIFEST, read_sealed)
-    return sums is not None and all(
-        (target / name).is_file() and remembered_sha256(target / name) == value for name, value in sums.items()
-    )
+    return sums is not None and not any(damaged_files(target, sums, remembered_sha256))
 
 
 def _convert(model: PinnedModel, target: Path, say: Say) -> None:

@@ -94,7 +94,7 @@ def remembered_sha256(path: Path) -> str:
     target = path.resolve()
     signature = _signature(target)
     memo = cache_dir("sha256", digest([str(target), *signature])[:32] + ".json")
-    if kept := believed(memo, read_sealed_memo):
+    if kept := believed(memo, _kept_sha256):
         return kept
     value = file_sha256(target)
     if time.time_ns() - max(signature[-2:]) > RACY_SECONDS * 1e9 and _signature(target) == signature:
@@ -102,7 +102,7 @@ def remembered_sha256(path: Path) -> str:
     return value
 
 
-def read_sealed_memo(path: Path) -> str:
+def _kept_sha256(path: Path) -> str:
     return str(read_sealed(path)["content"])
 
 

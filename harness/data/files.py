@@ -80,10 +80,6 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json_text(data))
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def canonical(data: Any) -> str:
     """The one JSON text of a value: what keys are hashed from."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.data.files import atomic_path, digest, json_text, write_text
+from harness.data.files import atomic_path, digest, file_sha256, json_text, write_text
 
 SEAL = "sha256"
 BLANK = "0" * 64
+OTHER_CONTENT = "is damaged (its checksum is of other content)"
 _SEAL_IN_HEADER = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 CHUNK = 1 << 22
@@ -48,12 +49,8 @@ def believed(path: Path, read: Callable[[Path], T]) -> T | None:
 
 
 def write_sealed(path: Path, data: Mapping[str, Any]) -> None:
-    write_text(path, json_text(sealed(data)))
-
-
-def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     assert SEAL not in data
-    return {**data, SEAL: digest(data)}
+    write_text(path, json_text({**data, SEAL: digest(data)}))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -85,8 +82,18 @@ def unsealed(data: dict[str, Any], path: Path) -> dict[str, Any]:
     except ValueError:  # half a surrogate pair
         right = False
     if not right:
-        raise Damaged(f"{path} is damaged (its checksum is of other content)")
+        raise Damaged(f"{path} {OTHER_CONTENT}")
     return content
+
+
+def damaged_files(folder: Path, sums: Mapping[str, str], sha256: Callable[[Path], str] = file_sha256) -> Iterator[str]:
+    """What is wrong with the files of a folder whose checksums are kept beside them, by name; a line for each."""
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif sha256(path) != expected:
+            yield f"{path} {OTHER_CONTENT}"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -130,7 +137,7 @@ def check_tensors(path: Path) -> None:
     with open(path, "rb") as handle:
         handle.seek(place)
         if handle.read(len(BLANK)) != found.encode():
-            raise Damaged(f"{path} is damaged (its checksum is of other content)")
+            raise Damaged(f"{path} {OTHER_CONTENT}")
 
 
 def _seal_of(path: Path) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from harness.engine import cell, process
-from harness.engine.process import WAITING, Ended, Message, Note, Phase
+from harness.engine.process import INTERRUPTED, WAITING, Ended, Message, Note, Phase
 from harness.measure import measurement
 from harness.measure.machine import quiet, working
 from harness.progress import wait_in_silence
@@ -36,7 +36,6 @@ GRACE_S = 1.0  # in which a run that is told to end together with its processes 
 LONGEST = 70  # bytes of the temporary folder's name: the server's socket lies there, and its whole name may have 108
 Context = ForkServerContext | SpawnContext
 Watch = Callable[[str, Message], None]  # (cell key, message of the cell's process)
-INTERRUPTED = Ended("the same command goes on from here", Ending.INTERRUPTED)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -56,6 +56,7 @@ class Ended:
 
 
 Message = Phase | Note | Ended
+INTERRUPTED = Ended("the same command goes on from here", Ending.INTERRUPTED)
 
 
 class Speaker:
@@ -129,7 +130,7 @@ def _ended(error: BaseException) -> Ended:
     lines = str(error).strip().splitlines()
     first = lines[0][:300] if lines else ""
     if isinstance(error, KeyboardInterrupt):  # Ctrl-C, which a terminal sends to all processes
-        return Ended("the same command goes on from here", Ending.INTERRUPTED)
+        return INTERRUPTED
     if isinstance(error, torch.OutOfMemoryError):
         return Ended(f"out of memory on the device ({first})", Ending.OUT_OF_MEMORY)
     if isinstance(error, MemoryError) or "can't allocate memory" in first:  # torch's own, on a CPU

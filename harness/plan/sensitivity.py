@@ -73,11 +73,11 @@ def measure_sensitivities(
     blocks = inventory(model).blocks
     tokens_NT = tokens_NT[: -(-HESSIAN_TOKENS // tokens_NT.shape[1])]
     followed_back = -(-GRADIENT_TOKENS // tokens_NT.shape[1])
-    steps, kept = unfinished.state(str(next(model.parameters()).device))
+    _, kept = unfinished.state(str(next(model.parameters()).device))
     column_I, square_O = under("column", kept), under("square", kept)
     with _frozen(model):
         walk = _Walk(model, tokens_NT, followed_back)
-        walk.go_on(steps, kept)
+        walk.go_on(kept)
 
         def found() -> dict[str, Tensor]:
             return prefixed("column", column_I) | prefixed("square", square_O) | walk.state()
@@ -155,9 +155,9 @@ class _Walk:
             return found | {"hidden": self.hidden_NTH}
         return found | {"gradient": self.gradient_NTH}
 
-    def go_on(self, steps: int, state: Mapping[str, Tensor]) -> None:
-        """Take up a walk that had gone so many blocks forward, and then back."""
-        if steps:
+    def go_on(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a walk where it was left; from nothing at its beginning."""
+        if state:
             kept = under("kept", state)
             self.kept_NTH = [kept[str(index)] for index in range(len(kept))]
             self.hidden_NTH = state.get("hidden", self.hidden_NTH)

@@ -27,7 +27,7 @@ from typing import TypeVar
 from harness.data.checkpoint import remembered_sha256
 from harness.data.files import cache_dir, file_sha256
 from harness.data.record import Record
-from harness.data.sealed import believed, check_tensors
+from harness.data.sealed import believed, check_tensors, damaged_files
 from harness.progress import wait_in_silence
 from harness.store.lease import lease
 from harness.store.records import AllocationRecord, Artifact, CellSpec
@@ -119,13 +119,7 @@ class CellStore:
 
     def damage(self, artifact: Artifact, sha256: Callable[[Path], str] = file_sha256) -> str:
         """What is wrong with the artifact's files, in one line; empty when they are what was written."""
-        for name, expected in artifact.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                return f"{path} is missing"
-            if sha256(path) != expected:
-                return f"{path} is damaged (its checksum is of other content)"
-        return ""
+        return next(damaged_files(self.folder, artifact.files, sha256), "")
 
     def unsealed(self, artifact: Artifact) -> str:
         """Why nothing new may be found out about an artifact from before checksums were kept, in one line; empty for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def _raised(error: BaseException) -> BaseException:
 def test_what_was_raised_is_told_by_type(error, ending, words):
     said = ended(_raised(error))
     assert said.ending == ending and len(said.error.splitlines()) == 1
-    assert pytest.importorskip("re").search(words, said.error)
+    assert re.search(words, said.error)
 
 
 def test_an_error_for_the_user_is_passed_on_as_it_is(cache, tiny):

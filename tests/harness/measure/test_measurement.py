@@ -12,7 +12,7 @@ import kernels.cpu
 import kernels.dispatch
 from harness.cli import main
 from harness.compressed import CompressedModel
-from harness.data.files import read_json
+from harness.data.sealed import read_object
 from harness.measure import machine
 from harness.measure import measurement as bench
 from harness.measure.layers import describe, groups_of
@@ -112,7 +112,7 @@ def test_shapes_need_no_weights(tmp_path, cache):
     }
     assert {row["row"] for row in rows} == {"reallm 3.25", "gptq 3.25", "qlora 3.25"}
     assert all(float(row["us"]) > 0 and float(row["speedup"]) > 0 and row["kind"] == "fused" for row in rows)
-    assert read_json(tmp_path / "machine.json")["threads"] == 1
+    assert read_object(tmp_path / "machine.json")["threads"] == 1
 
 
 @pytest.fixture
