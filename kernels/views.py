@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor, nn
 
 from kernels.formats.codebook import CodebookLinear
+from kernels.formats.uniform import UniformLinear
 
 
 class View(Protocol):
@@ -58,3 +59,8 @@ def readable_codebook(layer: CodebookLinear) -> bool:
     """Whether the fused kernels read this layout: vectors down the rows, one order of columns for all of them, a table
     that fits a cache."""
     return layer.order is None and layer.along == "rows" and layer.index_bits <= 12
+
+
+def readable_uniform(layer: UniformLinear) -> bool:
+    """Whether the fused kernels read this layout: inputs are turned, or stand in another order, not both."""
+    return layer.order is None or layer.rotation is None

@@ -37,6 +37,7 @@ METHODS: Registry[type[Method]] = Registry(
         "nf": "methods.nf:NormalFloat",
         "gptq": "methods.gptq:GPTQ",
         "gptvq": "methods.gptvq:GPTVQ",
+        "trellis": "methods.trellis:Trellis",
         "reallm": "methods.reallm.calibrated:Calibrated",
         "qlora": "methods.qlora:QLoRA",
         "gptq-lora": "methods.gptq_lora:GPTQLoRA",

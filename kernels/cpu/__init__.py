@@ -42,8 +42,11 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
 
 def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Tensor:
     """The product of many inputs: a tile of rows at a time."""
+    given_NI = x_NI
     if seen.order_I is not None:
         x_NI = x_NI[:, seen.order_I]
+    if layer.rotation is not None:
+        x_NI = layer.rotation.turn(x_NI)
     rows = max(1, TILE_WEIGHTS // layer.in_features // LONGEST) * LONGEST  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
     tile_OI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
@@ -56,8 +59,7 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
         torch.mm(x_NI, tile_OI[:count].t(), out=out_NO[:, first : first + count])
     if layer.lowrank is not None:
         left_OR, right_RI = layer.lowrank.factors()
-        right_RI = right_RI if seen.order_I is None else right_RI[:, seen.order_I]
-        out_NO.addmm_(x_NI @ right_RI.t(), left_OR.t())
+        out_NO.addmm_(given_NI @ right_RI.t(), left_OR.t())
     if layer.row_scale is not None:
         out_NO *= layer.row_scale.float()
     return out_NO if layer.bias is None else out_NO.add_(layer.bias.float())

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "rotation.h"
 #include "scales.h"
 
 // Which scale each lane is under, for lanes of `width` columns: of every sixteen lanes the first one's group, and how many groups behind it each
@@ -37,7 +38,7 @@ struct Inputs {
 };
 
 // How rows are multiplied; see rows.h.
-enum Way { FLOATS, BYTES_WAY, WORDS_WAY, FOURS_WAY, ENTRIES, DENSE };
+enum Way { FLOATS, BYTES_WAY, WORDS_WAY, FOURS_WAY, PATHS_WAY, ENTRIES, DENSE };
 
 static inline Way way_of(const Layer &l, int64_t batch);
 
@@ -51,6 +52,13 @@ static float low_rank_input(const Layer &l, int64_t r, const float *x) {
     for (; i < l.columns; ++i) value += x[i] * (l.right_scale ? (float)codes[i] : wide(numbers[i]));
     value += sum(plus(total[0], total[1]));
     return l.right_scale ? value * wide(l.right_scale[r]) * wide(l.left_scale[r]) : value;
+}
+
+// [batch, rank] of x [batch, stride].
+static float *low_rank_inputs(const Layer &l, const float *x, int64_t stride, int64_t batch, Arena &arena) {
+    float *lowrank = arena.take<float>(batch * l.rank);
+    for (int64_t i = 0; i < batch * l.rank; ++i) lowrank[i] = low_rank_input(l, i % l.rank, x + i / l.rank * stride);
+    return lowrank;
 }
 
 static float sum_of(const float *x, int64_t count) {
@@ -112,7 +120,15 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
     memset(&in, 0, sizeof in);
     const int64_t width = padded(l.columns);
     in.batch = batch, in.stride = width, in.blocks = (width / BLOCK + LANES - 1) / LANES * LANES, in.x = x;
-    if (l.order || stride != width) {
+    if (l.rank && !l.order) in.lowrank = low_rank_inputs(l, x, stride, batch, arena);
+    if (l.signs) {
+        float *turned = arena.take<float>(batch * width), *half = arena.take<float>(width);
+        for (int64_t b = 0; b < batch; ++b) {
+            turn(l, x + b * stride, turned + b * width, half);
+            memset(turned + b * width + l.columns, 0, sizeof(float) * (size_t)(width - l.columns));
+        }
+        in.x = turned;
+    } else if (l.order || stride != width) {
         float *copy = arena.take<float>(batch * width);
         for (int64_t b = 0; b < batch; ++b) {
             const float *from = x + b * stride;
@@ -122,13 +138,10 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
         }
         in.x = copy;
     }
-    if (l.rank) {
-        float *lowrank = arena.take<float>(batch * l.rank);
-        for (int64_t i = 0; i < batch * l.rank; ++i) lowrank[i] = low_rank_input(l, i % l.rank, in.x + i / l.rank * width);
-        in.lowrank = lowrank;
-    }
+    if (l.rank && l.order) in.lowrank = low_rank_inputs(l, in.x, width, batch, arena);  // `right` is in that order
     const Way way = way_of(l, batch);
     if (way == DENSE) return;
+    const bool as_bytes = way == BYTES_WAY || (PLANES && way == PATHS_WAY);
     if (is_even(l)) {
         in.under.make(l, BLOCK, in.blocks, arena);
     } else {
@@ -136,9 +149,9 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
         in.under.make(l, lane, width / lane, arena);
     }
 #if PLANES
-    if (way == BYTES_WAY || way == WORDS_WAY || way == FOURS_WAY) to_integers(in, in.x, way == BYTES_WAY, arena);
+    if (as_bytes || way == WORDS_WAY || way == FOURS_WAY) to_integers(in, in.x, as_bytes, arena);
 #endif
-    const bool centred = way == BYTES_WAY && l.centre != 0;
+    const bool centred = as_bytes && l.centre != 0;
     if (has_shift(l) || centred) {
         float *sums = arena.take<float>(batch * l.groups);
         for (int64_t b = 0; b < batch; ++b)

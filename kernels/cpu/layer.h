@@ -29,6 +29,11 @@ typedef struct {
     const uint16_t *minima;      // fp16 [rows, groups], added to scale * value; or
     const uint32_t *zeros;       // one stream [rows * groups] of `bits` bits, taken from the value; or
     double centre;               // the same zero for all
+    int64_t window;              // bits of a trellis code's window (0: no trellis), which is multiplied, 16 bits,
+    int64_t first, second;       // for the first and the second row of a code, and its high byte taken for a place in
+    const uint8_t *levels;       // 256 numbers around 128
+    const uint32_t *signs;       // of inputs that are turned, a bit for every column; null: they are not
+    const float *hartley;        // [m, m], where columns are m times a power of two
     const int32_t *order;        // [columns]: the column that stands at every place of the codes; null: its own
     const void *dense;           // uncompressed weights [rows, columns] instead of all that, each of
     int64_t dense_kind;          // enum Dense

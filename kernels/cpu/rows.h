@@ -4,6 +4,7 @@
 //   WORDS_WAY  tables of at most 256 entries: 15-bit entries times 16-bit inputs, summed as integers (VNNI)
 //   FOURS_WAY  larger tables of vectors of four rows: the same, entries loaded whole (VNNI)
 //   ENTRIES    other larger tables of vectors of four or eight rows: entries loaded whole, and multiplied in the order in which they lie
+//   PATHS_WAY  trellis codes: decoded to a row of bytes, and multiplied like the first
 //   DENSE      uncompressed weights
 //   FLOATS     everything else, and where there is no VNNI: decoded to fp32 in registers, or a panel at a time for many inputs
 //
@@ -11,6 +12,8 @@
 
 #pragma once
 
+#include <math.h>
+#include <omp.h>
 #include <type_traits>
 
 #include "inputs.h"
@@ -335,11 +338,13 @@ template <Dense KIND> struct Uncompressed : Rows {
 };
 
 #include "integer_rows.h"
+#include "paths.h"
 
 // ---- which way a layer takes -----------------------------------------------------------------------------------------------------------
 
 static inline Way way_of(const Layer &l, int64_t batch) {
     if (l.dense) return DENSE;
+    if (l.window) return PATHS_WAY;
 #if PLANES
     if (l.uniform && l.bits <= 8 && (is_even(l) || l.group % 4 == 0)) return BYTES_WAY;
     if (l.fixed && l.bits <= 8 && batch <= 2 && (is_even(l) || l.group % 2 == 0)) return WORDS_WAY;
@@ -414,6 +419,9 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
         Fours{rows}(begin, end);
         break;
 #endif
+    case PATHS_WAY:
+        Paths{rows}(begin, end);
+        break;
     case ENTRIES:
         if (l.dim == 4) Entries<4>{rows}(begin, end);
         else Entries<8>{rows}(begin, end);
@@ -430,6 +438,7 @@ static int64_t vectors(const Layer &l) { return l.dense ? l.rows : (l.rows + l.d
 
 // The base of rows [first, first + count), fp32 [count, columns], shared out to the threads of a parallel region.
 static void decode_base(const Layer &l, int64_t first, int64_t count, float *out, Arena &arena) {
+    if (l.window) return decode_paths(l, first, count, out, arena);
     Under under = {0, 0};
     if (!is_even(l)) under.make(l, 1, padded(l.columns), arena);
     const int64_t width = padded(l.columns);

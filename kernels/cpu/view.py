@@ -16,9 +16,11 @@ from kernels.formats.codebook import CodebookLinear
 from kernels.formats.dense import DenseLinear
 from kernels.formats.normal_float import dynamic_map
 from kernels.formats.packed import PackedLinear
+from kernels.formats.rotation import hartley
 from kernels.formats.tables import Table
+from kernels.formats.trellis import MULTIPLIERS, TrellisLinear, gaussian_levels
 from kernels.formats.uniform import UniformLinear
-from kernels.views import readable_codebook
+from kernels.views import readable_codebook, readable_uniform
 
 FIXED = 16383  # the largest entry of a table in fixed point: four products with 16-bit inputs are a sum of 32 bits
 
@@ -52,6 +54,12 @@ class Layer(ctypes.Structure):
         ("minima", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
         ("centre", ctypes.c_double),
+        ("window", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("second", ctypes.c_int64),
+        ("levels", ctypes.c_void_p),
+        ("signs", ctypes.c_void_p),
+        ("hartley", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
         ("dense", ctypes.c_void_p),
         ("dense_kind", ctypes.c_int64),
@@ -90,6 +98,10 @@ class View:
                 tensors["right"] = layer.lowrank.right[:, self.order_I].contiguous()
         if self.order_I is not None:
             tensors["order"] = self.order_I
+        if layer.rotation is not None:
+            assert self.order_I is None
+            columns = layer.in_features
+            tensors |= dict(signs=layer.rotation.signs, hartley=hartley(columns // (columns & -columns)))
         tensors |= {"row_scale": layer.row_scale, "bias": layer.bias}
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}  # kept alive
         self.structure = structure(layer.out_features, layer.in_features, numbers, self.tensors)
@@ -133,6 +145,18 @@ def _codebook(layer: CodebookLinear) -> Parts:
     return Parts(numbers, tensors | {"scale_codes": scales.codes, "steps": scales.steps.float()})
 
 
+def _trellis(layer: TrellisLinear) -> Parts:
+    scales = layer.scales
+    assert scales.steps is not None and scales.offset is not None
+    first, *second = MULTIPLIERS[layer.bits, layer.dim]
+    numbers: dict[str, float] = dict(bits=layer.bits, dim=layer.dim, words=layer.codes.shape[1], window=layer.window)
+    numbers |= dict(first=first, second=second[0] if second else 0, centre=128.0, group=layer.in_features, groups=1)
+    numbers |= dict(scale_bits=scales.form.bits, per_step=scales.form.group, offset=scales.offset.item())
+    level_K = (gaussian_levels() + 128).to(torch.uint8)
+    tensors = {"codes": layer.codes, "levels": level_K, "scale_codes": scales.codes, "steps": scales.steps.float()}
+    return Parts(numbers, tensors)
+
+
 class TableForms:
     """The entries of a table, or of a layer with a table of its own, in every form that a decoder reads."""
 
@@ -165,6 +189,7 @@ def _planes(table_KD: Tensor) -> Tensor:
 # Every format that is served, said once.
 LAYOUTS = {
     DenseLinear.format: Layout(_dense),
-    UniformLinear.format: Layout(_uniform),
+    UniformLinear.format: Layout(_uniform, readable_uniform),
     CodebookLinear.format: Layout(_codebook, readable_codebook),
+    TrellisLinear.format: Layout(_trellis),
 }

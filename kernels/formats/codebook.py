@@ -143,7 +143,7 @@ class CodebookLinear(PackedLinear):
         prefixed = {f"scales.{name}": tensor for name, tensor in scales.items()}
         return {"codes": pack(code_JI, self.index_bits), **own, **prefixed}
 
-    def decode_base(self) -> Tensor:
+    def decode_codes(self) -> Tensor:
         return self.combine(self.indices(), self.entries(), self.scales.decode())
 
     def indices(self) -> Tensor:

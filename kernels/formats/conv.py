@@ -164,7 +164,7 @@ class ConvLinear(PackedLinear):
         return self.gain
 
     @torch.no_grad()
-    def decode_base(self) -> Tensor:
+    def decode_codes(self) -> Tensor:
         latent_NCYX, network = self.latent_values(), self.network()
         with exact_convolutions():
             drawn = [draw(part, network) for part in latent_NCYX.split(max(1, CHUNK // self.patch**2))]

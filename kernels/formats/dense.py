@@ -23,5 +23,5 @@ class DenseLinear(PackedLinear):
         super().__init__(in_features, out_features, bias, dtype=dtype, **added)
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=HALF_DTYPES[dtype]))
 
-    def decode_base(self) -> Tensor:
+    def decode_codes(self) -> Tensor:
         return self.weight.float()

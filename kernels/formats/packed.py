@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels.dispatch import linear
 from kernels.formats.lowrank import LowRank
+from kernels.formats.rotation import Rotation
 from kernels.formats.stored import Scalar, Spec, StoredModule
 from kernels.registry import Registry
 
@@ -21,11 +22,11 @@ from kernels.registry import Registry
 class PackedLinear(StoredModule):
     """y = x @ decode().T + bias, on stored tensors only.
 
-        weight = (base + left @ right) * row_scale
+        weight = (base + left @ right) * row_scale,   base = what the codes decode to, turned back where inputs are rotated
 
-    Any format may add the low-rank part (`rank`) and one factor per row (`row_scales`, DoRA's magnitudes) to its base.
-    Subclasses set `format`, register the buffers of the base in `__init__` from plain shapes and enums, and implement
-    `decode_base`."""
+    Any format may add the low-rank part (`rank`) and one factor per row (`row_scales`, DoRA's magnitudes) to its base,
+    and pack its weight for rotated inputs (`rotated`). Subclasses set `format`, register the buffers of the base in
+    `__init__` from plain shapes and enums, and implement `decode_codes`."""
 
     format: ClassVar[str]  # its name in FORMATS
     table_key: str = ""  # of the shared table it decodes from (kernels.formats.tables)
@@ -43,12 +44,16 @@ class PackedLinear(StoredModule):
         rank: int = 0,
         adapter_bits: int = 8,
         row_scales: bool = False,
+        rotated: bool = False,
         **hyper: Any,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         shape = dict(in_features=in_features, out_features=out_features, bias=bias)
         self._hyper = shape | dict(rank=rank, adapter_bits=adapter_bits, row_scales=row_scales) | hyper
+        if rotated:
+            self._hyper["rotated"] = True
+        self.rotation = Rotation(in_features) if rotated else None
         self.lowrank = LowRank(in_features, out_features, rank, adapter_bits) if rank else None
         self.register_buffer("row_scale", torch.empty(out_features, dtype=torch.float16) if row_scales else None)
         # Biases stay at 16 bits for every method and are reported with the norms, outside the bits per weight.
@@ -110,14 +115,23 @@ class PackedLinear(StoredModule):
 
     def decode(self) -> Tensor:
         """The weight these bytes stand for: fp32 [out_features, in_features]."""
-        return self.finish(self.decode_base(), self.lowrank.factors() if self.lowrank is not None else None)
+        return self.finish(self.decode_codes(), self.lowrank.factors() if self.lowrank is not None else None)
 
     def decode_base(self) -> Tensor:
         """The weight without its low-rank part and row scales, fp32 [O, I]."""
-        raise AssertionError(f"{type(self).__name__} must define decode_base()")
+        return self.turned_back(self.decode_codes())
 
-    def finish(self, base_OI: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    def decode_codes(self) -> Tensor:
+        """What the codes stand for, fp32 [O, I]: the base, for rotated inputs where these are."""
+        raise AssertionError(f"{type(self).__name__} must define decode_codes()")
+
+    def turned_back(self, codes_OI: Tensor) -> Tensor:
+        """The base that is W R, as W."""
+        return codes_OI if self.rotation is None else self.rotation.back(codes_OI)
+
+    def finish(self, codes_OI: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """The weight [O, I] that these parts give; differentiable in all of them."""
+        base_OI = self.turned_back(codes_OI)
         weight_OI = base_OI if factors is None else base_OI + factors[0] @ factors[1]
         return weight_OI if self.row_scale is None else weight_OI * self.row_scale.float()[:, None]
 
@@ -136,6 +150,7 @@ FORMATS: Registry[type[PackedLinear]] = Registry(
         "dense": "kernels.formats.dense:DenseLinear",
         "uniform": "kernels.formats.uniform:UniformLinear",
         "codebook": "kernels.formats.codebook:CodebookLinear",
+        "trellis": "kernels.formats.trellis:TrellisLinear",
         "conv": "kernels.formats.conv:ConvLinear",
     },
     group="ptq_harness.formats",

@@ -75,7 +75,7 @@ class UniformLinear(PackedLinear):
         minimum_OG: Tensor | None = None,
         order_I: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Buffers of the base by name, for `fill`: what `decode_base` reads, from numbers that are final already.
+        """Buffers of the base by name, for `fill`: what `decode_codes` reads, from numbers that are final already.
 
         Codes and zero points are integers in [0, 2**bits), scales and minima fp16; `order_I` holds the column (int64)
         that stands at every stored position."""
@@ -88,7 +88,7 @@ class UniformLinear(PackedLinear):
             stored["order"] = torch.where(order_I >= 2**15, order_I - 2**16, order_I).to(torch.int16)
         return stored
 
-    def decode_base(self) -> Tensor:
+    def decode_codes(self) -> Tensor:
         q_OI = unpack(self.codes, self.bits, self.in_features).float()
         scale_OI = per_column(self.scales.float(), self.group, self.in_features)
         if self.minima is not None:
