@@ -73,7 +73,8 @@ class VectorQuantised(Method):
     ) -> list[float]:
         """The low-rank part for real (diagonally whitened), the codebook by what it leaves of normal weights of that
         scale."""
-        ranks, blocks = ({config[key] for config in configs} for key in ("rank", "block"))
+        ranks = {config["rank"] for config in configs}
+        blocks = {config["block"] for config in configs if config.format == "codebook"}
         scale_cost: dict[tuple[int, int], float] = {}
         other: dict[LayerConfig, float] = {}
         for rank, rest_OI in rests(weight_OI, sensitivity.column_I, ranks, seed):

@@ -52,6 +52,7 @@ class TrellisLinear(PackedLinear):
     format: ClassVar[str] = "trellis"
     part_of: ClassVar[dict[str, str]] = {"codes": "codes"}
     codes: Tensor  # int32 [J, W]
+    codebook: None = None  # levels are computed
 
     def __init__(
         self,
@@ -79,9 +80,20 @@ class TrellisLinear(PackedLinear):
         return {"codes": pack(code_JI, self.bits)} | {f"scales.{name}": tensor for name, tensor in scales.items()}
 
     def decode_codes(self) -> Tensor:
-        state_JI = states(unpack(self.codes, self.bits, self.in_features), self.bits, self.window)
-        level_JDI = levels(self.bits, self.dim, self.window).to(self.codes.device)[:, state_JI].transpose(0, 1)
-        return level_JDI.reshape(-1, self.in_features)[: self.out_features] * self.scales.decode()
+        return self.combine(self.indices(), self.entries(), self.scales.decode())
+
+    def indices(self) -> Tensor:
+        """The states that the codes lead through, int64 [J, I]."""
+        return states(unpack(self.codes, self.bits, self.in_features), self.bits, self.window)
+
+    def entries(self) -> Tensor:
+        """The levels of every state, fp32 [S, D]."""
+        return levels(self.bits, self.dim, self.window).t().to(self.codes.device)
+
+    def combine(self, state_JI: Tensor, level_SD: Tensor, scale_O1: Tensor) -> Tensor:
+        """The base [O, I], for turned inputs, that these parts stand for; differentiable in all but the states."""
+        level_JID = torch.nn.functional.embedding(state_JI, level_SD)
+        return level_JID.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features] * scale_O1
 
 
 def states(code_JI: Tensor, bits: int, window: int) -> Tensor:

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kernels.formats.codebook import CodebookLinear
 from kernels.formats.packed import PackedLinear
 from methods.base import Block, Needs, Track
 from methods.reallm.calibrated import Calibrated
-from methods.reallm.tuning import Schedule, tune_block
+from methods.reallm.tuning import Latent, Schedule, tune_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,6 @@ class Blockwise(Calibrated):
         return replace(super().needs, outputs=self.epochs > 0)
 
     def tune_block(self, block: Block, packed: Mapping[str, PackedLinear], seed: int) -> dict[str, float]:
-        vectors = {name: layer for name, layer in packed.items() if isinstance(layer, CodebookLinear)}
-        assert vectors.keys() == packed.keys()
-        return tune_block(block, vectors, Schedule(self.epochs, self.rate, self.batch, self.follow), seed)
+        latents = {name: layer for name, layer in packed.items() if isinstance(layer, Latent)}
+        assert latents.keys() == packed.keys()
+        return tune_block(block, latents, Schedule(self.epochs, self.rate, self.batch, self.follow), seed)

@@ -3,14 +3,18 @@ E^T).
 
     0  target            the weight moved against the drift of its inputs, half way      `followed`
     1  low-rank part     the best one as the inputs see it: SVD of W C, H = C C^T        methods.codecs.svd
-    2  the rest          scales, codebook, codes and codebook again under H             methods.codecs.vector_feedback
+    2  the rest          vectors: scales, codebook, codes, codebook again, under H       methods.codecs.vector_feedback
+                         or paths through a trellis, of the rotated rest, under H        methods.codecs.trellis
 
-None of this is in the ReALLM paper, whose quantisation is data-free; step 2 is close kin to GPTVQ (van Baalen et al.,
-arXiv 2402.15319), and `gptvq` is this method without steps 0 and 1.
+Which latent a matrix gets, of what length and bits, is the plan's affair, as is its rank. None of this is in the ReALLM
+paper, whose quantisation is data-free; vectors are close kin to GPTVQ (van Baalen et al., arXiv 2402.15319), and
+`gptvq` is this method with them alone and without steps 0 and 1; trellises are those of `trellis`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,22 +22,29 @@ import torch
 from torch import Tensor
 
 from kernels.formats.codebook import CodebookLinear
-from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Track
+from kernels.formats.stored import StoredBits
+from kernels.formats.trellis import TrellisLinear
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Sensitivity, Track
+from methods.codecs.basis import turned
 from methods.codecs.error_feedback import prepare
 from methods.codecs.svd import lowrank_part
+from methods.codecs.trellis import CODES, expected_cost, quantise_paths
 from methods.codecs.vector_feedback import damped_hessian, quantise_vectors
 from methods.reallm.base import SharedCodebooks
 from methods.under_hessian import UnderHessian
 
 FOLLOW_DAMP = 0.1  # share of mean diag(H)
+LATENTS = ("any", "vectors", "trellis")
+WINDOW = 12  # bits of a trellis's window
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(SharedCodebooks, UnderHessian):
-    """The default: vectors, codebooks and low-rank part chosen under the Hessian."""
+    """The default: latents, codebooks and low-rank part chosen under the Hessian."""
 
     track: ClassVar[Track] = Track.CALIBRATED
 
+    latent: str = "any"  # on offer to the plan: vectors, trellises, or both
     follow: float = 0.5  # share of the inputs' drift that weights, and blocks as they are tuned, take back
 
     def __post_init__(self) -> None:
@@ -42,6 +53,10 @@ class Calibrated(SharedCodebooks, UnderHessian):
                 "a convolutional decoder is trained on the weights alone: write reallm:data-free,decoder=conv"
             )
         super().__post_init__()
+        if self.latent not in LATENTS:
+            raise ValueError(f"latent must be one of {', '.join(LATENTS)}")
+        if self.latent == "trellis" and self.dim is not None:
+            raise ValueError("dim and index_bits are those of vectors: leave latent=trellis out")
         if not 0 <= self.follow <= 1:
             raise ValueError("follow must be 0 to 1")
 
@@ -49,10 +64,39 @@ class Calibrated(SharedCodebooks, UnderHessian):
     def needs(self) -> Needs:
         return Needs(hessian=True, drift=self.follow > 0)
 
+    def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        vectors = super().candidates(layer) if self.latent != "trellis" else []
+        if self.latent == "vectors" or self.dim is not None:
+            return vectors
+        trellises = [
+            LayerConfig.of("trellis", bits=bits, dim=dim, window=WINDOW, rotated=True, rank=rank, **self.extras())
+            for bits, dim in CODES
+            for rank in self.ranks(layer)
+            if rank < min(layer.in_features, layer.out_features)
+        ]
+        return vectors + trellises
+
+    def preference(self, config: LayerConfig, bits: StoredBits, weights: int) -> tuple[float, ...]:
+        """Trellises before vectors of as many bits: a path is as long as a column."""
+        if config.format != "trellis":
+            return super().preference(config, bits, weights)
+        return (config["bits"] / config["dim"], math.inf, 0, bits.total / weights)
+
+    def other_costs(
+        self,
+        weight_OI: Tensor,
+        rest_OI: Tensor,
+        sensitivity: Sensitivity,
+        layer: LayerSpec,
+        configs: Sequence[LayerConfig],
+        seed: int,
+    ) -> dict[LayerConfig, float]:
+        return {c: expected_cost(rest_OI, sensitivity, c["bits"], c["dim"], c["window"]) for c in configs}
+
     def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
         assert data.hessian_II is not None
         packed = config.layout(layer, data.weight_OI.device)
-        assert isinstance(packed, CodebookLinear)
+        assert isinstance(packed, CodebookLinear | TrellisLinear)
         if data.table is not None:
             packed.attach(data.table)
         target_OI = data.weight_OI
@@ -63,8 +107,13 @@ class Calibrated(SharedCodebooks, UnderHessian):
         whitener_II = torch.linalg.cholesky(damped_II) if packed.rank else None
         adapters, lowrank_OI = lowrank_part(target_OI, packed, whitener_II, data.seed)
         rest_OI = target_OI - lowrank_OI
-        vectors = quantise_vectors(rest_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed)
-        packed.fill(**adapters, **vectors)
+        if isinstance(packed, TrellisLinear):
+            rest_OI, turned_II, rotation = turned(packed, rest_OI, data.hessian_II, data.seed)
+            feedback = prepare(turned_II, act_order=self.act_order, damp=self.damp)
+            latent = rotation | quantise_paths(rest_OI, packed, feedback)
+        else:
+            latent = quantise_vectors(rest_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed)
+        packed.fill(**adapters, **latent)
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})
 
 

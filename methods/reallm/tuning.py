@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.lowrank import quantise_lowrank
 from kernels.formats.scales import quantise_scales
+from kernels.formats.trellis import TrellisLinear
 from methods.base import Block
 from methods.schedule import warm_cosine
 
 SMALLEST = 2.0**-40  # square of a token's state
+
+Latent = CodebookLinear | TrellisLinear
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class TunedLinear(nn.Module):
     """A packed layer whose stored real numbers are trained: start * (1 + change) for scales, start + size * change for
     the others."""
 
-    packed: CodebookLinear
+    packed: Latent
 
-    def __init__(self, packed: CodebookLinear) -> None:
+    def __init__(self, packed: Latent) -> None:
         super().__init__()
         object.__setattr__(self, "packed", packed)  # its buffers are not this module's
         self.code_JI = packed.indices()
@@ -92,7 +95,7 @@ class TunedLinear(nn.Module):
         return nn.functional.linear(x, self.weight().to(x.dtype), bias)
 
 
-def tune_block(block: Block, packed: Mapping[str, CodebookLinear], schedule: Schedule, seed: int) -> dict[str, float]:
+def tune_block(block: Block, packed: Mapping[str, Latent], schedule: Schedule, seed: int) -> dict[str, float]:
     """Train the layers in place; they are left in the block as `TunedLinear`s, to be installed again. Returns
     {tuning_steps, tuning_tokens, loss_before, loss_after}, losses as in `_errors`.
 
