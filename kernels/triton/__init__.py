@@ -25,7 +25,7 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
     """y = x W^T + bias in the dtype of x (fp16, bf16 or fp32) for x [..., columns]; sums in fp32."""
     seen = view(layer)
     flat_NI = x.reshape(-1, layer.in_features).contiguous()
-    ordered_NI = flat_NI if seen.order_I is None else flat_NI.index_select(1, seen.order_I)
+    ordered_NI = seen.arranged(flat_NI)
     with torch.cuda.device_of(x):  # programs are launched on the current device
         many = len(flat_NI) > SMALL
         out_NO = _decoded(layer, seen, flat_NI, ordered_NI) if many else fused(seen, flat_NI, ordered_NI)

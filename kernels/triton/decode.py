@@ -34,6 +34,7 @@ class Form(NamedTuple):
     lanes: int  # columns in a unit
     dim: int  # rows in a vector
     table: bool  # codes index a table; else they are numbers
+    window: int  # bits of a trellis code's window, which indexes the table; 0: no trellis
     group: int  # columns under a scale
     groups: int  # scales to a row
     one_scale: bool  # the columns of a unit always lie in one group
@@ -45,6 +46,8 @@ class Form(NamedTuple):
     rank: int
     row_scale: bool
     bias: bool
+    first: int = 0  # by which the windows of a trellis are multiplied, for the first and the second row of a code
+    second: int = 0
 
 
 class Stored(NamedTuple):
@@ -105,7 +108,7 @@ def windows(stored, unit_U, vector_J, F: tl.constexpr):
     WIDTH: tl.constexpr = F.lanes * F.bits
     first_UJ = (vector_J * WORDS)[None, :]
     bit_UJ = (unit_U * WIDTH)[:, None]
-    present_UJ = (vector_J < VECTORS)[None, :] & (bit_UJ < F.columns * F.bits)
+    present_UJ = ((vector_J >= 0) & (vector_J < VECTORS))[None, :] & (bit_UJ < F.columns * F.bits)
     return window(stored.codes, first_UJ, bit_UJ, first_UJ + WORDS, present_UJ, WIDTH)
 
 
@@ -118,8 +121,8 @@ def places(F: tl.constexpr, IN_PLACE: tl.constexpr):
 
 @triton.jit
 def values(stored, unit_U, vector_J, F: tl.constexpr, IN_PLACE: tl.constexpr):
-    """What codes stand for under a scale of one, fp32 [U, J, S, D]: entries of the table; or themselves, less the zero
-    point if that is the symmetric one.
+    """What codes stand for under a scale of one, fp32 [U, J, S, D]: entries of the table, at the code or at what its
+    window hashes to (kernels/formats/trellis.py); or themselves, less the zero point if that is the symmetric one.
 
     A code becomes a number without a conversion: as the low bits of the fp32 number 2**23, which is then subtracted,
     exactly. With IN_PLACE a code is masked out of its window but not shifted, so that value l is 2**places[l] times as
@@ -127,16 +130,24 @@ def values(stored, unit_U, vector_J, F: tl.constexpr, IN_PLACE: tl.constexpr):
     the window is shifted."""
     window_UJS = windows(stored, unit_U, vector_J, F)[:, :, None]
     MASK: tl.constexpr = (1 << F.bits) - 1
-    if F.table:
-        shift_S = (tl.arange(0, F.lanes) * F.bits).to(tl.uint32)
+    shift_S = (tl.arange(0, F.lanes) * F.bits).to(tl.uint32)
+    if F.window:
+        state_UJS = ((window_UJS >> shift_S[None, None, :]) & MASK).to(tl.int32)
+        for above in tl.static_range(1, (F.window + F.bits - 1) // F.bits):
+            above_UJS = windows(stored, unit_U, vector_J - above, F)[:, :, None]
+            state_UJS |= ((above_UJS >> shift_S[None, None, :]) & MASK).to(tl.int32) << above * F.bits
+        state_UJS &= (1 << F.window) - 1
+        multiplier_D = tl.where(tl.arange(0, F.dim) == 0, F.first, F.second)
+        place_UJSD = ((state_UJS[:, :, :, None] * multiplier_D[None, None, None, :]) & 0xFFFF) >> 8
+        return tl.load(stored.table + place_UJSD).to(tl.float32)
+    elif F.table:
         entry_UJS = ((window_UJS >> shift_S[None, None, :]) & MASK).to(tl.int32) * F.dim
         return tl.load(stored.table + entry_UJS[:, :, :, None] + tl.arange(0, F.dim)[None, None, None, :]).to(
             tl.float32
         )
     else:
         place_S = places(F, IN_PLACE)
-        shift_S = (tl.arange(0, F.lanes) * F.bits - place_S).to(tl.uint32)
-        field_UJS = (window_UJS >> shift_S[None, None, :]) & (MASK << place_S).to(tl.uint32)[None, None, :]
+        field_UJS = (window_UJS >> (shift_S - place_S.to(tl.uint32))[None, None, :]) & (MASK << place_S).to(tl.uint32)[None, None, :]
         number_UJS = (field_UJS | stored.exponent.to(tl.uint32)).to(tl.float32, bitcast=True)
         CENTRE: tl.constexpr = (1 << (F.bits - 1)) if F.offset == "symmetric" else 0
         zero_S = ((CENTRE << place_S) + (1 << 23)).to(tl.float32)

@@ -39,7 +39,8 @@ DECODE = Launch("decode", 8, 16)
 def key(form: Form, batch: int) -> str:
     """What a configuration is filed under: the shape, how codes are stored, the rank, and the batch up to a power of
     two."""
-    codes = f"{form.bits}-bit " + (f"table{form.dim}" if form.table else form.offset)
+    table = f"trellis{form.dim}" if form.window else f"table{form.dim}"
+    codes = f"{form.bits}-bit " + (table if form.table else form.offset)
     return f"{form.rows}x{form.columns} {codes} g{form.group} r{form.rank} b{triton.next_power_of_2(batch)}"
 
 

@@ -12,9 +12,11 @@ from kernels.dispatch import Layout
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.normal_float import dynamic_map
 from kernels.formats.packed import PackedLinear
+from kernels.formats.rotation import mixed
+from kernels.formats.trellis import MULTIPLIERS, TrellisLinear, gaussian_levels
 from kernels.formats.uniform import UniformLinear
 from kernels.triton.decode import Form, Stored, lanes
-from kernels.views import readable_codebook
+from kernels.views import readable_codebook, readable_uniform
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,17 @@ class View:
     form: Form
     stored: Stored
     order_I: Tensor | None  # the columns of the input in the order of the codes, if that is another one
+    sign_I: Tensor | None  # of inputs that are turned
+
+    def arranged(self, x_NI: Tensor) -> Tensor:
+        """Inputs as the codes are multiplied with them: turned, or in another order."""
+        if self.sign_I is not None:
+            return mixed(x_NI.float() * self.sign_I).to(x_NI.dtype).contiguous()
+        return x_NI if self.order_I is None else x_NI.index_select(1, self.order_I)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        held = {**self.stored._asdict(), "order": self.order_I}
+        held = {**self.stored._asdict(), "order": self.order_I, "sign": self.sign_I}
         return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
 
 
@@ -45,8 +54,9 @@ def _make(layer: PackedLinear) -> View:
     if layer.lowrank is not None:
         tensors |= {name: getattr(layer.lowrank, name) for name in ("left", "right", "left_scale", "right_scale")}
     tensors |= dict(row_scale=layer.row_scale, bias=layer.bias)
+    sign_I = None if layer.rotation is None else layer.rotation.sign()
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
-    return View(Form(**form), Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors), order_I)
+    return View(Form(**form), Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors), order_I, sign_I)
 
 
 # Fields of `Form` and of `Stored` that a format decides, and the order of columns, int64 [I], if that is another one.
@@ -54,7 +64,7 @@ Parts = tuple[dict[str, Any], dict[str, Tensor | None], Tensor | None]
 
 
 def _uniform(layer: UniformLinear) -> Parts:
-    form = dict(bits=layer.bits, dim=1, table=False, group=layer.group, groups=layer.groups, offset=layer.offset)
+    form = dict(bits=layer.bits, dim=1, table=False, window=0, group=layer.group, groups=layer.groups, offset=layer.offset)
     form |= dict(scale_bits=16, per_step=1, levels=False)
     tensors = dict(codes=layer.codes, scales=layer.scales, minima=layer.minima, zeros=layer.zeros)
     return form, tensors, None if layer.order is None else layer.order.long() & 0xFFFF
@@ -62,7 +72,7 @@ def _uniform(layer: UniformLinear) -> Parts:
 
 def _codebook(layer: CodebookLinear) -> Parts:
     stored, scales = layer.scales, layer.scales.form
-    form = dict(bits=layer.index_bits, dim=layer.dim, table=True, group=layer.block, groups=stored.blocks, offset="")
+    form = dict(bits=layer.index_bits, dim=layer.dim, table=True, window=0, group=layer.block, groups=stored.blocks, offset="")
     # Entries are values of fp16 numbers, and gathered as such; NormalFloat's levels are not, and stay fp32.
     entry_KD = layer.entries().contiguous()
     table_KD = entry_KD if layer.codebook is None and not layer.table_key else entry_KD.half()
@@ -74,8 +84,19 @@ def _codebook(layer: CodebookLinear) -> Parts:
     return form | dict(scale_bits=scales.bits, per_step=scales.group, levels=levels is not None), tensors, None
 
 
+def _trellis(layer: TrellisLinear) -> Parts:
+    first, *second = MULTIPLIERS[layer.bits, layer.dim]
+    form = dict(bits=layer.bits, dim=layer.dim, table=True, window=layer.window, first=first, second=sum(second))
+    form |= dict(group=layer.in_features, groups=1, offset="", scale_bits=layer.scales.form.bits, levels=False)
+    table_K = gaussian_levels().half().to(layer.codes.device)
+    tensors: dict[str, Tensor | None] = dict(codes=layer.codes, table=table_K, scales=layer.scales.codes)
+    tensors |= dict(steps=layer.scales.steps, scale_offset=layer.scales.offset)
+    return form | dict(per_step=layer.scales.form.group), tensors, None
+
+
 # Every format that is served, said once.
 LAYOUTS = {
-    UniformLinear.format: Layout(_uniform),
+    UniformLinear.format: Layout(_uniform, readable_uniform),
     CodebookLinear.format: Layout(_codebook, readable_codebook),
+    TrellisLinear.format: Layout(_trellis),
 }

@@ -34,7 +34,21 @@ VECTOR = [
         (64, 24),
     )
 ]
+TRELLIS = [
+    dict(format="trellis", bits=bits, dim=dim, window=window, rotated=True, rank=rank)
+    for bits, dim, window, rank in (
+        (1, 1, 16, 0),
+        (3, 2, 12, 4),
+        (2, 1, 12, 0),
+        (5, 2, 9, 0),
+        (3, 1, 12, 3),
+        (7, 2, 14, 0),
+        (4, 1, 12, 0),
+        (5, 1, 8, 0),
+    )
+]
 ADDED = [
+    dict(format="uniform", bits=3, group=64, offset="symmetric", rotated=True, rank=3),
     dict(format="uniform", bits=3, group=64, offset="zero", permuted=True, rank=3, adapter_bits=16, row_scales=True),
     dict(
         format="codebook",

@@ -11,7 +11,7 @@ import kernels.cpu
 from kernels.cpu import build
 from kernels.dispatch import fused, kind, linear, reference, reference_only
 from kernels.synthetic import random_layer
-from tests.kernels.served import ADDED, SCALAR, UNIFORM, VECTOR
+from tests.kernels.served import ADDED, SCALAR, TRELLIS, UNIFORM, VECTOR
 
 SHAPES = [(576, 576), (192, 577), (7, 13), (1, 1), (101, 97), (1100, 1024), (45, 4200)]
 BATCHES = (1, 2, 3, 5, 9, 33)
@@ -37,7 +37,7 @@ def instructions(request, monkeypatch) -> str:
 
 
 @pytest.mark.parametrize(
-    "spec", UNIFORM + SCALAR + VECTOR + ADDED, ids=lambda spec: "-".join(str(value) for value in spec.values())
+    "spec", UNIFORM + SCALAR + VECTOR + TRELLIS + ADDED, ids=lambda spec: "-".join(str(value) for value in spec.values())
 )
 def test_products_are_those_of_the_decoded_weights(spec, instructions):
     for index, (rows, columns) in enumerate(SHAPES):

@@ -36,6 +36,8 @@ LAYERS = {
     "4 x 256, low rank, row scales": dict(
         format="codebook", dim=4, index_bits=8, block=64, rank=20, adapter_bits=16, row_scales=True
     ),
+    "trellis of 2 bits, rotated": dict(format="trellis", bits=2, dim=1, rotated=True, rank=20),
+    "trellis of 2.5 bits": dict(format="trellis", bits=5, dim=2),
     "8 x 4096": dict(format="codebook", dim=8, index_bits=12, block=64, scales="half"),
 }
 

@@ -21,11 +21,11 @@ from kernels.formats.packed import PackedLinear
 from kernels.synthetic import random_layer
 from kernels.triton import fused, launch, product
 from kernels.triton.view import view
-from tests.kernels.served import ADDED, SCALAR, UNIFORM, VECTOR
+from tests.kernels.served import ADDED, SCALAR, TRELLIS, UNIFORM, VECTOR
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-SPECS = UNIFORM + SCALAR + VECTOR + ADDED
+SPECS = UNIFORM + SCALAR + VECTOR + TRELLIS + ADDED
 SHAPES = [(96, 160), (65, 131), (7, 13), (101, 97), (1, 1), (66, 288)]
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative, of the norm
 # program, batch, dtype, shares of the columns; "product" is what a layer calls
@@ -71,7 +71,7 @@ def run(case: Case, layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         return product(layer, x)
     seen = view(layer)
     how = launch.Launch(case.program, 64 // seen.form.dim, 64 // seen.form.lanes, warps=4, stages=2, splits=case.splits)
-    return fused(seen, x, x if seen.order_I is None else x[:, seen.order_I].contiguous(), how)
+    return fused(seen, x, seen.arranged(x), how)
 
 
 def failure(case: Case) -> str:
