@@ -272,11 +272,9 @@ class _Grams:
         if not mean.any():  # an expert no token was sent to
             return mean.diagonal()
         try:
-            factored = prepare(completed(mean), act_order=True, damp=DAMP)
+            return prepare(completed(mean), act_order=True, damp=DAMP).pivot_I
         except Indefinite:  # as when it is packed: no feedback
             return mean.diagonal().clamp_min(0.0)
-        pivot_I = factored.upper_II.diagonal().square().reciprocal()
-        return torch.empty_like(pivot_I).index_copy_(0, factored.order_I, pivot_I)
 
 
 class _Squares:

@@ -1,7 +1,7 @@
 """`reallm:calibrated`, the default: the stored form of the paper, every choice made against the layer objective tr(E H
 E^T).
 
-    0  target            the weight moved against the drift of its inputs, half way      `followed`
+    0  target            the weight moved against the drift of its inputs, half way      methods.codecs.drift
     1  low-rank part     the best one as the inputs see it: SVD of W C, H = C C^T        methods.codecs.svd
     2  the rest          scales, codebook, codes and codebook again under H             methods.codecs.vector_feedback
 
@@ -15,17 +15,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from kernels.formats.codebook import CodebookLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Track
+from methods.codecs.drift import followed
 from methods.codecs.error_feedback import prepare
 from methods.codecs.svd import lowrank_part
 from methods.codecs.vector_feedback import damped_hessian, quantise_vectors
 from methods.reallm.base import SharedCodebooks
 from methods.under_hessian import UnderHessian
-
-FOLLOW_DAMP = 0.1  # share of mean diag(H)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +64,3 @@ class Calibrated(SharedCodebooks, UnderHessian):
         vectors = quantise_vectors(rest_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed)
         packed.fill(**adapters, **vectors)
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})
-
-
-def followed(weight_OI: Tensor, hessian_II: Tensor, drift_II: Tensor, share: float) -> Tensor:
-    """The weight to quantise when inputs have drifted: W' = W + share * W D (H + damp I)^-1.
-
-    With x behind the packed prefix and x' of the uncompressed model, W + W D H^-1 minimises |W x' - W' x|^2 (D the sum
-    of (x' - x) x^T): the layer takes back what it can of the errors made before it (as GPTAQ does, Li et al., arXiv
-    2504.02692). From few calibration tokens the whole step fits their noise too, and is worse than none: hence a share
-    of it, and a strong damping.
-    """
-    damped_II = hessian_II.clone()
-    diagonal_I = damped_II.diagonal()
-    diagonal_I[diagonal_I == 0] = diagonal_I.mean().clamp_min(1e-12)  # a column without input has no drift either
-    diagonal_I += FOLLOW_DAMP * diagonal_I.mean()
-    return weight_OI + share * torch.linalg.solve(damped_II, (weight_OI @ drift_II).t()).t()
