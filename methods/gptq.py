@@ -35,6 +35,7 @@ class GPTQ(UniformGridMethod):
     name: ClassVar[str] = "gptq"
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.CALIBRATED
+    later: ClassVar[tuple[str, ...]] = (*Method.later, "follow", "follow_damp", "qronos")
 
     grid: str = "hessian"
     act_order: bool = True

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kernels.formats.codebook import CodebookLinear
-from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Track
 from methods.codecs.drift import check_follow, followed
 from methods.codecs.error_feedback import prepare
 from methods.codecs.vector_feedback import damped_hessian, quantise_vectors
@@ -32,6 +32,7 @@ class GPTVQ(UnderHessian):
     name: ClassVar[str] = "gptvq"
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.CALIBRATED
+    later: ClassVar[tuple[str, ...]] = (*Method.later, "follow")
 
     follow: float = 0.0  # share of the inputs' drift that weights take back
 
