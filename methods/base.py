@@ -180,7 +180,7 @@ class Method(ABC):
     budgeted: ClassVar[bool] = True  # False for a reference, which runs once, outside any budget
     # Whether the seed can change a byte: through calibration text, or the method's own draws.
     seeded: ClassVar[bool] = True
-    later: ClassVar[tuple[str, ...]] = ("lora_rate",)  # options that matter only once the blocks are packed
+    later: ClassVar[tuple[str, ...]] = ("lora_rate",)  # options that no estimate of a cost depends on
 
     def __post_init__(self) -> None:  # noqa: B027  nothing to check is the usual case
         """Raises ValueError for a configuration that makes no sense."""

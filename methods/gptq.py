@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from kernels.formats.uniform import UniformLinear
-from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Track
+from methods.codecs.drift import FOLLOW_DAMP, check_follow, first_column, followed
 from methods.codecs.error_feedback import Feedback, check_damp, prepare, run
 from methods.codecs.grids import Grid, fit_grid
 from methods.uniform_grid import UniformGridMethod
@@ -34,20 +35,32 @@ class GPTQ(UniformGridMethod):
     name: ClassVar[str] = "gptq"
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.CALIBRATED
+    later: ClassVar[tuple[str, ...]] = (*Method.later, "follow", "follow_damp", "qronos")
 
     grid: str = "hessian"
     act_order: bool = True
     static_groups: bool = True
     true_sequential: bool = True
     damp: float = 0.05
+    follow: float = 0.0  # share of the inputs' drift that weights take back
+    follow_damp: float = FOLLOW_DAMP
+    qronos: bool = False  # the first column is rounded while all others are what they were
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_damp(self.damp)
+        check_damp(self.follow_damp, "follow_damp")
+        check_follow(self.follow)
+        if self.qronos and not self.follow:
+            raise ValueError("qronos=true corrects the drift of inputs, which follow=0 leaves alone: write follow=1")
+
+    @classmethod
+    def variants(cls) -> dict[str, Method]:
+        return {"qronos": cls(follow=1.0, qronos=True)}
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=True, true_sequential=self.true_sequential)
+        return Needs(hessian=True, drift=self.follow > 0, true_sequential=self.true_sequential)
 
     @property
     def permuted(self) -> bool:
@@ -59,32 +72,43 @@ class GPTQ(UniformGridMethod):
         feedback = prepare(data.hessian_II, act_order=self.act_order, damp=self.damp)
         packed = config.layout(layer, weight_OI.device)
         assert isinstance(packed, UniformLinear)
+        first_O = None
+        if data.drift_II is not None:
+            drift = (data.hessian_II, data.drift_II, self.follow, self.follow_damp)
+            first_O = first_column(weight_OI, *drift, int(feedback.order_I[0])) if self.qronos else None
+            weight_OI = followed(weight_OI, *drift)
         solve = self._static if self.static_groups else self._dynamic
-        codes_OI, grid = solve(weight_OI, feedback, packed.bits, packed.group, packed.offset)
+        codes_OI, grid = solve(weight_OI, feedback, packed.bits, packed.group, packed.offset, first_O)
         order_I = feedback.order_I if packed.order is not None else None
         packed.fill(**packed.tensors(codes_OI, **grid.stored, order_I=order_I))
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})
 
-    def _static(self, weight_OI: Tensor, feedback: Feedback, bits: int, group: int, offset: str) -> tuple[Tensor, Grid]:
-        """Grids from the original weights, then the loop: a column knows its grid whenever its turn comes."""
-        grid = fit_grid(
-            weight_OI, bits=bits, group=group, offset=offset, search=self.grid, importance_I=feedback.diagonal_I
-        )
+    def _importance(self, feedback: Feedback) -> Tensor:
+        """What a grid's search weighs squared errors with, per column."""
+        return feedback.pivot_I if self.grid == "pivots" else feedback.diagonal_I
+
+    def _static(
+        self, weight_OI: Tensor, feedback: Feedback, bits: int, group: int, offset: str, first_O: Tensor | None
+    ) -> tuple[Tensor, Grid]:
+        """Grids from the weights before the loop: a column knows its grid whenever its turn comes."""
+        importance_I = self._importance(feedback)
+        grid = fit_grid(weight_OI, bits=bits, group=group, offset=offset, search=self.grid, importance_I=importance_I)
         scale_IO, base_IO = grid.columns(weight_OI.shape[1])
         codes_IO = torch.empty_like(scale_IO)
 
         def quantise(position: int, column: int, values_O: Tensor) -> Tensor:
             return _round_column(values_O, scale_IO[column], base_IO[column], bits, codes_IO[column])
 
-        run(weight_OI, feedback, quantise)
+        run(weight_OI, feedback, quantise, first_O=first_O)
         return codes_IO.t().to(torch.int32), grid
 
     def _dynamic(
-        self, weight_OI: Tensor, feedback: Feedback, bits: int, group: int, offset: str
+        self, weight_OI: Tensor, feedback: Feedback, bits: int, group: int, offset: str, first_O: Tensor | None
     ) -> tuple[Tensor, Grid]:
         """Grids from the already updated weights, placed when the loop reaches a group (codes stay in processing
         order)."""
         rows, columns = weight_OI.shape
+        importance_I = self._importance(feedback)
         codes_IO = torch.empty(columns, rows, device=weight_OI.device)
         grids: list[Grid] = []
 
@@ -97,7 +121,7 @@ class GPTQ(UniformGridMethod):
                     group=len(columns_I),
                     offset=offset,
                     search=self.grid,
-                    importance_I=feedback.diagonal_I[columns_I],
+                    importance_I=importance_I[columns_I],
                 )
             )
 
@@ -105,7 +129,7 @@ class GPTQ(UniformGridMethod):
             grid = grids[-1]
             return _round_column(values_O, grid.scale_OG[:, 0], grid.base_OG[:, 0], bits, codes_IO[position])
 
-        run(weight_OI, feedback, quantise, block=group, enter=enter)
+        run(weight_OI, feedback, quantise, block=group, enter=enter, first_O=first_O)
         joined: dict[str, list[Tensor]] = {name: [g.stored[name] for g in grids] for name in grids[0].stored}
         grid = Grid(
             bits,

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kernels.formats.codebook import CodebookLinear
-from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Track
+from methods.codecs.drift import check_follow, followed
 from methods.codecs.error_feedback import prepare
 from methods.codecs.vector_feedback import damped_hessian, quantise_vectors
 from methods.under_hessian import UnderHessian
@@ -31,16 +32,26 @@ class GPTVQ(UnderHessian):
     name: ClassVar[str] = "gptvq"
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.CALIBRATED
+    later: ClassVar[tuple[str, ...]] = (*Method.later, "follow")
+
+    follow: float = 0.0  # share of the inputs' drift that weights take back
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_follow(self.follow)
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=True)
+        return Needs(hessian=True, drift=self.follow > 0)
 
     def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
         assert data.hessian_II is not None
         packed = config.layout(layer, data.weight_OI.device)
         assert isinstance(packed, CodebookLinear)
+        target_OI = data.weight_OI
+        if data.drift_II is not None:
+            target_OI = followed(target_OI, data.hessian_II, data.drift_II, self.follow)
         feedback = prepare(data.hessian_II, act_order=self.act_order, damp=self.damp)
         damped_II = damped_hessian(data.hessian_II, feedback)
-        packed.fill(**quantise_vectors(data.weight_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed))
+        packed.fill(**quantise_vectors(target_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed))
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})

@@ -5,6 +5,9 @@ Weights are divided by the absmax of 64 consecutive entries and rounded to the n
 distribution; the absmax values are stored in 8 bits. NF4 with blocks of 64 takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
 QLoRA's adapters start at zero, so this *is* QLoRA before training; the row is called `nf` until there is some.
 
+QLoRA publishes 4 bits, LQ-LoRA (arXiv 2311.12023) 2 and 3 with the same outermost quantile; 5 and 6 are built alike.
+They keep a mixed allocation from ending at 4.5 bits for a layer that other methods may store in 8.
+
 Codes, scales and decoding are those of bitsandbytes' NF4 where 64 divides the rows (its blocks run across rows; here
 each row starts one), but for the few scale codes in a thousand that its CPU kernel does not round to the nearest level.
 """
@@ -20,7 +23,7 @@ from kernels.formats.scales import per_column, quantise_scales
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Track
 from methods.codecs.vector import block_absmax
 
-BITS = (2, 3, 4)
+BITS = (2, 3, 4, 5, 6)
 MIXED_BLOCKS = (16, 32, 64, 128)
 BLOCKS = (8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 256)
 
@@ -30,7 +33,7 @@ class NormalFloat(Method):
     """Quantiles of a normal distribution under absmax block scales."""
 
     name: ClassVar[str] = "nf"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     track: ClassVar[Track] = Track.DATA_FREE
     seeded: ClassVar[bool] = False
 

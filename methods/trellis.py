@@ -22,9 +22,9 @@ from torch import Tensor
 from kernels.formats.trellis import WINDOWS, TrellisLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Sensitivity, Track
 from methods.codecs.basis import turned
+from methods.codecs.drift import followed
 from methods.codecs.error_feedback import check_damp, prepare
 from methods.codecs.trellis import CODES, expected_cost, quantise_paths
-from methods.reallm.calibrated import followed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from harness.plan.allocation import mixed
 from harness.plan.budgets import parse_budget
 from harness.plan.cells import ARTIFACT_VERSION
 from harness.plan.costs import CostCache, expected_costs
+from harness.plan.pivots import measure_version
 from harness.plan.sensitivity import random_tokens, remembered_sensitivities
 from harness.store.cells import CellStore
 from harness.store.records import (
@@ -208,7 +209,8 @@ def _allocate(
     measured = _measured(spec, method, model, tokens_NT, seed, speak)
     if data_free:
         measured = {name: sensitivity.flat for name, sensitivity in measured.items()}
-    key = digest([*_origin(spec), method.identity(method.later), stream_sha256(tokens_NT), seed])
+    way = measure_version(method.needs.sensitivity).values()
+    key = digest([*_origin(spec), method.identity(method.later), stream_sha256(tokens_NT), seed, *way])
     path = cache_dir("costs", key[:24] + ".json")
     with locked(path, f"estimates of {spec.method}"):
         costs = expected_costs(method, model, stock, budget, measured, seed, speak, CostCache(path))

@@ -18,6 +18,7 @@ from harness.data.tasks import Task
 from harness.model import Inventory
 from harness.plan.allocation import Allocation, BudgetError, require_mixable, uniform
 from harness.plan.budgets import Budget
+from harness.plan.pivots import measure_version
 from harness.store.records import CellSpec
 from methods.base import Method, Track
 
@@ -62,9 +63,11 @@ class Cell:
         """The key of this cell for a method of that identity."""
         # Absent rather than none: a cell that trains nothing keeps the key it had before anything could be trained.
         training = {"training": self.training.to_json()} if self.training else {}
+        measure = measure_version(self.method.needs.sensitivity) if self.allocate == "ilp" else {}
         return digest(
             {
                 **training,
+                **measure,
                 "artifact_version": ARTIFACT_VERSION,
                 "method": method,
                 "model": self.model.fingerprint,

@@ -8,7 +8,14 @@ from harness.compress.training import KEPT_BYTES, kept_bytes
 from harness.evaluate.score import BODY_TOKENS, HEAD_LOGITS
 from harness.model import Inventory
 from harness.plan.cells import Cell
-from harness.plan.sensitivity import FISHER_TOKENS, GRADIENT_TOKENS, HEAD_TOKENS, HESSIAN_TOKENS, RANDOM_CONTEXT
+from harness.plan.sensitivity import (
+    FISHER_TOKENS,
+    GRADIENT_TOKENS,
+    HEAD_TOKENS,
+    HESSIAN_TOKENS,
+    RANDOM_CONTEXT,
+    hessian_tokens,
+)
 from kernels.formats.layer import LayerSpec
 from methods.base import Method
 
@@ -37,7 +44,8 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
     if cell.allocate == "ilp":
         context = calibration.context if calibration else RANDOM_CONTEXT
         followed = FISHER_TOKENS if cell.method.needs.fisher else GRADIENT_TOKENS
-        states = (4 * max(HESSIAN_TOKENS, context) + len(stock.blocks) * max(followed, context)) * hidden * dtype_bytes
+        measured = hessian_tokens(stock) if calibration else HESSIAN_TOKENS
+        states = (4 * max(measured, context) + len(stock.blocks) * max(followed, context)) * hidden * dtype_bytes
         grams = working + sum(4 * layer.in_features**2 for layer in layers) if calibration else 0
         measuring = states + max(grams, 2 * context * (hidden + inner) * dtype_bytes, 6 * 4 * HEAD_TOKENS * vocabulary)
     tokens = calibration.context * calibration.sequences if calibration else 0

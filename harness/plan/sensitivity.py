@@ -8,7 +8,7 @@ outputs as uncorrelated, and each column's error counted after error feedback, t
 Martens & Grosse, arXiv 1503.05671, cut down):
 
     divergence ~ 1/2 sum_o row_o sum_i column_i E_oi^2
-    row_o = mean g_o^2,   column_i = 1 / [H^-1]_ii given later columns
+    row_o = mean g_o^2,   column_i = 1 / [H^-1]_ii given later columns (harness.plan.pivots: from few tokens)
 
 The forward pass collects H; on the way back each block is run once more with gradients, from the states kept in front
 of it. Measured on the original model, so that an allocation does not depend on itself.
@@ -38,15 +38,17 @@ from harness.compress.statistics import add_gram, completed
 from harness.data.files import cache_dir, digest, locked
 from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.data.windows import stream_sha256
-from harness.model import BlockSpec, inventory
+from harness.model import BlockSpec, Inventory, inventory
 from harness.model.families import known_positions
+from harness.plan.pivots import measure_version, pivots
 from harness.plan.unfinished import Unfinished, prefixed, under
 from harness.progress import Progress, silent
 from methods.base import Sensitivity
-from methods.codecs.error_feedback import Indefinite, NotFinite, prepare
+from methods.codecs.error_feedback import Indefinite, NotFinite
 
-# Of the calibration's, in whole windows; twice as many move a layer's cost by a tenth.
+# Of the calibration's, in whole windows, as far as it has them; more for pivots of wide layers.
 HESSIAN_TOKENS, GRADIENT_TOKENS = (4096, 1024)
+TOKENS_PER_INPUT = 4
 RANDOM_CONTEXT = 512
 HEAD_TOKENS = 256  # through the head at once: a handful of copies of their logits are held
 DAMP = 0.01  # share of mean diag(H), as in compression
@@ -60,6 +62,11 @@ NOWHERE = Unfinished()
 Watch = Callable[[str, Tensor, Tensor], None]  # name, input and output of a layer that has run
 
 
+def hessian_tokens(stock: Inventory) -> int:
+    """How many tokens pivots are measured on."""
+    return max(HESSIAN_TOKENS, *(TOKENS_PER_INPUT * layer.in_features for layer in stock.layers))
+
+
 def measure_sensitivities(
     model: PreTrainedModel,
     tokens_NT: Tensor,
@@ -70,8 +77,9 @@ def measure_sensitivities(
 ) -> dict[str, Sensitivity]:
     """One `Sensitivity` for every linear layer the windows [N, T] reach; `seed` draws the predicted tokens. `feedback`:
     errors will be passed on between columns. Goes on from what is `unfinished`."""
-    blocks = inventory(model).blocks
-    tokens_NT = tokens_NT[: -(-HESSIAN_TOKENS // tokens_NT.shape[1])]
+    stock = inventory(model)
+    blocks = stock.blocks
+    tokens_NT = tokens_NT[: -(-(hessian_tokens(stock) if feedback else HESSIAN_TOKENS) // tokens_NT.shape[1])]
     followed_back = -(-GRADIENT_TOKENS // tokens_NT.shape[1])
     _, kept = unfinished.state(str(next(model.parameters()).device))
     column_I, square_O = under("column", kept), under("square", kept)
@@ -272,11 +280,9 @@ class _Grams:
         if not mean.any():  # an expert no token was sent to
             return mean.diagonal()
         try:
-            factored = prepare(completed(mean), act_order=True, damp=DAMP)
+            return pivots(completed(mean), self.tokens[name], DAMP)
         except Indefinite:  # as when it is packed: no feedback
             return mean.diagonal().clamp_min(0.0)
-        pivot_I = factored.upper_II.diagonal().square().reciprocal()
-        return torch.empty_like(pivot_I).index_copy_(0, factored.order_I, pivot_I)
 
 
 class _Squares:
@@ -356,7 +362,8 @@ def remembered_sensitivities(
     depend on. `measure` is one of MEASURES: the divergence of errors passed on between columns, of errors that are not,
     or the Fisher information of the text."""
     assert measure in MEASURES
-    path = cache_dir("sensitivities", digest([*key, stream_sha256(tokens_NT), seed, measure])[:24] + ".safetensors")
+    origin = [*key, stream_sha256(tokens_NT), seed, measure, *measure_version(measure).values()]
+    path = cache_dir("sensitivities", digest(origin)[:24] + ".safetensors")
     with locked(path, "the sensitivities of this model's layers"):
         kept = believed(path, load_tensors)
         if kept is None:

@@ -26,6 +26,13 @@ class Feedback:
     dead: int  # columns no calibration token ever reached
     damp: float  # damping that made H positive definite, as a fraction of mean diag(H)
 
+    @property
+    def pivot_I(self) -> Tensor:
+        """1 / [H^-1]_ii given the columns quantised before i, per column: what an error there costs once later columns
+        have reacted to it."""
+        pivot_I = self.upper_II.diagonal().square().reciprocal()
+        return torch.empty_like(pivot_I).index_copy_(0, self.order_I, pivot_I)
+
 
 class NotFinite(ValueError):
     """Activations or statistics overflowed."""
@@ -35,9 +42,10 @@ class Indefinite(ValueError):
     """A Hessian that no damping makes positive definite."""
 
 
-def check_damp(damp: float) -> None:
+def check_damp(damp: float, name: str = "damp") -> None:
+    """Raises ValueError."""
     if not 0 < damp < math.inf:
-        raise ValueError(f"damp={damp} must be a positive share of the mean of diag(H); write for example damp=0.01")
+        raise ValueError(f"{name}={damp} must be a positive share of mean diag(H); write for example {name}=0.01")
 
 
 def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
@@ -85,12 +93,14 @@ def run(
     *,
     block: int = 128,
     enter: Callable[[int, Tensor], None] | None = None,
+    first_O: Tensor | None = None,
 ) -> Tensor:
     """Quantise every column in processing order; returns the decoded weight [O, I] in column order.
 
     `quantise(position, column, values_O)` returns the decoded values (and keeps the codes). `enter(position, rest_IO)`
     is called at the start of every lazy block with the updated, not yet quantised rows of the transposed weight: grids
-    that are placed during the loop (dynamic groups) are placed there, so `block` must be a multiple of their group."""
+    that are placed during the loop (dynamic groups) are placed there, so `block` must be a multiple of their group.
+    `first_O`: what the first column is quantised at in place of its own values; its error counts from the latter."""
     rest_IO = weight_OI[:, feedback.order_I].t().contiguous()  # transposed: a column of the weight is a contiguous row
     decoded_IO = torch.empty_like(rest_IO)
     columns = feedback.order_I.tolist()
@@ -102,7 +112,7 @@ def run(
         if enter is not None:
             enter(start, rest_IO)
         for i in range(start, stop):
-            decoded_IO[i] = quantise(i, columns[i], rest_IO[i])
+            decoded_IO[i] = quantise(i, columns[i], first_O if i == 0 and first_O is not None else rest_IO[i])
             error_O = torch.sub(rest_IO[i], decoded_IO[i], out=errors_IO[i - start]).div_(pivot_I[i])
             if i + 1 < stop:
                 rest_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], error_O, alpha=-1)

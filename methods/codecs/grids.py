@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.formats.scales import per_column
 
-SEARCHES = ("minmax", "mse", "hessian")
+SEARCHES = ("minmax", "mse", "hessian", "pivots")
 COARSE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the min-max range, tried for every group alike ...
 FINE = (0.05, -0.05, 0.025, -0.025)  # ... and then steps from each group's own best
 # GPTQ's released code; squares when the error is Hessian-weighted, where the weight already says what matters
@@ -63,8 +63,9 @@ def fit_grid(
     """Place a grid for every group of `group` columns (the last may be ragged).
 
     `search`: "minmax" spans the group (GPTQ's default), "mse" also tries shrunken ranges and keeps the one with the
-    least |error|^2.4, "hessian" the one with the least squared error weighted by `importance_I` (diag H). The searches
-    also try a negated scale on symmetric grids, whose 2**bits levels reach one step further on the negative side."""
+    least |error|^2.4, "hessian" and "pivots" the one with the least squared error weighted by `importance_I` (diag H,
+    or what is left of it once later columns have reacted). The searches also try a negated scale on symmetric grids,
+    whose 2**bits levels reach one step further on the negative side."""
     assert search in SEARCHES
     rows, columns = weight_OI.shape
     pad = -columns % group

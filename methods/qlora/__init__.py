@@ -18,7 +18,7 @@ class QLoRA(Adapted, NormalFloat):
     """NormalFloat with adapters that start at zero."""
 
     name: ClassVar[str] = "qlora"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     @classmethod
     def variants(cls) -> dict[str, Method]:

@@ -1,7 +1,7 @@
 """`reallm:calibrated`, the default: the stored form of the paper, every choice made against the layer objective tr(E H
 E^T).
 
-    0  target            the weight moved against the drift of its inputs, half way      `followed`
+    0  target            the weight moved against the drift of its inputs, half way      methods.codecs.drift
     1  low-rank part     the best one as the inputs see it: SVD of W C, H = C C^T        methods.codecs.svd
     2  the rest          vectors: scales, codebook, codes, codebook again, under H       methods.codecs.vector_feedback
                          or paths through a trellis, of the rotated rest, under H        methods.codecs.trellis
@@ -26,6 +26,7 @@ from kernels.formats.stored import StoredBits
 from kernels.formats.trellis import TrellisLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Sensitivity, Track
 from methods.codecs.basis import turned
+from methods.codecs.drift import followed
 from methods.codecs.error_feedback import prepare
 from methods.codecs.svd import lowrank_part
 from methods.codecs.trellis import CODES, expected_cost, quantise_paths
@@ -33,7 +34,6 @@ from methods.codecs.vector_feedback import damped_hessian, quantise_vectors
 from methods.reallm.base import SharedCodebooks
 from methods.under_hessian import UnderHessian
 
-FOLLOW_DAMP = 0.1  # share of mean diag(H)
 LATENTS = ("any", "vectors", "trellis")
 WINDOW = 12  # bits of a trellis's window
 
@@ -115,18 +115,3 @@ class Calibrated(SharedCodebooks, UnderHessian):
             latent = quantise_vectors(rest_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed)
         packed.fill(**adapters, **latent)
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})
-
-
-def followed(weight_OI: Tensor, hessian_II: Tensor, drift_II: Tensor, share: float) -> Tensor:
-    """The weight to quantise when inputs have drifted: W' = W + share * W D (H + damp I)^-1.
-
-    With x behind the packed prefix and x' of the uncompressed model, W + W D H^-1 minimises |W x' - W' x|^2 (D the sum
-    of (x' - x) x^T): the layer takes back what it can of the errors made before it (as GPTAQ does, Li et al., arXiv
-    2504.02692). From few calibration tokens the whole step fits their noise too, and is worse than none: hence a share
-    of it, and a strong damping.
-    """
-    damped_II = hessian_II.clone()
-    diagonal_I = damped_II.diagonal()
-    diagonal_I[diagonal_I == 0] = diagonal_I.mean().clamp_min(1e-12)  # a column without input has no drift either
-    diagonal_I += FOLLOW_DAMP * diagonal_I.mean()
-    return weight_OI + share * torch.linalg.solve(damped_II, (weight_OI @ drift_II).t()).t()

@@ -9,7 +9,7 @@ UNIFORM = [
 ]
 SCALAR = [
     dict(format="codebook", dim=1, index_bits=bits, block=block, scales=scales, table="nf")
-    for bits, (block, scales) in itertools.product((2, 3, 4), ((64, "dynamic"), (16, "half"), (24, "dynamic")))
+    for bits, (block, scales) in itertools.product((2, 3, 4, 5, 6), ((64, "dynamic"), (16, "half"), (24, "dynamic")))
 ]
 VECTOR = [
     dict(format="codebook", dim=dim, index_bits=bits, block=block, scales="double")

@@ -32,6 +32,11 @@ def test_tables():
     )
     assert nf_levels(4).tolist() == list(torch.tensor(NF4).tolist())
     assert len(dynamic_map().unique()) == 256
+    for bits in (5, 6):  # every level of the narrower table between zero and the outermost is one of the wider
+        wide, narrow = nf_levels(bits), nf_levels(bits - 1)
+        assert len(wide.unique()) == 2**bits and bool((wide.diff() > 0).all()) and (wide[0], wide[-1]) == (-1, 1)
+        upper = narrow[2 ** (bits - 2) :]
+        assert (wide[:, None] - upper).abs().amin(dim=0).max() < 1e-6
 
 
 def test_nf4_stores_the_papers_bits():
@@ -44,6 +49,12 @@ def test_nf4_stores_the_papers_bits():
 def test_error_on_normal_data_is_the_known_one(block, expected):
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
     assert float((decode(weight, 4, block) - weight).norm() / weight.norm()) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("bits, expected", [(3, 0.2016), (5, 0.0445), (6, 0.0219)])
+def test_a_bit_more_halves_the_error(bits, expected):
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    assert float((decode(weight, bits) - weight).norm() / weight.norm()) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["model.layers.3.self_attn.q_proj.weight", "model.layers.20.mlp.down_proj.weight"])

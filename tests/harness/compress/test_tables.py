@@ -25,7 +25,7 @@ from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
 from kernels.formats.mlp_table import MlpTable
 from methods import parse_method
 from methods.base import LayerData
-from methods.reallm.calibrated import followed
+from methods.codecs.drift import followed
 
 SHAPE = (4, 9)
 RESUMED = "reallm:blockwise,epochs=1"  # behind two finished blocks: it needs a third
