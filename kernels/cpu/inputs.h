@@ -112,8 +112,9 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
     memset(&in, 0, sizeof in);
     const int64_t width = padded(l.columns);
     in.batch = batch, in.stride = width, in.blocks = (width / BLOCK + LANES - 1) / LANES * LANES, in.x = x;
-    if (l.order || stride != width) {
-        float *copy = arena.take<float>(batch * width);
+    float *copy = nullptr;
+    if (l.order || l.column_scale || stride != width) {
+        copy = arena.take<float>(batch * width);
         for (int64_t b = 0; b < batch; ++b) {
             const float *from = x + b * stride;
             if (l.order) for (int64_t i = 0; i < l.columns; ++i) copy[b * width + i] = from[l.order[i]];
@@ -127,6 +128,9 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
         for (int64_t i = 0; i < batch * l.rank; ++i) lowrank[i] = low_rank_input(l, i % l.rank, in.x + i / l.rank * width);
         in.lowrank = lowrank;
     }
+    if (l.column_scale)
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t i = 0; i < l.columns; ++i) copy[b * width + i] *= l.column_scale[i];
     const Way way = way_of(l, batch);
     if (way == DENSE) return;
     if (is_even(l)) {

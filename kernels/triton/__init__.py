@@ -25,11 +25,17 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
     """y = x W^T + bias in the dtype of x (fp16, bf16 or fp32) for x [..., columns]; sums in fp32."""
     seen = view(layer)
     flat_NI = x.reshape(-1, layer.in_features).contiguous()
-    ordered_NI = flat_NI if seen.order_I is None else flat_NI.index_select(1, seen.order_I)
+    ordered_NI = of_base(seen, flat_NI)
     with torch.cuda.device_of(x):  # programs are launched on the current device
         many = len(flat_NI) > SMALL
         out_NO = _decoded(layer, seen, flat_NI, ordered_NI) if many else fused(seen, flat_NI, ordered_NI)
     return out_NO.view(*x.shape[:-1], layer.out_features)
+
+
+def of_base(seen: View, x_NI: Tensor) -> Tensor:
+    """Inputs as the base takes them: in the order of its codes, times the scales of its columns."""
+    ordered_NI = x_NI if seen.order_I is None else x_NI.index_select(1, seen.order_I)
+    return ordered_NI if seen.scale_I is None else ordered_NI * seen.scale_I.to(x_NI.dtype)
 
 
 def fused(seen: View, x_NI: Tensor, ordered_NI: Tensor, how: launch.Launch | None = None) -> Tensor:

@@ -22,10 +22,11 @@ class View:
     form: Form
     stored: Stored
     order_I: Tensor | None  # the columns of the input in the order of the codes, if that is another one
+    scale_I: Tensor | None  # fp16, in that order: what inputs of the base are multiplied by
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        held = {**self.stored._asdict(), "order": self.order_I}
+        held = {**self.stored._asdict(), "order": self.order_I, "column_scale": self.scale_I}
         return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
 
 
@@ -46,7 +47,10 @@ def _make(layer: PackedLinear) -> View:
         tensors |= {name: getattr(layer.lowrank, name) for name in ("left", "right", "left_scale", "right_scale")}
     tensors |= dict(row_scale=layer.row_scale, bias=layer.bias)
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
-    return View(Form(**form), Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors), order_I)
+    scale_I = layer.column_scale if isinstance(layer, UniformLinear) else None
+    if scale_I is not None and order_I is not None:
+        scale_I = scale_I[order_I]
+    return View(Form(**form), Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors), order_I, scale_I)
 
 
 # Fields of `Form` and of `Stored` that a format decides, and the order of columns, int64 [I], if that is another one.

@@ -19,7 +19,7 @@ import torch
 
 from kernels.formats.packed import PackedLinear
 from kernels.synthetic import random_layer
-from kernels.triton import fused, launch, product
+from kernels.triton import fused, launch, of_base, product
 from kernels.triton.view import view
 from tests.kernels.served import ADDED, SCALAR, UNIFORM, VECTOR
 
@@ -71,7 +71,7 @@ def run(case: Case, layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         return product(layer, x)
     seen = view(layer)
     how = launch.Launch(case.program, 64 // seen.form.dim, 64 // seen.form.lanes, warps=4, stages=2, splits=case.splits)
-    return fused(seen, x, x if seen.order_I is None else x[:, seen.order_I].contiguous(), how)
+    return fused(seen, x, of_base(seen, x), how)
 
 
 def failure(case: Case) -> str:
