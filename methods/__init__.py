@@ -35,6 +35,8 @@ METHODS: Registry[type[Method]] = Registry(
         "fp16": "methods.fp16:Half",
         "rtn": "methods.rtn:RoundToNearest",
         "nf": "methods.nf:NormalFloat",
+        "hqq": "methods.hqq:HQQ",
+        "awq": "methods.awq:AWQ",
         "gptq": "methods.gptq:GPTQ",
         "gptvq": "methods.gptvq:GPTVQ",
         "trellis": "methods.trellis:Trellis",

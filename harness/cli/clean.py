@@ -88,7 +88,8 @@ def main(arguments: argparse.Namespace) -> int:
 def _remains() -> Iterator[Path]:
     """Files that a killed process was writing, or measuring for, a day ago and longer."""
     yesterday = time.time() - 86400
-    for pattern in ("*/.*.tmp", "cells/*/.*.tmp", "cells/*/blocks/.*.tmp", "sensitivities/*.unfinished.safetensors"):
+    cells = ("cells/*/.*.tmp", "cells/*/blocks/.*.tmp", "cells/*/teacher/.*.tmp")
+    for pattern in ("*/.*.tmp", *cells, "sensitivities/*.unfinished.safetensors"):
         for path in sorted(cache_dir().glob(pattern)):
             with suppress(FileNotFoundError):
                 if path.is_file() and path.stat().st_mtime < yesterday:

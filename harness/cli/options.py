@@ -71,7 +71,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calibration", help="TEXT@CONTEXTxSEQUENCES instead of the profile's")
     parser.add_argument(
-        "--training", help="TEXT@CONTEXTxSEQUENCES/BATCH for methods that train adapters, instead of the profile's"
+        "--training",
+        help="TEXT@CONTEXTxSEQUENCES/BATCH[,loss=distil|next-token] for methods that train adapters, instead of the "
+        "profile's",
     )
     parser.add_argument(
         "--data", help="folder with wiki.test.raw, or C4's files (default: $HARNESS_DATA, else the hub)"

@@ -66,7 +66,7 @@ def _problems(path: Path) -> Iterator[str]:
                 record.read(path)
             elif path.name.startswith("states_"):
                 check_tensors(path)
-        elif path.suffix == ".safetensors" and path.parent.name in ("streams", "sensitivities", "blocks"):
+        elif path.suffix == ".safetensors" and path.parent.name in ("streams", "sensitivities", "blocks", "teacher"):
             check_tensors(path)
         elif path.suffix == ".json" and path.parent == cache_dir("costs"):
             read_sealed(path)

@@ -1,8 +1,9 @@
 """The one training loop of the fine-tuned track: adapters on packed layers, everything else frozen.
 
-Causal language-modelling loss on windows of calibration text, each seen once, in an order drawn by the seed; AdamW,
-linear warm-up, then a cosine to zero. All of this is the run's and the same for every method; a method only says its
-learning rate and whether rows get magnitudes (DoRA, arXiv 2402.09353). peft does the adapting: for as long as training
+The loss is the divergence from the uncompressed model, or that of the next token (harness.compress.distil), on windows
+of calibration text, each seen once, in an order drawn by the seed; AdamW, linear warm-up, then a cosine to zero. All of
+this is the run's and the same for every method; a method only says its learning rate and whether rows get magnitudes
+(DoRA, arXiv 2402.09353). peft does the adapting: for as long as training
 takes, a packed layer stands in the model as a `FrozenLinear`, a linear layer whose weight is decoded whenever it is
 asked for.
 
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from harness.compress.distil import backward_from_divergence, backward_from_next_token, states_file
 from harness.compressed import CompressedModel
 from harness.data.files import sync_dir
 from harness.data.sealed import believed, load_tensors, save_tensors
@@ -91,12 +94,13 @@ def finetune(
     folder: Path,
     progress: Progress = silent,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    states: Path | None = None,
 ) -> TrainingReport:
     """Train the low-rank parts (and row scales) of the packed layers in place. `folder` keeps the checkpoint, to go on
-    from.
+    from; `states` holds those of the uncompressed model (`distil.remember_states`) to diverge from, None for the loss
+    of the next token.
 
-    Raises ValueError when there is nothing
-    to train, or when the loss is no longer a number."""
+    Raises ValueError when there is nothing to train, or when the loss is no longer a number."""
     start = time.perf_counter()
     file = folder / "training.safetensors"
     order_N = torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(seed))
@@ -104,13 +108,21 @@ def finetune(
     with _adapted(compressed, adaptation, seed) as adapted, _for_training(compressed, tokens_NT.shape[1]) as model:
         parameters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         optimiser = torch.optim.AdamW(parameters.values(), lr=adaptation.rate, betas=BETAS, weight_decay=0.0)
+        device = next(iter(parameters.values())).device
+
+        def backward(window: int, windows: int) -> float:
+            window_T = tokens_NT[window].to(device)
+            if states is None:
+                return backward_from_next_token(model, window_T, windows)
+            return backward_from_divergence(model, window_T, states_file(states, window), windows)
+
         losses, before = _restore(file, parameters, optimiser)
         saved = time.monotonic()
         for index, step_B in enumerate(steps):
             if index < len(losses):
                 continue  # done before the last kill
             optimiser.param_groups[0]["lr"] = adaptation.rate * warm_cosine(index, len(steps))
-            losses.append(_step(model, tokens_NT[step_B], optimiser, list(parameters.values())))
+            losses.append(_step(backward, step_B.tolist(), optimiser, list(parameters.values())))
             if time.monotonic() - saved >= checkpoint_seconds and index + 1 < len(steps):
                 _checkpoint(file, parameters, optimiser, losses, before + time.perf_counter() - start)
                 saved = time.monotonic()
@@ -261,19 +273,15 @@ def kept_bytes(stock: Inventory, tokens: int, dtype_bytes: int) -> int:
 
 
 def _step(
-    model: PreTrainedModel, tokens_BT: Tensor, optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]
+    backward: Callable[[int, int], float],
+    step: list[int],
+    optimiser: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
 ) -> float:
     """One step of the optimiser, a window at a time; returns the mean loss before it."""
-    device = parameters[0].device
-    total = 0.0
     optimiser.zero_grad()
-    for window_T in tokens_BT.to(device):
-        # fp16 gradients of small losses vanish; bf16 has fp32's range (QLoRA's own advice).
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or model.dtype == torch.float16):
-            loss = model(input_ids=window_T[None], labels=window_T[None], use_cache=False).loss / len(tokens_BT)
-        loss.backward()
-        total += loss.item()
-    if not torch.isfinite(torch.tensor(total)):
+    total = sum(backward(window, len(step)) for window in step)
+    if not math.isfinite(total):
         raise ValueError(f"the loss became {total} in training: try a smaller lora_rate")
     nn.utils.clip_grad_norm_(parameters, CLIP)
     optimiser.step()

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from harness.data.files import digest
+from harness.data.files import Json, digest
 from harness.data.record import Record
 
 # Part of every result key: bump it when the same name would be cut or scored differently.
@@ -37,6 +37,8 @@ PARTS = {  # of the mini texts: the upper end of each part's share of [0, 1), in
     "wiki-mini": {"evaluation": 0.7, "tuning": 1.0},
 }
 CALIBRATION_SOURCES = ("c4-mini", "c4")  # Wikipedia text is the out-of-domain check, never calibration
+# Of adapters: the divergence from the uncompressed model (the default), or that of the next token.
+DISTIL, NEXT_TOKEN = LOSSES = ("distil", "next-token")
 MAX_CONTEXT = 1 << 20
 MINI_TOKENS = 8000  # the mini texts score at least this many tokens
 C4_WINDOWS = 256
@@ -105,15 +107,30 @@ class Calibration(Record):
 @dataclass(frozen=True)
 class Training(Record):
     """What the methods of the fine-tuned track are trained on: windows as for calibration, each seen once, `batch` of
-    them to a step."""
+    them to a step; and which of LOSSES the training lowers."""
+
+    # 1  no version in the file: the loss was that of the next token
+    # 2  November 2026: with its loss
+    VERSION: ClassVar[int] = 2
 
     windows: Calibration
     batch: int
+    loss: str = DISTIL
+
+    @classmethod
+    def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
+        return data | {"loss": NEXT_TOKEN}
 
     @property
     def text(self) -> str:
         """What to type after `--training`."""
-        return f"{self.windows.text}/{self.batch}"
+        return f"{self.windows.text}/{self.batch}" + (f",loss={self.loss}" if self.loss != DISTIL else "")
+
+    @property
+    def identity(self) -> dict[str, Json]:
+        """What a cell's key holds of it: of the next token's loss what it held when there was no other."""
+        told = {"loss": self.loss} if self.loss != NEXT_TOKEN else {}
+        return {"windows": self.windows.to_json(), "batch": self.batch, **told}
 
 
 @dataclass(frozen=True)
@@ -177,18 +194,19 @@ def parse_calibration(text: str) -> Calibration:
 
 
 def parse_training(text: str) -> Training:
-    windows, slash, batch = text.strip().partition("/")
+    windows, *options = (part.strip() for part in text.split(","))
+    windows, slash, batch = windows.partition("/")
+    form = f"write TEXT@CONTEXTxSEQUENCES/BATCH or TEXT@CONTEXTxSEQUENCES/BATCH,loss={'|'.join(LOSSES)}"
     if slash and not re.fullmatch(r"0*[1-9][0-9]{0,8}", batch):
-        raise ValueError(
-            f"unknown training '{text}': write TEXT@CONTEXTxSEQUENCES/BATCH, BATCH windows to a step, at least 1"
-        )
+        raise ValueError(f"unknown training '{text}': {form}, BATCH windows to a step, at least 1")
+    losses = {f"loss={loss}": loss for loss in LOSSES}
+    if len(options) > 1 or not losses.keys() >= set(options):
+        raise ValueError(f"unknown training '{text}': {form}")
+    loss = losses[options[0]] if options else DISTIL
     try:
-        return Training(parse_calibration(windows), int(batch or 1))
+        return Training(parse_calibration(windows), int(batch or 1), loss)
     except ValueError:
-        sources = ", ".join(CALIBRATION_SOURCES)
-        raise ValueError(
-            f"unknown training '{text}': write TEXT@CONTEXTxSEQUENCES/BATCH, TEXT one of {sources}"
-        ) from None
+        raise ValueError(f"unknown training '{text}': {form}, TEXT one of {', '.join(CALIBRATION_SOURCES)}") from None
 
 
 def bos_policy(model_type: str) -> str:

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness import __version__
+from harness.compress.distil import remember_states
 from harness.compress.loop import FALLBACK, compress_model
 from harness.compress.training import finetune, save_adapter
 from harness.compressed import FILES, CompressedModel
 from harness.data.files import cache_dir, digest, file_sha256, locked
-from harness.data.protocols import Protocol
+from harness.data.protocols import DISTIL, Protocol
 from harness.data.streams import calibration_stream, evaluation_stream
-from harness.data.windows import stream_sha256
+from harness.data.windows import Windows, stream_sha256
 from harness.engine.process import WAITING, Phase, Speaker
 from harness.evaluate.score import first_nonfinite, noise_floor, score
 from harness.evaluate.zero_shot import score_tasks
@@ -149,6 +150,12 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
     if spec.calibration:
         windows = calibration_stream(spec.calibration, spec.model, spec.seed, spec.bos, spec.data)
         calibration_sha256, tokens_NT = windows.sha256, windows.tokens_NT
+    training = None
+    if method.adaptation:
+        assert spec.training is not None
+        training = calibration_stream(spec.training.windows, spec.model, spec.seed, spec.bos, spec.data)
+        if spec.training.loss == DISTIL:  # while there is a model that nothing was packed of
+            remember_states(model, training.tokens_NT, store.teacher, speak)
     stock = inventory(model)
     allocation = store.allocation() if spec.allocate == "ilp" else None
     if spec.allocate == "ilp" and allocation is None:
@@ -159,7 +166,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
     compressed, report = compress_model(
         model, stock, method, configs, tokens_NT, spec.seed, store.blocks, spec.half, fisher, speak
     )
-    training = _train(spec, store, method, compressed, speak)
+    trained = _train(spec, store, method, compressed, training, speak) if training else None
     spec.model.check()
     ledger = compressed.ledger()
     if spec.budget and not ledger.fits(parse_budget(spec.budget)):
@@ -181,7 +188,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         checkpoint_bytes=sum((store.folder / f"{n}.safetensors").stat().st_size for n in ("packed", "rest")),
         calibration_sha256=calibration_sha256,
         compress_s=report.seconds,
-        training=training,
+        training=trained,
         layers=layers,
         peak_ram_gib=_peak_ram_gib(),
         environment=environment(spec.threads),
@@ -233,12 +240,9 @@ def _origin(spec: CellSpec) -> tuple[int, str, str, str]:
 
 
 def _train(
-    spec: CellSpec, store: CellStore, method: Method, compressed: CompressedModel, speak: Speaker
-) -> TrainingRecord | None:
-    if method.adaptation is None:
-        return None
-    assert spec.training is not None
-    windows = calibration_stream(spec.training.windows, spec.model, spec.seed, spec.bos, spec.data)
+    spec: CellSpec, store: CellStore, method: Method, compressed: CompressedModel, windows: Windows, speak: Speaker
+) -> TrainingRecord:
+    assert spec.training is not None and method.adaptation is not None
     report = finetune(
         compressed,
         method.adaptation,
@@ -247,6 +251,7 @@ def _train(
         spec.seed,
         store.blocks,
         speak,
+        states=store.teacher if spec.training.loss == DISTIL else None,
     )
     save_adapter(compressed, method.adaptation, store.adapter)
     return TrainingRecord(text=spec.training, tokens_sha256=windows.sha256, **vars(report))

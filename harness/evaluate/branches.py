@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from harness.evaluate.score import HEAD_LOGITS, head_of
+from harness.evaluate.score import HEAD_LOGITS
 from harness.model import decoder
+from harness.model.head import head_of
 from harness.progress import Progress, silent
 
 BATCH_TOKENS = 4096  # through the decoder at once, padding included

@@ -11,9 +11,7 @@ unit of fp16."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from harness.data.sealed import save_tensors
 from harness.data.windows import Articles
-from harness.model import decoder, decoder_blocks, decoder_name, in_place_of_states, states_of, swapped_module
+from harness.model import decoder_blocks, in_place_of_states, states_of
+from harness.model.head import head_of, hidden_states
 from harness.progress import Progress, silent
 from harness.store.results import Divergence, Losses
 
@@ -75,49 +73,6 @@ class _Diverging:
 
 def _quantile(values_N: Tensor, q: float) -> float:
     return values_N.quantile(q).item() if len(values_N) else math.nan
-
-
-@dataclass
-class _Handed(BaseModelOutputWithPast):
-    """A decoder's output that holds states and nothing else a head may ask for (logits of routers, say)."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-class _Given(nn.Module):
-    """Stands in for the decoder: hands out hidden states computed before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> _Handed:
-        return _Handed(last_hidden_state=self.hidden)
-
-
-@contextmanager
-def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
-    """hidden [N, H] -> logits [N, V] in fp32 through the model's own forward, so that whatever an architecture does to
-    its logits (soft caps, scales) is done."""
-    given = _Given()
-
-    def head(hidden_NH: Tensor) -> Tensor:
-        given.hidden = hidden_NH[None]
-        return (
-            model(input_ids=torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)).logits[0].float()
-        )
-
-    with swapped_module(model, decoder_name(model), given):
-        yield head
-
-
-def hidden_states(model: PreTrainedModel, tokens_BT: Tensor, length: int) -> Tensor:
-    """States in front of the head that predict a token of windows of `length`: [B * (L - 1), H]. The last token
-    predicts none; the papers' code runs it all the same, lm-eval's does not."""
-    hidden_BTH = decoder(model)(input_ids=tokens_BT, use_cache=False).last_hidden_state
-    return hidden_BTH[:, : length - 1].reshape(-1, hidden_BTH.shape[-1])
 
 
 @torch.inference_mode()

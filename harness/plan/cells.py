@@ -62,7 +62,7 @@ class Cell:
     def key_with(self, method: dict[str, object]) -> str:
         """The key of this cell for a method of that identity."""
         # Absent rather than none: a cell that trains nothing keeps the key it had before anything could be trained.
-        training = {"training": self.training.to_json()} if self.training else {}
+        training = {"training": self.training.identity} if self.training else {}
         measure = measure_version(self.method.needs.sensitivity) if self.allocate == "ilp" else {}
         return digest(
             {

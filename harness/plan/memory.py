@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from harness.compress.distil import slice_tokens
 from harness.compress.training import KEPT_BYTES, kept_bytes
+from harness.data.protocols import DISTIL
 from harness.evaluate.score import BODY_TOKENS, HEAD_LOGITS
 from harness.model import Inventory
 from harness.plan.cells import Cell
@@ -32,7 +34,8 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
     factored; a window's activations, to go back through a block; copies of a slice of logits. Compressing holds every
     calibration token's hidden state (in and out) and, inside one block, its widest activations and a Hessian being
     factored; twice the states for a method that also looks at the uncompressed model's. Training holds what is needed
-    on the way back and a window's logits a few times. Scoring holds one chunk of logits."""
+    on the way back and logits a few times: of a window, or of a slice for two models. Scoring holds one chunk of
+    logits."""
     dtype_bytes = getattr(torch, cell.compute.dtype).itemsize
     calibration, layers = cell.calibration, stock.blocks[0].layers
     model = (stock.weights + stock.rest_weights) * dtype_bytes
@@ -59,7 +62,8 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
             kept = kept // len(stock.blocks) + width * len(stock.blocks) * hidden * dtype_bytes
         factors = sum(_rank(cell.method, layer) * (layer.in_features + layer.out_features) for layer in stock.layers)
         # Value, gradient and the optimiser's two moments.
-        training = kept + 5 * 4 * width * vocabulary + 4 * 4 * factors
+        logits = 7 * min(width, slice_tokens(vocabulary)) if cell.training.loss == DISTIL else 5 * width
+        training = kept + 4 * logits * vocabulary + 4 * 4 * factors
     scoring = BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(HEAD_LOGITS, vocabulary)
     python = 0.6 * 2**30  # interpreter, torch and transformers
     return (model + max(measuring, compressing, training, scoring) + python) / 2**30

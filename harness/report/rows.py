@@ -51,6 +51,7 @@ COLUMNS_AFTER = (
     "tuning_tokens",
     "training_steps",
     "training_tokens",
+    "training_loss",
     "training_s",
     "fallback_layers",
     "device",
@@ -214,6 +215,7 @@ def _artifact_values(artifact: Artifact) -> Row:
         row |= {
             "training_steps": training.steps,
             "training_tokens": training.tokens,
+            "training_loss": training.text.loss,
             "training_s": training.seconds,
         }
     return row

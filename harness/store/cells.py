@@ -3,6 +3,7 @@
 <key>/spec.json          what the cell was last asked for
 <key>/allocation.json    what every layer will be stored as, where the cell itself decided (earlier: plan.json)
 <key>/blocks/            finished blocks of an unfinished compression
+<key>/teacher/           of an unfinished training: the uncompressed model's states of its windows
 <key>/packed.safetensors ... packed.json      harness.compressed
 <key>/adapter/           of a trained method: its adapters as peft saves them
 <key>/artifact.json      written last: the artifact is complete
@@ -52,6 +53,10 @@ class CellStore:
         return self.folder / "blocks"
 
     @property
+    def teacher(self) -> Path:
+        return self.folder / "teacher"
+
+    @property
     def adapter(self) -> Path:
         return self.folder / "adapter"
 
@@ -80,7 +85,8 @@ class CellStore:
 
     def put_artifact(self, artifact: Artifact) -> None:
         self._write(artifact, "artifact")
-        shutil.rmtree(self.blocks, ignore_errors=True)  # only now are they no longer needed
+        for unfinished in (self.blocks, self.teacher):  # only now are they no longer needed
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def score(self, protocol_key: str) -> Score | None:
         return self._read(Score, f"score_{protocol_key}")

@@ -49,6 +49,8 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
         x_NI = layer.rotation.turn(x_NI)
     rows = max(1, TILE_WEIGHTS // layer.in_features // LONGEST) * LONGEST  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
+    scale_I = seen.tensors.get("column_scale")
+    base_NI = x_NI if scale_I is None else x_NI * scale_I
     tile_OI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
     for first in range(0, layer.out_features, rows):
         count = min(rows, layer.out_features - first)
@@ -56,7 +58,7 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
             tile_OI[:count] = layer.weight[first : first + count]
         else:
             compiled.decode(seen.address, first, count, tile_OI.data_ptr(), torch.get_num_threads())
-        torch.mm(x_NI, tile_OI[:count].t(), out=out_NO[:, first : first + count])
+        torch.mm(base_NI, tile_OI[:count].t(), out=out_NO[:, first : first + count])
     if layer.lowrank is not None:
         left_OR, right_RI = layer.lowrank.factors()
         out_NO.addmm_(given_NI @ right_RI.t(), left_OR.t())

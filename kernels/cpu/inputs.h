@@ -120,16 +120,18 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
     memset(&in, 0, sizeof in);
     const int64_t width = padded(l.columns);
     in.batch = batch, in.stride = width, in.blocks = (width / BLOCK + LANES - 1) / LANES * LANES, in.x = x;
+    float *copy = nullptr;
     if (l.rank && !l.order) in.lowrank = low_rank_inputs(l, x, stride, batch, arena);
     if (l.signs) {
-        float *turned = arena.take<float>(batch * width), *half = arena.take<float>(width);
+        float *half = arena.take<float>(width);
+        copy = arena.take<float>(batch * width);
         for (int64_t b = 0; b < batch; ++b) {
-            turn(l, x + b * stride, turned + b * width, half);
-            memset(turned + b * width + l.columns, 0, sizeof(float) * (size_t)(width - l.columns));
+            turn(l, x + b * stride, copy + b * width, half);
+            memset(copy + b * width + l.columns, 0, sizeof(float) * (size_t)(width - l.columns));
         }
-        in.x = turned;
-    } else if (l.order || stride != width) {
-        float *copy = arena.take<float>(batch * width);
+        in.x = copy;
+    } else if (l.order || l.column_scale || stride != width) {
+        copy = arena.take<float>(batch * width);
         for (int64_t b = 0; b < batch; ++b) {
             const float *from = x + b * stride;
             if (l.order) for (int64_t i = 0; i < l.columns; ++i) copy[b * width + i] = from[l.order[i]];
@@ -139,6 +141,9 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
         in.x = copy;
     }
     if (l.rank && l.order) in.lowrank = low_rank_inputs(l, in.x, width, batch, arena);  // `right` is in that order
+    if (l.column_scale)
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t i = 0; i < l.columns; ++i) copy[b * width + i] *= l.column_scale[i];
     const Way way = way_of(l, batch);
     if (way == DENSE) return;
     const bool as_bytes = way == BYTES_WAY || (PLANES && way == PATHS_WAY);

@@ -61,6 +61,7 @@ class Layer(ctypes.Structure):
         ("signs", ctypes.c_void_p),
         ("hartley", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
+        ("column_scale", ctypes.c_void_p),
         ("dense", ctypes.c_void_p),
         ("dense_kind", ctypes.c_int64),
         ("rank", ctypes.c_int64),
@@ -129,7 +130,11 @@ def _uniform(layer: UniformLinear) -> Parts:
     numbers: dict[str, float] = dict(bits=layer.bits, dim=1, uniform=1, group=layer.group, groups=layer.groups)
     numbers |= dict(words=layer.codes.shape[1], centre=2.0 ** (layer.bits - 1) if layer.offset == "symmetric" else 0.0)
     tensors = {"codes": layer.codes, "half": layer.scales, "minima": layer.minima, "zeros": layer.zeros}
-    return Parts(numbers, tensors, None if layer.order is None else layer.order.int() & 0xFFFF)
+    order_I = None if layer.order is None else layer.order.int() & 0xFFFF
+    if layer.column_scale is not None:
+        scale_I = layer.column_scale.float()
+        tensors["column_scale"] = scale_I if order_I is None else scale_I[order_I]
+    return Parts(numbers, tensors, order_I)
 
 
 def _codebook(layer: CodebookLinear) -> Parts:

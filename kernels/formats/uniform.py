@@ -5,7 +5,8 @@
     minimum        w = scale * q + minimum              32 bits per group (the Q4_1 form of GGUF)
 
 With `permuted`, groups are formed over the columns in a stored order (act-order without static groups), 16 bits a
-column."""
+column. With `column_scales`, what the codes stand for is multiplied by a number per column (AWQ's scales of the
+inputs, arXiv 2306.00978), 16 bits a column too: kernels multiply the inputs by them."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ class UniformLinear(PackedLinear):
         "scales": "scales",
         "zeros": "scales",
         "minima": "scales",
+        "column_scale": "scales",
         "order": "tables",
     }
     codes: Tensor  # int32 [O, W]
@@ -37,6 +39,7 @@ class UniformLinear(PackedLinear):
     zeros: Tensor | None  # one stream of O * G codes, int32 [1, W]
     minima: Tensor | None  # fp16 [O, G]
     order: Tensor | None  # int16 [I]
+    column_scale: Tensor | None  # fp16 [I], of the columns in their own order
 
     def __init__(
         self,
@@ -48,8 +51,11 @@ class UniformLinear(PackedLinear):
         group: int,
         offset: str,
         permuted: bool = False,
+        column_scales: bool = False,
         **added: Any,
     ) -> None:
+        # Absent rather than false: a layer without them is described as it was before there were any.
+        added |= {"column_scales": True} if column_scales else {}
         super().__init__(
             in_features, out_features, bias, bits=bits, group=group, offset=offset, permuted=permuted, **added
         )
@@ -66,6 +72,8 @@ class UniformLinear(PackedLinear):
         self.register_buffer("minima", minima)
         # int16 holds column numbers below 2**16 as two's complement.
         self.register_buffer("order", torch.empty(in_features, dtype=torch.int16) if permuted else None)
+        scale = torch.empty(in_features, dtype=torch.float16) if column_scales else None
+        self.register_buffer("column_scale", scale)
 
     def tensors(
         self,
@@ -74,11 +82,12 @@ class UniformLinear(PackedLinear):
         zero_OG: Tensor | None = None,
         minimum_OG: Tensor | None = None,
         order_I: Tensor | None = None,
+        column_scale_I: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Buffers of the base by name, for `fill`: what `decode_codes` reads, from numbers that are final already.
 
-        Codes and zero points are integers in [0, 2**bits), scales and minima fp16; `order_I` holds the column (int64)
-        that stands at every stored position."""
+        Codes and zero points are integers in [0, 2**bits), scales, minima and scales of columns fp16; `order_I`
+        holds the column (int64) that stands at every stored position."""
         stored = {"codes": pack(codes_OI, self.bits), "scales": scale_OG}
         if zero_OG is not None:
             stored["zeros"] = pack(zero_OG.reshape(1, -1), self.bits)
@@ -86,6 +95,8 @@ class UniformLinear(PackedLinear):
             stored["minima"] = minimum_OG
         if order_I is not None:
             stored["order"] = torch.where(order_I >= 2**15, order_I - 2**16, order_I).to(torch.int16)
+        if column_scale_I is not None:
+            stored["column_scale"] = column_scale_I
         return stored
 
     def decode_codes(self) -> Tensor:
@@ -98,7 +109,7 @@ class UniformLinear(PackedLinear):
             weight_OI = (q_OI - per_column(zero_OG.float(), self.group, self.in_features)) * scale_OI
         else:
             weight_OI = (q_OI - 2 ** (self.bits - 1)) * scale_OI
-        if self.order is None:
-            return weight_OI
-        column_I = self.order.long() & 0xFFFF
-        return torch.empty_like(weight_OI).index_copy_(1, column_I, weight_OI)
+        if self.order is not None:
+            column_I = self.order.long() & 0xFFFF
+            weight_OI = torch.empty_like(weight_OI).index_copy_(1, column_I, weight_OI)
+        return weight_OI if self.column_scale is None else weight_OI * self.column_scale.float()

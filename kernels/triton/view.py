@@ -25,16 +25,19 @@ class View:
     stored: Stored
     order_I: Tensor | None  # the columns of the input in the order of the codes, if that is another one
     sign_I: Tensor | None  # of inputs that are turned
+    scale_I: Tensor | None  # fp16, in that order: what inputs of the base are multiplied by
 
     def arranged(self, x_NI: Tensor) -> Tensor:
-        """Inputs as the codes are multiplied with them: turned, or in another order."""
+        """Inputs as the codes are multiplied with them: turned, or in another order, and scaled."""
         if self.sign_I is not None:
-            return mixed(x_NI.float() * self.sign_I).to(x_NI.dtype).contiguous()
-        return x_NI if self.order_I is None else x_NI.index_select(1, self.order_I)
+            x_NI = mixed(x_NI.float() * self.sign_I).to(x_NI.dtype).contiguous()
+        elif self.order_I is not None:
+            x_NI = x_NI.index_select(1, self.order_I)
+        return x_NI if self.scale_I is None else (x_NI * self.scale_I).to(x_NI.dtype)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        held = {**self.stored._asdict(), "order": self.order_I, "sign": self.sign_I}
+        held = {**self.stored._asdict(), "order": self.order_I, "sign": self.sign_I, "column_scale": self.scale_I}
         return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
 
 
@@ -56,7 +59,10 @@ def _make(layer: PackedLinear) -> View:
     tensors |= dict(row_scale=layer.row_scale, bias=layer.bias)
     sign_I = None if layer.rotation is None else layer.rotation.sign()
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
-    return View(Form(**form), Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors), order_I, sign_I)
+    scale_I = layer.column_scale if isinstance(layer, UniformLinear) else None
+    if scale_I is not None and order_I is not None:
+        scale_I = scale_I[order_I]
+    return View(Form(**form), Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors), order_I, sign_I, scale_I)
 
 
 # Fields of `Form` and of `Stored` that a format decides, and the order of columns, int64 [I], if that is another one.

@@ -87,7 +87,7 @@ def fit_grid(
         better_OG = error_OG < best_error_OG
         best_error_OG = torch.where(better_OG, error_OG, best_error_OG)
         shrink_OG = torch.where(better_OG, candidate_OG, shrink_OG)
-        best = grid if best is None else _merge(better_OG, grid, best)
+        best = grid if best is None else merge(better_OG, grid, best)
 
     for sign in (1, -1) if offset == "symmetric" else (1,):
         for share in shares:
@@ -132,7 +132,9 @@ def _grid(low_OG: Tensor, high_OG: Tensor, bits: int, group: int, offset: str, s
     return Grid(bits, group, scale_OG, minimum_OG.float(), {"scale_OG": half_OG, "minimum_OG": minimum_OG})
 
 
-def _merge(take_OG: Tensor, new: Grid, old: Grid) -> Grid:
+def merge(take_OG: Tensor, new: Grid, old: Grid) -> Grid:
+    """`new` for the groups to take, `old` for the others."""
+
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(take_OG, a, b)
 

@@ -16,15 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness.cli import main
 from harness.compress.block import BlockRun
+from harness.compress.distil import remember_states
 from harness.compress.forward import BlockInputs, stubbed_blocks
 from harness.compress.loop import compress_model
 from harness.compress.training import finetune
 from harness.compressed import CompressedModel
 from harness.evaluate.branches import Text, follows_branches, log_likelihoods, longest_tree, plant
-from harness.evaluate.score import head_of, hidden_states, noise_floor, score
+from harness.evaluate.score import noise_floor, score
 from harness.ledger import underspent
 from harness.measure.native import token_decoder
 from harness.model import inventory, load_reference, read_config, skeleton
+from harness.model.head import head_of, hidden_states
 from harness.plan import costs as costs_module
 from harness.plan.allocation import BudgetError, mixed, require_mixable, uniform
 from harness.plan.costs import expected_costs
@@ -172,7 +174,13 @@ def test_every_family_goes_the_whole_way_with_every_method(family, text, prepare
     plan = mixed(stock, budget, costs)
     compressed, _ = compress_model(model, stock, method, plan.layers, tokens, 0, tmp_path / "blocks")
     if method.adaptation:
-        finetune(compressed, method.adaptation, tokens, 1, 0, tmp_path)
+        remember_states(original, tokens, tmp_path)
+        with torch.no_grad():
+            log_q, log_p = (m(tokens).logits[:, :-1].log_softmax(-1) for m in (compressed.model, original))
+        # One step of all windows, so that its loss is the divergence of what was packed.
+        report = finetune(compressed, method.adaptation, tokens, len(tokens), 0, tmp_path, states=tmp_path)
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        assert report.losses[0] == pytest.approx(expected, rel=1e-3)
     compressed.save(tmp_path / "saved")
     reloaded = CompressedModel.load(tmp_path / "saved", "cpu", torch.float32)
     assert set(reloaded.packed) == {layer.name for layer in stock.layers}

@@ -63,4 +63,6 @@ ADDED = [
         rank=5,
     ),
     dict(format="codebook", dim=4, index_bits=8, block=64, rank=37, row_scales=True),
+    dict(format="uniform", bits=4, group=64, offset="symmetric", column_scales=True),
+    dict(format="uniform", bits=3, group=24, offset="zero", permuted=True, column_scales=True, rank=3),
 ]

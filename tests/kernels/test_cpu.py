@@ -53,7 +53,8 @@ def test_products_are_those_of_the_decoded_weights(spec, instructions):
             # What is lost is a part of the inputs: it shows against products of this size, of any sign.
             size = weight_OI.norm() * x.double().norm() / columns**0.5
             off = (found.double() - expected).norm().item()
-            assert found.shape == expected.shape and off <= EXACT[instructions] * size, (
+            limit = EXACT[instructions] * size + 2**-23 * expected.norm()  # the last is what rounding the sum takes
+            assert found.shape == expected.shape and off <= limit, (
                 rows,
                 columns,
                 batch,

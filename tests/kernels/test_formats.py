@@ -99,7 +99,7 @@ def test_uniform_decodes_by_its_definition():
             assert layer.decode()[o, i] == scales[o, i // 64].float() * (q[o, i] - zeros[o, i // 64])
 
 
-def test_permuted_groups_return_to_their_columns():
+def test_permuted_groups_return_to_their_columns_and_columns_have_their_own_scales():
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     weight = torch.arange(8).repeat(5)[None].float()  # column i holds i % 8
     layer = PackedLinear.from_spec(
@@ -109,6 +109,7 @@ def test_permuted_groups_return_to_their_columns():
             group=40,
             offset="minimum",
             permuted=True,
+            column_scales=True,
             out_features=1,
             in_features=40,
             bias=False,
@@ -120,8 +121,9 @@ def test_permuted_groups_return_to_their_columns():
         scales=torch.ones(1, 1).half(),
         minima=torch.zeros(1, 1).half(),
         order=order.to(torch.int16),
+        column_scale=torch.arange(40).half(),
     )
-    assert torch.equal(layer.decode(), weight)
+    assert torch.equal(layer.decode(), weight * torch.arange(40))
 
 
 def test_codebook_decodes_by_its_definition():

@@ -35,6 +35,7 @@ def uniform(draw: st.DrawFn, rows: int, columns: int) -> Spec:
         group=draw(st.integers(0, columns + 1)),
         offset=draw(st.sampled_from(OFFSETS)),
         permuted=draw(st.booleans()),
+        column_scales=draw(st.booleans()),
     )
 
 
@@ -116,7 +117,7 @@ def test_what_is_encoded_decodes_to_the_same_weights(layout, seed: int):
         codes_OI = unpack(layer.codes, layer.bits, columns)
         zero_OG = None if layer.zeros is None else unpack(layer.zeros, layer.bits, layer.scales.numel())
         order_I = None if layer.order is None else layer.order.long() & 0xFFFF
-        tensors = layer.tensors(codes_OI, layer.scales, zero_OG, layer.minima, order_I)
+        tensors = layer.tensors(codes_OI, layer.scales, zero_OG, layer.minima, order_I, layer.column_scale)
     elif isinstance(layer, CodebookLinear):
         tensors = layer.tensors(layer.indices(), dict(layer.scales.named_buffers()), layer.entries())
         if layer.order is not None:

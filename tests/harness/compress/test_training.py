@@ -2,34 +2,40 @@
 
 import itertools
 import json
+import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from harness.cli import main
+from harness.compress import distil
 from harness.compress import training as module
+from harness.compress.distil import backward_from_divergence, remember_states, states_file
 from harness.compress.loop import compress_model
 from harness.compress.training import finetune, frozen_bases, save_adapter
 from harness.compressed import CompressedModel
-from harness.data.protocols import parse_calibration, parse_training
+from harness.data.protocols import DISTIL, NEXT_TOKEN, parse_calibration, parse_training
+from harness.data.sealed import Damaged
 from harness.data.windows import calibration_windows
 from harness.model import inventory, load_reference
 from harness.plan.allocation import uniform
 from harness.plan.sensitivity import measure_fisher
 from harness.report.baseline import read_rows
+from kernels.dispatch import reference_only
 from methods import parse_method
 from tests.helpers import SMALL, run_harness
 
 METHODS = (
-    "qlora",
-    "gptq-lora",
-    "lq-lora",
-    "lq-lora:loftq",
-    "reallm:finetuned,epochs=0",
-    "qlora:dora=true",
-    "fp16-lora",
+    ("qlora", NEXT_TOKEN),
+    ("gptq-lora", DISTIL),
+    ("lq-lora", DISTIL),
+    ("lq-lora:loftq", DISTIL),
+    ("reallm:finetuned,epochs=0", DISTIL),
+    ("qlora:dora=true", DISTIL),
+    ("fp16-lora", NEXT_TOKEN),
 )
 
 
@@ -48,19 +54,41 @@ def packed_model(text, path, tokens, folder):
     ], method.adaptation
 
 
+@pytest.fixture(scope="module")
+def original(two_blocks):
+    return load_reference(two_blocks.path, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def states(original, tokens, tmp_path_factory) -> Path:
+    """Those of the uncompressed model for every window."""
+    folder = tmp_path_factory.mktemp("states")
+    remember_states(original, tokens, folder)
+    return folder
+
+
+def divergence(model, original, tokens_BT):
+    """KL(original || model) as a textbook writes it, with all logits at once."""
+    log_q, log_p = (m(tokens_BT).logits[:, :-1].log_softmax(-1).flatten(0, 1) for m in (model, original))
+    return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
 @torch.no_grad()
-def held_out(model, tokens):
+def held_out(model, original, tokens, loss):
+    if loss == DISTIL:
+        return divergence(model, original, tokens[14:]).item()
     return model(input_ids=tokens[12:], labels=tokens[12:]).loss.item()
 
 
-@pytest.mark.parametrize("text", METHODS)
-def test_training_lowers_the_loss_on_other_text(text, two_blocks, tokens, tmp_path):
+@pytest.mark.parametrize("text, loss", METHODS)
+def test_training_lowers_the_loss_on_other_text(text, loss, two_blocks, original, tokens, states, tmp_path):
     compressed, adaptation = packed_model(text, two_blocks.path, tokens, tmp_path)
-    bits, before = compressed.ledger(), held_out(compressed.model, tokens)
+    bits, before = compressed.ledger(), held_out(compressed.model, original, tokens, loss)
     base = {name: layer.decode_base() for name, layer in compressed.packed.items()}
-    report = finetune(compressed, adaptation, tokens[:12], 2, 0, tmp_path)
+    taught = {"states": states} if loss == DISTIL else {}
+    report = finetune(compressed, adaptation, tokens[:12], 2, 0, tmp_path, **taught)
     assert (report.steps, report.tokens, len(report.losses)) == (6, 12 * 64, 6)
-    assert held_out(compressed.model, tokens) < before
+    assert held_out(compressed.model, original, tokens, loss) < before
     assert compressed.ledger() == bits
     # Only what may be was trained.
     assert all(torch.equal(layer.decode_base(), base[name]) for name, layer in compressed.packed.items())
@@ -87,9 +115,45 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("text", ["qlora", "qlora:dora=true"])
-def test_resumed_training_ends_with_the_same_numbers(text, two_blocks, tokens, tmp_path):
+@reference_only()
+def test_the_divergence_and_its_gradient_are_autograds(two_blocks, original, tokens, states, tmp_path, monkeypatch):
+    """Slice by slice, the last one short, against one graph through both softmaxes."""
+    model = packed_model("nf", two_blocks.path, tokens, tmp_path)[0].model
+    norm = model.model.norm.weight.requires_grad_()
+    expected = divergence(model, original, tokens[:2])
+    expected.backward()
+    gradient, norm.grad = norm.grad, None
+    monkeypatch.setattr(distil, "SLICE_LOGITS", 20 * model.config.vocab_size)
+    files = (states_file(states, index) for index in range(2))
+    found = sum(backward_from_divergence(model, tokens[i], file, 2) for i, file in enumerate(files))
+    assert found == pytest.approx(expected.item(), rel=1e-4)
+    assert torch.allclose(norm.grad, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_the_uncompressed_model_has_nothing_to_learn_from_itself(two_blocks, tokens, states, tmp_path):
+    compressed, adaptation = packed_model("fp16-lora", two_blocks.path, tokens, tmp_path)
+    report = finetune(compressed, adaptation, tokens[:3], 1, 0, tmp_path, states=states)
+    assert max(report.losses) < 1e-6
+
+
+def test_only_what_is_missing_or_damaged_is_remembered_again(original, tokens, states, tmp_path, caplog):
+    folder = Path(shutil.copytree(states, tmp_path / "states"))
+    whole, damaged, missing = (states_file(folder, index) for index in range(3))
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    missing.unlink()
+    before = whole.stat().st_mtime_ns
+    with pytest.raises(Damaged, match="window_00001"):
+        backward_from_divergence(original, tokens[1], damaged, 1)
+    remember_states(original, tokens[:3], folder)
+    assert whole.stat().st_mtime_ns == before and "window_00001.safetensors is damaged" in caplog.text
+    assert damaged.read_bytes() == data and missing.read_bytes() == states_file(states, 2).read_bytes()
+
+
+@pytest.mark.parametrize("text, loss", [("qlora", NEXT_TOKEN), ("qlora:dora=true", DISTIL)])
+def test_resumed_training_ends_with_the_same_numbers(text, loss, two_blocks, tokens, states, tmp_path):
     results = []
+    taught = {"states": states} if loss == DISTIL else {}
     for name, killed_after in (("whole", ()), ("part", (1, 3))):
         folder = tmp_path / name
         compressed, adaptation = packed_model(text, two_blocks.path, tokens, folder)
@@ -101,7 +165,7 @@ def test_resumed_training_ends_with_the_same_numbers(text, two_blocks, tokens, t
                     raise Killed
 
             try:
-                report = finetune(compressed, adaptation, tokens[:5], 1, 3, folder, progress, checkpoint_seconds=0.0)
+                report = finetune(compressed, adaptation, tokens[:5], 1, 3, folder, progress, 0.0, **taught)
             except Killed:
                 assert "peft_config" not in vars(compressed.model) and set(compressed.packed) == names
         results.append((report.losses, compressed.model.state_dict()))
@@ -181,7 +245,7 @@ def test_the_fisher_information_is_the_mean_squared_gradient(truncated, tokens):
 
 def test_a_run_trains_and_counts(truncated, finished_cache, tmp_path):
     run = ("run", "--model", str(truncated.path), "--bits", "3.25", *SMALL)
-    trained = ("--methods", "qlora,fp16-lora", "--training", "c4-mini@128x6/2")
+    trained = ("--methods", "qlora,fp16-lora", "--training", "c4-mini@128x6/2,loss=distil")
     done = run_harness(*run, *trained, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path / "out")
@@ -194,19 +258,36 @@ def test_a_run_trains_and_counts(truncated, finished_cache, tmp_path):
             record["artifact"]["ledger"]["bpw_by_part"]["adapters"] > 0.1
             and len(record["artifact"]["training"]["losses"]) == 3
         )
-        assert (finished_cache / "cells" / row["cell"] / "adapter" / "adapter_model.safetensors").exists()
+        assert row["training_loss"] == "distil"
+        cell = finished_cache / "cells" / row["cell"]
+        assert (cell / "adapter" / "adapter_model.safetensors").exists() and not (cell / "teacher").exists()
+    # At 16 bits it is the reference, and a divergence teaches it nothing.
+    assert float(rows["fp16-lora"]["kld_c4-mini@128/4"]) < 1e-4 < float(rows["qlora 3.25"]["kld_c4-mini@128/4"])
     assert float(rows["qlora 3.25"]["stored_bpw"]) <= 3.25 < 16 < float(rows["fp16-lora"]["stored_bpw"])
     assert rows["fp16"]["training_steps"] == ""
-    steps = ("--methods", "qlora", "--training", "c4-mini@128x6/3")
+    steps = ("--methods", "qlora", "--training", "c4-mini@128x6/3,loss=next-token")
     other = run_harness(*run, *steps, "--out", str(tmp_path / "other"))
     assert other.stderr.count("found, not repeated") == 1  # other steps are other cells; the reference is not
+    assert read_rows(tmp_path / "other")["qlora 3.25"]["training_loss"] == "next-token"
 
 
-@pytest.mark.parametrize("text", ["c4-mini@512", "wiki-mini@512x8", "c4-mini@512x8/0", "c4-mini@512x8/two"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "c4-mini@512",
+        "wiki-mini@512x8",
+        "c4-mini@512x8/0",
+        "c4-mini@512x8/two",
+        "c4-mini@512x8,loss=mse",
+        "c4-mini@5x8,",
+    ],
+)
 def test_a_wrong_training_says_what_to_type(text, capsys):
     assert main(["plan", "--training", text]) == 2
     assert "write TEXT@CONTEXTxSEQUENCES/BATCH" in capsys.readouterr().err
     assert parse_training("c4-mini@512x8").batch == 1
+    for spelt in ("c4-mini@512x8/2", "c4-mini@512x8/2,loss=next-token"):
+        assert parse_training(spelt).text == spelt
 
 
 @pytest.mark.parametrize(

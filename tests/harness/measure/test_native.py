@@ -34,6 +34,7 @@ PACKED = {
     "dense": None,
     "uniform": LayerConfig.of("uniform", bits=3, group=32, offset="zero"),
     "permuted": LayerConfig.of("uniform", bits=4, group=0, offset="symmetric", permuted=True),
+    "scaled": LayerConfig.of("uniform", bits=4, group=64, offset="zero", column_scales=True),
     "shared": LayerConfig.of("codebook", dim=4, index_bits=9, block=0, table="plain", share="all", rank=3),
 }
 

@@ -206,6 +206,7 @@ def test_a_finished_cell_of_an_earlier_version_is_found(store):
     assert layer.role == "self_attn.k_proj" and layer.config.to_json() == before["config"]
     assert layer.report == before["report"] and type(layer.report["tuning_steps"]) is int
     assert artifact.training.losses == tuple(was["training"]["losses"])
+    assert spec.training.loss == artifact.training.text.loss == "next-token"  # there was no other
 
 
 def test_scores_tasks_and_measurements_of_an_earlier_version_are_read(store):
@@ -256,7 +257,9 @@ def test_keys_of_texts_and_calibrations_never_change():
     assert protocol_key(replace(parse_protocol("c4-new@2048"), text_sha256="ab" * 32)) == "d578d7ebd2db805c"
     calibration, training = parse_calibration("c4-mini@512x24"), parse_training("c4@1024x2048/8")
     assert digest(calibration.to_json())[:16] == "5697160e3fd0df97"
-    assert digest(training.to_json())[:16] == "4dd8c02de0f25866"
+    # As it was when there was no other loss.
+    assert digest(replace(training, loss="next-token").identity)[:16] == "4dd8c02de0f25866"
+    assert digest(training.identity)[:16] == "1c6e82637371c858"
     assert Calibration.from_json(calibration.to_json()) == calibration
     assert Training.from_json(training.to_json()) == training
 
