@@ -14,6 +14,7 @@ ladder continues where the released code stops with an error; searched symmetric
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from kernels.formats.uniform import UniformLinear
-from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Sensitivity, Track
+from methods.codecs.basis import turned, turned_estimate
 from methods.codecs.drift import FOLLOW_DAMP, check_follow, first_column, followed
 from methods.codecs.error_feedback import Feedback, check_damp, prepare, run
 from methods.codecs.grids import Grid, fit_grid
@@ -44,6 +46,7 @@ class GPTQ(UniformGridMethod):
     damp: float = 0.05
     follow: float = 0.0  # share of the inputs' drift that weights take back
     follow_damp: float = FOLLOW_DAMP
+    rotated: bool = False  # weights are packed for turned inputs (kernels.formats.rotation), as QuaRot and trellises do
     qronos: bool = False  # the first column is rounded while all others are what they were
 
     def __post_init__(self) -> None:
@@ -51,6 +54,8 @@ class GPTQ(UniformGridMethod):
         check_damp(self.damp)
         check_damp(self.follow_damp, "follow_damp")
         check_follow(self.follow)
+        if self.rotated and not self.static_groups:
+            raise ValueError("rotated=true has no stored order: leave static_groups=false out")
         if self.qronos and not self.follow:
             raise ValueError("qronos=true corrects the drift of inputs, which follow=0 leaves alone: write follow=1")
 
@@ -66,21 +71,33 @@ class GPTQ(UniformGridMethod):
     def permuted(self) -> bool:
         return self.act_order and not self.static_groups
 
+    def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
+        configs = super().candidates(layer)
+        return [config.plus(rotated=True) for config in configs] if self.rotated else configs
+
+    def expected_costs(
+        self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
+    ) -> list[float]:
+        if self.rotated:
+            weight_OI, sensitivity = turned_estimate(weight_OI, sensitivity, seed)
+        return super().expected_costs(weight_OI, sensitivity, layer, configs, seed)
+
     def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
         assert data.hessian_II is not None
-        weight_OI = data.weight_OI
-        feedback = prepare(data.hessian_II, act_order=self.act_order, damp=self.damp)
-        packed = config.layout(layer, weight_OI.device)
+        packed = config.layout(layer, data.weight_OI.device)
         assert isinstance(packed, UniformLinear)
+        weight_OI, hessian_II, rotation = turned(packed, data.weight_OI, data.hessian_II, data.seed)
+        feedback = prepare(hessian_II, act_order=self.act_order, damp=self.damp)
         first_O = None
         if data.drift_II is not None:
-            drift = (data.hessian_II, data.drift_II, self.follow, self.follow_damp)
+            drift_II = data.drift_II if packed.rotation is None else packed.rotation.turn_both(data.drift_II)
+            drift = (hessian_II, drift_II, self.follow, self.follow_damp)
             first_O = first_column(weight_OI, *drift, int(feedback.order_I[0])) if self.qronos else None
             weight_OI = followed(weight_OI, *drift)
         solve = self._static if self.static_groups else self._dynamic
         codes_OI, grid = solve(weight_OI, feedback, packed.bits, packed.group, packed.offset, first_O)
         order_I = feedback.order_I if packed.order is not None else None
-        packed.fill(**packed.tensors(codes_OI, **grid.stored, order_I=order_I))
+        packed.fill(**packed.tensors(codes_OI, **grid.stored, order_I=order_I), **rotation)
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})
 
     def _importance(self, feedback: Feedback) -> Tensor:

@@ -22,7 +22,7 @@ from kernels.registry import Registry
 class PackedLinear(StoredModule):
     """y = x @ decode().T + bias, on stored tensors only.
 
-        weight = (base + left @ right) * row_scale,   base = what the codes decode to, turned back where inputs are rotated
+        weight = (base + left @ right) * row_scale,   base = what the codes decode to, turned back if inputs are rotated
 
     Any format may add the low-rank part (`rank`) and one factor per row (`row_scales`, DoRA's magnitudes) to its base,
     and pack its weight for rotated inputs (`rotated`). Subclasses set `format`, register the buffers of the base in

@@ -47,6 +47,10 @@ class Rotation(StoredModule):
         """R^T x for inputs x [..., I], or W R for a weight [O, I]; differentiable."""
         return mixed(x * self.sign().to(x.dtype))
 
+    def turn_both(self, matrix_II: Tensor) -> Tensor:
+        """R^T M R of a matrix of inputs by inputs."""
+        return self.turn(self.turn(matrix_II).t()).t()
+
     def back(self, x: Tensor) -> Tensor:
         """The inverse of `turn`."""
         return mixed(x) * self.sign().to(x.dtype)

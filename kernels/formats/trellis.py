@@ -30,8 +30,8 @@ from kernels.formats.packed import PackedLinear
 from kernels.formats.scales import BlockScales, ScaleForm
 
 WINDOWS = range(8, 17)
-# By (bits, weights) of a code, of its first and its second weight: the best of 150 odd numbers, by the error they leave of
-# normal numbers with windows of 12 bits. That of the golden ratio alone, 40503, costs up to 2 % more.
+# By (bits, weights) of a code, of its first and its second weight: the best of 150 odd numbers, by the error they leave
+# of normal numbers with windows of 12 bits. That of the golden ratio alone, 40503, costs up to 2 % more.
 MULTIPLIERS = {
     (1, 1): (28555,),
     (3, 2): (46193, 36561),

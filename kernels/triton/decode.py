@@ -147,7 +147,9 @@ def values(stored, unit_U, vector_J, F: tl.constexpr, IN_PLACE: tl.constexpr):
         )
     else:
         place_S = places(F, IN_PLACE)
-        field_UJS = (window_UJS >> (shift_S - place_S.to(tl.uint32))[None, None, :]) & (MASK << place_S).to(tl.uint32)[None, None, :]
+        field_UJS = (window_UJS >> (shift_S - place_S.to(tl.uint32))[None, None, :]) & (MASK << place_S).to(tl.uint32)[
+            None, None, :
+        ]
         number_UJS = (field_UJS | stored.exponent.to(tl.uint32)).to(tl.float32, bitcast=True)
         CENTRE: tl.constexpr = (1 << (F.bits - 1)) if F.offset == "symmetric" else 0
         zero_S = ((CENTRE << place_S) + (1 << 23)).to(tl.float32)

@@ -70,7 +70,9 @@ Parts = tuple[dict[str, Any], dict[str, Tensor | None], Tensor | None]
 
 
 def _uniform(layer: UniformLinear) -> Parts:
-    form = dict(bits=layer.bits, dim=1, table=False, window=0, group=layer.group, groups=layer.groups, offset=layer.offset)
+    form = dict(
+        bits=layer.bits, dim=1, table=False, window=0, group=layer.group, groups=layer.groups, offset=layer.offset
+    )
     form |= dict(scale_bits=16, per_step=1, levels=False)
     tensors = dict(codes=layer.codes, scales=layer.scales, minima=layer.minima, zeros=layer.zeros)
     return form, tensors, None if layer.order is None else layer.order.long() & 0xFFFF
@@ -78,7 +80,9 @@ def _uniform(layer: UniformLinear) -> Parts:
 
 def _codebook(layer: CodebookLinear) -> Parts:
     stored, scales = layer.scales, layer.scales.form
-    form = dict(bits=layer.index_bits, dim=layer.dim, table=True, window=0, group=layer.block, groups=stored.blocks, offset="")
+    form = dict(
+        bits=layer.index_bits, dim=layer.dim, table=True, window=0, group=layer.block, groups=stored.blocks, offset=""
+    )
     # Entries are values of fp16 numbers, and gathered as such; NormalFloat's levels are not, and stay fp32.
     entry_KD = layer.entries().contiguous()
     table_KD = entry_KD if layer.codebook is None and not layer.table_key else entry_KD.half()
@@ -92,8 +96,16 @@ def _codebook(layer: CodebookLinear) -> Parts:
 
 def _trellis(layer: TrellisLinear) -> Parts:
     first, *second = MULTIPLIERS[layer.bits, layer.dim]
-    form = dict(bits=layer.bits, dim=layer.dim, table=True, window=layer.window, first=first, second=sum(second))
-    form |= dict(group=layer.in_features, groups=1, offset="", scale_bits=layer.scales.form.bits, levels=False)
+    form: dict[str, Any] = dict(bits=layer.bits, dim=layer.dim, table=True, window=layer.window)
+    form |= dict(
+        first=first,
+        second=sum(second),
+        group=layer.in_features,
+        groups=1,
+        offset="",
+        scale_bits=layer.scales.form.bits,
+        levels=False,
+    )
     table_K = gaussian_levels().half().to(layer.codes.device)
     tensors: dict[str, Tensor | None] = dict(codes=layer.codes, table=table_K, scales=layer.scales.codes)
     tensors |= dict(steps=layer.scales.steps, scale_offset=layer.scales.offset)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from kernels.formats.packed import PackedLinear
+from kernels.formats.rotation import Rotation
 from methods.base import Sensitivity
 
 # Mean over geometric mean of the pivots of a rotated Hessian: 1.02 to 1.14 on the layers of SmolLM2-135M.
@@ -23,9 +22,19 @@ def turned(
         return weight_OI, hessian_II, {}
     signs = packed.rotation.draw(seed, weight_OI.device)
     packed.rotation.signs = signs["signs"]
-    turn: Callable[[Tensor], Tensor] = packed.rotation.turn
-    turned_II = turn(turn(hessian_II).t())
-    return turn(weight_OI), (turned_II + turned_II.t()) / 2, {f"rotation.{name}": t for name, t in signs.items()}
+    turned_II = packed.rotation.turn_both(hessian_II)
+    return (
+        packed.rotation.turn(weight_OI),
+        (turned_II + turned_II.t()) / 2,
+        {f"rotation.{name}": t for name, t in signs.items()},
+    )
+
+
+def turned_estimate(weight_OI: Tensor, sensitivity: Sensitivity, seed: int) -> tuple[Tensor, Sensitivity]:
+    """(W R, what its errors cost), for estimates of a layer that is to be rotated."""
+    rotation = Rotation(weight_OI.shape[1])
+    rotation.signs = rotation.draw(seed, weight_OI.device)["signs"]
+    return rotation.turn(weight_OI), alike(sensitivity)
 
 
 def alike(sensitivity: Sensitivity) -> Sensitivity:

@@ -42,6 +42,7 @@ WINDOW = 12  # bits of a trellis's window
 class Calibrated(SharedCodebooks, UnderHessian):
     """The default: latents, codebooks and low-rank part chosen under the Hessian."""
 
+    version: ClassVar[int] = 4  # trellises on offer
     track: ClassVar[Track] = Track.CALIBRATED
 
     latent: str = "any"  # on offer to the plan: vectors, trellises, or both

@@ -37,7 +37,9 @@ def instructions(request, monkeypatch) -> str:
 
 
 @pytest.mark.parametrize(
-    "spec", UNIFORM + SCALAR + VECTOR + TRELLIS + ADDED, ids=lambda spec: "-".join(str(value) for value in spec.values())
+    "spec",
+    UNIFORM + SCALAR + VECTOR + TRELLIS + ADDED,
+    ids=lambda spec: "-".join(str(value) for value in spec.values()),
 )
 def test_products_are_those_of_the_decoded_weights(spec, instructions):
     for index, (rows, columns) in enumerate(SHAPES):

@@ -9,7 +9,7 @@ from methods import METHODS, LayerConfig, LayerSpec, Track, parse_method, split_
     "text, hint",
     [
         ("gtpq", "did you mean 'gptq'"),
-        ("nonsense", "choose from fp16, rtn, nf, gptq, gptvq, reallm"),
+        ("nonsense", "choose from fp16, rtn, nf, hqq, awq, gptq, gptvq, trellis, reallm"),
         ("gptq:grup=64", "did you mean 'group'"),
         ("gptq:group=many", "group=many is not int or none"),
         ("gptq:act_order=3", "is not true/false"),
@@ -64,4 +64,4 @@ def test_the_vector_methods_share_a_base_and_none_inherits_the_other():
     gptvq, reallm = (METHODS.get(name) for name in ("gptvq", "reallm"))
     assert not issubclass(gptvq, reallm) and not issubclass(reallm, gptvq)
     options = {field.name for field in dataclasses.fields(gptvq)}
-    assert options == {"dim", "index_bits", "block", "scales", "act_order", "damp", "refit"}
+    assert options == {"dim", "index_bits", "block", "scales", "act_order", "damp", "refit", "follow"}
