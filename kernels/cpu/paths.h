@@ -6,70 +6,81 @@
 
 #pragma once
 
-// Decodes rows one after the other: [dim, stride] levels of a code's rows, as numbers of 0 to 255 around 128, or (without VNNI) around zero.
+// Decodes rows one after the other, to levels [dim, stride] as numbers of 0 to 255 around 128, or (without VNNI) around zero.
 class Path {
     const Layer &l;
-    const int64_t stride;
+    const int64_t stride, bytes, step;
     uint16_t *state;
     const uint16_t kept;
 #if PLANES
     const UnpackBytes unpack;
-#else
-    const Unpack unpack;
-#endif
+    __m512i table[4], odd;
 
-    // The windows of all columns behind the codes of vector v.
-    void pass(int64_t v) {
+    // The place of a level in its four registers.
+    __m512i level(__m512i place) const {
+        const __m512i low = _mm512_permutex2var_epi8(table[0], place, table[1]), high = _mm512_permutex2var_epi8(table[2], place, table[3]);
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(place), low, high);
+    }
+
+    // Windows of all columns move on by the codes of vector v, and with D > 0 give the levels of its D rows.
+    template <int D> void pass(int64_t v, uint8_t *out) {
         const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
-        const int64_t bytes = 4 * l.words, step = 8 * l.bits;
+        const __m512i mask = _mm512_set1_epi16((short)kept), first = _mm512_set1_epi16((short)l.first), second = _mm512_set1_epi16((short)l.second);
         for (int64_t c = 0, at = 0; c < stride; c += BLOCK, at += step) {
-#if PLANES
             prefetch(codes + at + AHEAD, step);
             const __m512i code = unpack.alone(codes + at, unpack.bytes(bytes - at));
-            for (int h = 0; h < 2; ++h) {
-                const __m512i before = _mm512_loadu_si512(state + c + 32 * h), new_ = _mm512_cvtepu8_epi16(h ? _mm512_extracti64x4_epi64(code, 1) : _mm512_castsi512_si256(code));
-                _mm512_storeu_si512(state + c + 32 * h, _mm512_or_si512(_mm512_slli_epi16(before, (unsigned)l.bits), new_));
+            __m512i now[2];
+            UNROLL for (int h = 0; h < 2; ++h) {
+                const __m512i added = _mm512_cvtepu8_epi16(h ? _mm512_extracti64x4_epi64(code, 1) : _mm512_castsi512_si256(code));
+                now[h] = _mm512_or_si512(_mm512_slli_epi16(_mm512_loadu_si512(state + c + 32 * h), (unsigned)l.bits), added);
+                _mm512_storeu_si512(state + c + 32 * h, now[h]);
+                now[h] = _mm512_and_si512(now[h], mask);
             }
+            UNROLL for (int d = 0; d < D; ++d) {
+                const __m512i by = d ? second : first;
+                const __m512i place = _mm512_permutex2var_epi8(_mm512_mullo_epi16(now[0], by), odd, _mm512_mullo_epi16(now[1], by));
+                _mm512_storeu_si512(out + d * stride + c, level(place));
+            }
+        }
+    }
 #else
+    const Unpack unpack;
+
+    template <int D> void pass(int64_t v, uint8_t *out) {
+        const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
+        for (int64_t c = 0, at = 0; c < stride; c += BLOCK, at += step) {
             Int code[4];
             int32_t of[BLOCK];
             unpack.template operator()<false>(codes + at, bytes - at, code);
             for (int k = 0; k < 4; ++k) store(of + LANES * k, code[k]);
-            for (int k = 0; k < BLOCK; ++k) state[c + k] = (uint16_t)(state[c + k] << l.bits | of[k]);
-#endif
+            for (int k = 0; k < BLOCK; ++k) {
+                const uint16_t now = state[c + k] = (uint16_t)(state[c + k] << l.bits | of[k]);
+                for (int d = 0; d < D; ++d) out[d * stride + c + k] = (uint8_t)(l.levels[(uint16_t)((now & kept) * (d ? l.second : l.first)) >> 8] - 128);
+            }
         }
     }
+#endif
 
   public:
     // In front of vector v.
     Path(const Layer &l, int64_t v, Arena &arena)
-        : l(l), stride(padded(l.columns)), state(arena.zeros<uint16_t>(padded(l.columns))), kept((uint16_t)((1u << l.window) - 1)),
+        : l(l), stride(padded(l.columns)), bytes(4 * l.words), step(8 * l.bits), state(arena.zeros<uint16_t>(padded(l.columns))), kept((uint16_t)((1u << l.window) - 1)),
 #if PLANES
           unpack(l.bits, false) {
+        uint8_t high[64];
+        for (int k = 0; k < 64; ++k) high[k] = (uint8_t)(2 * k + 1);
+        odd = _mm512_loadu_si512(high);
+        for (int k = 0; k < 4; ++k) table[k] = _mm512_loadu_si512(l.levels + 64 * k);
 #else
           unpack(l.bits) {
 #endif
         const int64_t reach = (l.window + l.bits - 1) / l.bits - 1;
-        for (int64_t u = v > reach ? v - reach : 0; u < v; ++u) pass(u);
+        for (int64_t u = v > reach ? v - reach : 0; u < v; ++u) pass<0>(u, nullptr);
     }
 
-    void next(int64_t v, uint8_t *level) {
-        pass(v);
-        for (int64_t d = 0; d < l.dim; ++d, level += stride) {
-            const uint16_t by = (uint16_t)(d ? l.second : l.first);
-#if PLANES
-            uint8_t odd[64];
-            for (int k = 0; k < 64; ++k) odd[k] = (uint8_t)(2 * k + 1);
-            const __m512i high = _mm512_loadu_si512(odd), mask = _mm512_set1_epi16((short)kept), times = _mm512_set1_epi16((short)by);
-            for (int64_t c = 0; c < stride; c += BLOCK) {
-                const __m512i a = _mm512_mullo_epi16(_mm512_and_si512(_mm512_loadu_si512(state + c), mask), times);
-                const __m512i b = _mm512_mullo_epi16(_mm512_and_si512(_mm512_loadu_si512(state + c + 32), mask), times);
-                _mm512_storeu_si512(level + c, plane<256>(l.levels, _mm512_permutex2var_epi8(a, high, b)));
-            }
-#else
-            for (int64_t c = 0; c < stride; ++c) level[c] = (uint8_t)(l.levels[(uint16_t)((state[c] & kept) * by) >> 8] - 128);
-#endif
-        }
+    void next(int64_t v, uint8_t *out) {
+        if (l.dim == 1) pass<1>(v, out);
+        else pass<2>(v, out);
     }
 };
 
