@@ -15,6 +15,7 @@ from kernels.formats.codebook import CodebookLinear
 from kernels.formats.packed import FORMATS, PackedLinear
 from kernels.formats.scales import SCHEMES, STEP_DTYPES
 from kernels.formats.tables import TABLES
+from kernels.formats.trellis import MULTIPLIERS, WINDOWS, TrellisLinear
 from kernels.formats.uniform import OFFSETS, UniformLinear
 from kernels.synthetic import random_layer
 
@@ -75,7 +76,13 @@ def conv(draw: st.DrawFn, rows: int, columns: int) -> Spec:
     )
 
 
-OF_FORMAT = {"dense": dense, "uniform": uniform, "codebook": codebook, "conv": conv}
+@st.composite
+def trellis(draw: st.DrawFn, rows: int, columns: int) -> Spec:
+    bits, dim = draw(st.sampled_from(list(MULTIPLIERS)))
+    return dict(bits=bits, dim=dim, window=draw(st.sampled_from(WINDOWS)), scale_bits=draw(st.integers(1, 8)))
+
+
+OF_FORMAT = {"dense": dense, "uniform": uniform, "codebook": codebook, "trellis": trellis, "conv": conv}
 
 
 @st.composite
@@ -86,6 +93,7 @@ def layouts(draw: st.DrawFn) -> tuple[Spec, int, int, bool]:
     spec = {"format": name, **draw(OF_FORMAT[name](rows, columns))}
     spec |= dict(rank=draw(st.integers(0, 3)), adapter_bits=draw(st.sampled_from([8, 16])))
     spec["row_scales"] = draw(st.booleans())
+    spec |= {"rotated": True} if draw(st.booleans()) else {}
     return spec, rows, columns, draw(st.booleans())
 
 
@@ -122,8 +130,12 @@ def test_what_is_encoded_decodes_to_the_same_weights(layout, seed: int):
         tensors = layer.tensors(layer.indices(), dict(layer.scales.named_buffers()), layer.entries())
         if layer.order is not None:
             tensors["order.packed"] = layer.order.store(layer.order.per_row()[:: layer.order.band])["packed"]
+    elif isinstance(layer, TrellisLinear):
+        tensors = layer.tensors(layer.indices() & (2**layer.bits - 1), dict(layer.scales.named_buffers()))
     else:
         return
+    if layer.rotation is not None:
+        tensors["rotation.signs"] = layer.rotation.signs
     again = laid_out(layout, "cpu")
     again.fill(**tensors)  # low-rank part and row scales without effect
     if again.table_key:
