@@ -9,6 +9,10 @@ without it act-order must store its permutation, which is counted), `true_sequen
 packed earlier ones), `grid` (placement by min-max or by a search), `damp`. Defaults were chosen on text used for
 nothing else, at equal stored bits (docs/methods.md, "Baselines at their best").
 
+Ingredients that the paper does not have, for our other calibrated methods have them: `follow` (weights take back half
+of the drift of their inputs, methods.codecs.drift; all of it and another value for the first column are `gptq:qronos`)
+and, when asked for, `rotated` (grids for rotated inputs, `gptq:rotated`; QuaRot, arXiv 2404.00456, rotates a model).
+
 Divergences: grid parameters are rounded to fp16 before codes are chosen; dead columns keep their weights; the damping
 ladder continues where the released code stops with an error; searched symmetric grids may have a negative scale."""
 
@@ -35,7 +39,7 @@ class GPTQ(UniformGridMethod):
     """Error feedback on uniform grids."""
 
     name: ClassVar[str] = "gptq"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # follows the drift of its inputs
     track: ClassVar[Track] = Track.CALIBRATED
     later: ClassVar[tuple[str, ...]] = (*Method.later, "follow", "follow_damp", "qronos")
 
@@ -44,7 +48,7 @@ class GPTQ(UniformGridMethod):
     static_groups: bool = True
     true_sequential: bool = True
     damp: float = 0.05
-    follow: float = 0.0  # share of the inputs' drift that weights take back
+    follow: float = 0.5  # share of the inputs' drift that weights take back
     follow_damp: float = FOLLOW_DAMP
     rotated: bool = False  # weights are packed for turned inputs (kernels.formats.rotation), as QuaRot and trellises do
     qronos: bool = False  # the first column is rounded while all others are what they were
@@ -61,7 +65,7 @@ class GPTQ(UniformGridMethod):
 
     @classmethod
     def variants(cls) -> dict[str, Method]:
-        return {"qronos": cls(follow=1.0, qronos=True)}
+        return {"rotated": cls(rotated=True), "qronos": cls(follow=1.0, qronos=True)}
 
     @property
     def needs(self) -> Needs:

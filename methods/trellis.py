@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.formats.trellis import WINDOWS, TrellisLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Sensitivity, Track
 from methods.codecs.basis import turned
-from methods.codecs.drift import followed
+from methods.codecs.drift import check_follow, followed
 from methods.codecs.error_feedback import check_damp, prepare
 from methods.codecs.trellis import CODES, expected_cost, quantise_paths
 
@@ -48,8 +48,7 @@ class Trellis(Method):
             raise ValueError(f"bits={self.bits:g} is not one of {', '.join(f'{rate:g}' for rate in rates)}")
         if self.window not in WINDOWS:
             raise ValueError(f"window must be {WINDOWS[0]} to {WINDOWS[-1]}")
-        if not 0 <= self.follow <= 1:
-            raise ValueError("follow must be 0 to 1")
+        check_follow(self.follow)
 
     @property
     def needs(self) -> Needs:

@@ -24,9 +24,8 @@ from torch import Tensor
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.stored import StoredBits
 from kernels.formats.trellis import TrellisLinear
-from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Needs, Sensitivity, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Sensitivity, Track
 from methods.codecs.basis import turned
-from methods.codecs.drift import followed
 from methods.codecs.error_feedback import prepare
 from methods.codecs.svd import lowrank_part
 from methods.codecs.trellis import CODES, expected_cost, quantise_paths
@@ -46,7 +45,6 @@ class Calibrated(SharedCodebooks, UnderHessian):
     track: ClassVar[Track] = Track.CALIBRATED
 
     latent: str = "any"  # on offer to the plan: vectors, trellises, or both
-    follow: float = 0.5  # share of the inputs' drift that weights, and blocks as they are tuned, take back
 
     def __post_init__(self) -> None:
         if self.decoder == "conv":
@@ -58,12 +56,6 @@ class Calibrated(SharedCodebooks, UnderHessian):
             raise ValueError(f"latent must be one of {', '.join(LATENTS)}")
         if self.latent == "trellis" and self.dim is not None:
             raise ValueError("dim and index_bits are those of vectors: leave latent=trellis out")
-        if not 0 <= self.follow <= 1:
-            raise ValueError("follow must be 0 to 1")
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(hessian=True, drift=self.follow > 0)
 
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         vectors = super().candidates(layer) if self.latent != "trellis" else []
@@ -100,9 +92,7 @@ class Calibrated(SharedCodebooks, UnderHessian):
         assert isinstance(packed, CodebookLinear | TrellisLinear)
         if data.table is not None:
             packed.attach(data.table)
-        target_OI = data.weight_OI
-        if data.drift_II is not None:
-            target_OI = followed(target_OI, data.hessian_II, data.drift_II, self.follow)
+        target_OI = self.target(data)
         feedback = prepare(data.hessian_II, act_order=self.act_order, damp=self.damp)
         damped_II = damped_hessian(data.hessian_II, feedback)
         whitener_II = torch.linalg.cholesky(damped_II) if packed.rank else None
