@@ -2,8 +2,8 @@
 headers, no build step at installation.
 
 A library is cached under a name made of the source, the compiler and the instruction set. Without a compiler, or on a
-CPU with neither AVX-512 nor AVX2, `library()` is None after one warning, and products take the reference path; `search`
-is None, and trellises are searched by torch."""
+CPU with neither AVX-512 nor AVX2, `library()` is None after one warning, and products take the reference path. `search`
+is written for any CPU; without a compiler it is None, and trellises are searched by torch."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ def library() -> ctypes.CDLL | None:
 @cache
 def search() -> ctypes.CDLL | None:
     """The compiled search for the best path through a trellis; None, after a warning, where it cannot be had. It gives
-    what torch gives, bit for bit (methods.codecs.trellis), a hundred times as fast."""
+    what torch gives, bit for bit (methods.codecs.trellis), a hundred times as fast, and is no kernel of a product's:
+    HARNESS_CPU_KERNELS says nothing of it."""
     try:
-        loaded = ctypes.CDLL(str(_built(SEARCH, _instructions(), _compiler(), "-ffp-contract=off")))
+        instructions = next((wanted for wanted in (WIDE, NARROW) if _flags().issuperset(wanted)), ())
+        loaded = ctypes.CDLL(str(_built(SEARCH, instructions, _compiler(), "-ffp-contract=off")))
     except (OSError, RuntimeError) as error:
         warnings.warn(f"no compiled trellis search: {error}; torch searches, which takes hours", stacklevel=2)
         return None
@@ -74,15 +76,21 @@ def _instructions() -> tuple[str, ...]:
         raise RuntimeError("switched off by HARNESS_CPU_KERNELS=none")
     if platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"they are written for x86-64, this is {platform.machine()}")
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = set(next(line for line in lines if line.startswith("flags")).replace("avx512_", "avx512").split())
-    except (OSError, StopIteration):
-        raise RuntimeError("the instructions of this CPU are not known") from None
+    if not (flags := _flags()):
+        raise RuntimeError("the instructions of this CPU are not known")
     for wanted_set in (WIDE, NARROW) if requested is None else (requested,):
         if flags.issuperset(wanted_set):
             return wanted_set
     raise RuntimeError("this CPU lacks AVX2, FMA or F16C" if requested in (None, NARROW) else "this CPU lacks AVX-512")
+
+
+def _flags() -> set[str]:
+    """The instructions of this CPU, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return set(next(line for line in lines if line.startswith("flags")).replace("avx512_", "avx512").split())
+    except (OSError, StopIteration):
+        return set()
 
 
 def _compiler() -> str:

@@ -6,7 +6,8 @@ error is left that a later choice in the column could have taken into account. (
 16 x 16, and feeds errors back between groups of columns; here they are fed back after every one.)
 
 The search is exact and the same everywhere: in torch as it stands here, or compiled (kernels/cpu/viterbi.cpp), to the
-last bit.
+last bit. It goes down a column step by step, which is nothing for a GPU: of a layer on one, the columns are searched by
+the host.
 """
 
 from __future__ import annotations
@@ -66,14 +67,15 @@ def quantise_paths(target_OI: Tensor, packed: TrellisLinear, feedback: Feedback)
     scale_O = scales.decode()[:, 0].clamp_min(torch.finfo(torch.float32).tiny)
     pad = -rows % packed.dim
     weight_O = scale_O.square() / scale_O.square().mean()
-    weight_JD = torch.nn.functional.pad(weight_O, (0, pad)).view(-1, packed.dim)
-    level_DS = levels(packed.bits, packed.dim, packed.window).to(target_OI.device)
+    weight_JD = torch.nn.functional.pad(weight_O, (0, pad)).view(-1, packed.dim).cpu()
+    host_DS = levels(packed.bits, packed.dim, packed.window)
+    level_DS = host_DS.to(target_OI.device)
     code_IJ = torch.empty(columns, len(weight_JD), dtype=torch.int64, device=target_OI.device)
     mask = (1 << packed.bits) - 1
 
     def quantise(position: int, column: int, values_O: Tensor) -> Tensor:
         value_JD = torch.nn.functional.pad(values_O / scale_O, (0, pad)).view(-1, packed.dim)
-        state_J = best_path(value_JD, weight_JD, level_DS, packed.bits)
+        state_J = best_path(value_JD.cpu(), weight_JD, host_DS, packed.bits).to(target_OI.device)
         code_IJ[column] = state_J & mask
         return level_DS[:, state_J].t().reshape(-1)[:rows] * scale_O
 
@@ -83,8 +85,8 @@ def quantise_paths(target_OI: Tensor, packed: TrellisLinear, feedback: Feedback)
 
 def best_path(value_JD: Tensor, weight_JD: Tensor, level_DS: Tensor, bits: int) -> Tensor:
     """The states [J] whose levels are nearest to the values, least sum of weight * (value - level)^2; each shares all
-    but its newest `bits` bits with the one before, and the first follows zeros. fp32."""
-    compiled = search() if value_JD.device.type == "cpu" else None
+    but its newest `bits` bits with the one before, and the first follows zeros. fp32, on the CPU."""
+    compiled = search()
     if compiled is None:
         return _searched(value_JD, weight_JD, level_DS, bits)
     value_JD, weight_JD, level_DS = (tensor.contiguous() for tensor in (value_JD, weight_JD, level_DS))
@@ -103,9 +105,9 @@ def _searched(value_JD: Tensor, weight_JD: Tensor, level_DS: Tensor, bits: int) 
     """`best_path` in torch; the compiled search does the same additions in the same order."""
     count, branches = level_DS.shape[1], 2**bits
     groups = count // branches  # states that agree in all but their oldest bits
-    best_P = torch.full((groups,), torch.inf, device=value_JD.device)
+    best_P = torch.full((groups,), torch.inf)
     best_P[0] = 0.0  # in front of the first row there are zeros
-    origin_JP = torch.zeros(len(value_JD), groups, dtype=torch.uint8, device=value_JD.device)
+    origin_JP = torch.zeros(len(value_JD), groups, dtype=torch.uint8)
     cost_S = best_P
     for step, (value_D, weight_D) in enumerate(zip(value_JD, weight_JD, strict=True)):
         if step:
@@ -120,7 +122,7 @@ def _searched(value_JD: Tensor, weight_JD: Tensor, level_DS: Tensor, bits: int) 
             error_S = value - level_S
             cost_S = cost_S + weight * (error_S * error_S)
     state = int((cost_S == cost_S.min()).nonzero()[0])
-    state_J = torch.empty(len(value_JD), dtype=torch.int64, device=value_JD.device)
+    state_J = torch.empty(len(value_JD), dtype=torch.int64)
     for step in range(len(value_JD) - 1, -1, -1):
         state_J[step] = state
         group = state >> bits
