@@ -1,10 +1,11 @@
-"""What LQ-LoRA's whole grids are worth over the default sixteen levels, on one block of the default model.
+"""What the larger of LQ-LoRA's grids is worth over the paper's, on one block of the default model, and what either
+takes to price.
 
     python benchmarks/lq_grid.py [--block 15] [--bits 2.5,2.75,3.25]
 
-Every configuration of `grid=levels`, `paper` (243) and `released` (432) is fitted to the block's seven matrices, errors
-weighted with the Fisher information of the calibration text, and the integer programme mixes each grid under the same
-budget. Printed: configurations, seconds, predicted cost relative to the default's. Minutes on one core."""
+Every configuration of `grid=paper` (243) and `released` (432) is priced for the block's seven matrices, errors weighted
+with the Fisher information of the calibration text (`price=fisher`), and the integer programme mixes each grid under
+the same budget. Printed: configurations, seconds, predicted cost relative to the paper's. Minutes on one core."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def main() -> None:
     print(f"{'grid':10} {'configurations':>14} {'bits':>6} {'seconds':>8} {'cost':>8}")
     for bits in arguments.bits.split(","):
         least = None
-        for grid in ("levels", "paper", "released"):
-            method = parse_method(f"lq-lora:grid={grid}")
+        for grid in ("paper", "released"):
+            method = parse_method(f"lq-lora:price=fisher,grid={grid}")
             start = time.perf_counter()
             costs = expected_costs(method, model, block, parse_budget(bits), fisher, seed=0)
             plan = mixed(block, parse_budget(bits), costs)

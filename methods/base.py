@@ -68,6 +68,7 @@ class Needs:
     hessian: bool = False
     drift: bool = False
     fisher: bool = False
+    fisher_prices: bool = False  # errors are weighed with the Fisher information when an allocation is made, too
     outputs: bool = False  # the uncompressed model's outputs of every block, for `Method.tune_block`
     true_sequential: bool = True  # statistics behind the packed earlier layers of the same block, not the original ones
 
@@ -79,12 +80,12 @@ class Needs:
     @property
     def text(self) -> bool:
         """Whether anything is computed from calibration tokens."""
-        return self.hessian or self.fisher or self.original
+        return self.hessian or self.fisher or self.fisher_prices or self.original
 
     @property
     def sensitivity(self) -> str:
         """What an error is weighed with when costs are estimated (harness.plan.sensitivity.MEASURES)."""
-        return "fisher" if self.fisher else "feedback" if self.hessian else "plain"
+        return "fisher" if self.fisher_prices else "feedback" if self.hessian else "plain"
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         allocation = _allocate(spec, method, model, stock, tokens_NT, speak)
         store.put_allocation(allocation)
     configs = allocation.layers if allocation else spec.configs
-    fisher = _measured(spec, method, model, tokens_NT, spec.seed, speak) if method.needs.fisher else None
+    fisher = _measured(spec, "fisher", model, tokens_NT, spec.seed, speak) if method.needs.fisher else None
     compressed, report = compress_model(
         model, stock, method, configs, tokens_NT, spec.seed, store.blocks, spec.half, fisher, speak
     )
@@ -213,10 +213,11 @@ def _allocate(
     data_free = tokens_NT is None
     if tokens_NT is None:
         tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size, known_positions(model.config)), 0
-    measured = _measured(spec, method, model, tokens_NT, seed, speak)
+    measure = method.needs.sensitivity
+    measured = _measured(spec, measure, model, tokens_NT, seed, speak)
     if data_free:
         measured = {name: sensitivity.flat for name, sensitivity in measured.items()}
-    way = measure_version(method.needs.sensitivity).values()
+    way = measure_version(measure).values()
     key = digest([*_origin(spec), method.identity(method.later), stream_sha256(tokens_NT), seed, *way])
     path = cache_dir("costs", key[:24] + ".json")
     with locked(path, f"estimates of {spec.method}"):
@@ -227,11 +228,11 @@ def _allocate(
 
 
 def _measured(
-    spec: CellSpec, method: Method, model: PreTrainedModel, tokens_NT: Tensor | None, seed: int, speak: Speaker
+    spec: CellSpec, measure: str, model: PreTrainedModel, tokens_NT: Tensor | None, seed: int, speak: Speaker
 ) -> dict[str, Sensitivity]:
-    """What errors cost, or how large gradients are: whichever the method weighs errors with."""
+    """What errors cost, or how large gradients are (harness.plan.sensitivity.MEASURES)."""
     assert tokens_NT is not None
-    return remembered_sensitivities(_origin(spec), model, tokens_NT, seed, method.needs.sensitivity, speak)
+    return remembered_sensitivities(_origin(spec), model, tokens_NT, seed, measure, speak)
 
 
 def _origin(spec: CellSpec) -> tuple[int, str, str, str]:

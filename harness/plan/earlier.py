@@ -60,12 +60,6 @@ _OPTIONS: dict[tuple[str, str], tuple[int, dict[str, Option]]] = {
     ("reallm", "finetuned"): (3, _REALLM | dict(finetune=True)),
     ("qlora", ""): (1, _NF | _ADAPTED),
     ("gptq-lora", ""): (1, _GPTQ | _ADAPTED),
-    ("lq-lora", ""): (
-        1,
-        _NF
-        | _ADAPTED
-        | dict(lora_rate=0.0005, fisher=True, first="lowrank", rounds=10, tolerance=0.001, grid="levels"),
-    ),
     ("fp16-lora", ""): (1, _ADAPTED | dict(dtype="float16")),
 }
 _VALUES = {("share", "role"): "kind"}  # what a value was called

@@ -4,7 +4,7 @@ trained.
     sec. 3.1   alternate L1, L2 = SVD_r(W - Q) and Q = NF(W - L1 L2)                 `decompose`
     sec. 3.2   NormalFloat with scales of b0 bits in groups of B1, steps in b1       kernels.formats.scales, "double"
     sec. 3.2   which (b, b0, b1, B0, B1) for which matrix: an integer programme      harness.plan.allocation
-    sec. 3.3   errors weighted with the Fisher information, F ~ rows x columns       `Weighting`
+    sec. 3.3   errors weighted with the Fisher information, F ~ rows x columns       `Weighting`, `price`
 
 LoftQ (Li et al., arXiv 2310.08659) is the same alternation, begun with Q, unweighted, for a fixed number of rounds:
 variant `loftq`. `README.md` beside this file lists the divergences."""
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from typing import ClassVar
 
@@ -23,24 +23,22 @@ from torch import Tensor
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.normal_float import nearest, nf_levels
 from kernels.formats.packed import PackedLinear
-from kernels.formats.scales import STEP_DTYPES, ScaleForm
+from kernels.formats.scales import ScaleForm
 from methods.adapted import Adapted
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Sensitivity
 from methods.codecs.svd import stored_lowrank, svd_factors
-from methods.codecs.vector import absmax_scales
+from methods.codecs.vector import Scales, absmax_scales
 
 # b, b0, b1, B0, B1: bits of a weight, of its block's scale, type of the step those share; weights to a block, blocks to
 # a step.
-PAPER_GRID = ((2, 3, 4), (2, 3, 4), ("bfloat16", "float16", "float32"), (16, 32, 64), (16, 64, 256))
-RELEASED_GRID = ((2, 3, 4, 8), (2, 3, 4, 8), *PAPER_GRID[2:])
-FULL_GRID = ((2, 3, 4), (2, 3, 4, 8), *PAPER_GRID[2:])
-GRIDS = {"paper": PAPER_GRID, "released": RELEASED_GRID}
-LEVELS = 16  # storage levels of the default grid
+GRIDS = {
+    "paper": ((2, 3, 4), (2, 3, 4), ("bfloat16", "float16", "float32"), (16, 32, 64), (16, 64, 256)),
+    "released": ((2, 3, 4, 8), (2, 3, 4, 8), ("bfloat16", "float16", "float32"), (16, 32, 64), (16, 64, 256)),
+}
+PRICES = ("divergence", "fisher")
 TABLE_ROUNDS = 3  # of the alternation, when only its error is wanted
 FIRST = ("lowrank", "quantised")
 FLOOR = 0.1  # least weight of a row or column, in units of their root mean square
-# Standard deviation of the logarithm of the rows' sizes, in the matrix that configurations are compared on.
-SPREAD = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +46,15 @@ class LQLoRA(Adapted):
     """NormalFloat with adapters fitted together with it."""
 
     name: ClassVar[str] = "lq-lora"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     fisher: bool = True
     first: str = "lowrank"  # half of a round that is done first
     rounds: int = 10
     tolerance: float = 1e-3  # stop at a smaller relative gain
-    # "paper": all 243 configurations, "released": the code's 432; otherwise at most LEVELS of them.
-    grid: str = "levels"
+    grid: str = "paper"  # 243 configurations; "released": the code's 432
+    # What an error costs when an allocation is made: as for every other method, or the paper's Fisher information.
+    price: str = "divergence"
     bits: int | None = None
     block: int | None = None
     lora_rate: float = 5e-4  # factors that start fitted are many times larger than LoRA's own
@@ -66,8 +65,10 @@ class LQLoRA(Adapted):
             raise ValueError(f"first must be one of {', '.join(FIRST)}")
         if self.rounds < 1 or not 0 <= self.tolerance < 1:
             raise ValueError("rounds must be at least 1, tolerance 0 to 1")
-        if self.grid not in ("levels", *GRIDS):
-            raise ValueError(f"grid must be one of levels, {', '.join(GRIDS)}")
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid must be one of {', '.join(GRIDS)}")
+        if self.price not in PRICES:
+            raise ValueError(f"price must be one of {', '.join(PRICES)}")
         if (self.bits or self.block) and not self._grid():
             raise ValueError("no configuration of the grid has these bits and this block")
 
@@ -80,24 +81,34 @@ class LQLoRA(Adapted):
 
     @property
     def needs(self) -> Needs:
-        return Needs(fisher=self.fisher)
+        return Needs(fisher=self.fisher, fisher_prices=self.price == "fisher")
 
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         return [config.plus(**self.adapters(layer)) for config in self._grid()]
 
     def _grid(self) -> tuple[LayerConfig, ...]:
-        full = _levels() if self.grid == "levels" else tuple(_config(*choice) for choice in product(*GRIDS[self.grid]))
         wanted = {"index_bits": self.bits, "block": self.block}
+        full = (_config(*choice) for choice in product(*GRIDS[self.grid]))
         return tuple(config for config in full if all(value in (None, config[key]) for key, value in wanted.items()))
 
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
     ) -> list[float]:
-        """The decomposition for real, cut short: what a configuration leaves depends on the factors it is fitted
-        with."""
+        """The decomposition once for each number of bits, cut short; then each configuration by rounding a sample of
+        what the factors leave, which hardly depends on how scales are stored. Factors are weighted with whatever errors
+        are priced with."""
         data = LayerData(weight_OI, seed, fisher=sensitivity if self.fisher else None)
-        short = replace(self, rounds=TABLE_ROUNDS)
-        return [sensitivity.cost(weight_OI - short.compress(data, layer, config).packed.decode()) for config in configs]
+        short, costs = replace(self, rounds=TABLE_ROUNDS), dict.fromkeys(configs, 0.0)
+        for bits in {config["index_bits"] for config in configs}:
+            alike = [config for config in configs if config["index_bits"] == bits]
+            middle = sorted(alike, key=lambda config: config.stored_bits(layer).total)[len(alike) // 2]
+            packed = short.compress(data, layer, middle).packed
+            assert packed.lowrank is not None
+            sample_NI, seen = sensitivity.sample(weight_OI - packed.lowrank.decode())
+            rounded = {config: seen.cost(sample_NI - _rounded(sample_NI, config)) for config in alike}
+            whole = sensitivity.cost(weight_OI - packed.decode())
+            costs |= {config: cost * whole / (rounded[middle] or 1.0) for config, cost in rounded.items()}
+        return [costs[config] for config in configs]
 
     def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
         weighting = Weighting.of(data.fisher) if data.fisher is not None else None
@@ -193,11 +204,22 @@ def _lowrank(
 
 def _quantised(rest_OI: Tensor, packed: CodebookLinear) -> tuple[dict[str, Tensor], Tensor]:
     """Nearest levels under absmax scales in their stored form; not weighted, as in the paper."""
-    scales = absmax_scales(rest_OI, packed.block, packed.scales.form)
-    levels = nf_levels(packed.index_bits).to(rest_OI.device)
+    scales, codes_OI, decoded_OI = _nearest(rest_OI, packed.block, packed.scales.form, packed.index_bits)
+    return packed.tensors(codes_OI, scales.stored), decoded_OI
+
+
+def _rounded(rest_OI: Tensor, config: LayerConfig) -> Tensor:
+    """What `rest_OI` decodes to in this configuration."""
+    form = ScaleForm(config["scales"], config["scale_bits"], config["scale_group"], config["scale_dtype"])
+    return _nearest(rest_OI, config["block"], form, config["index_bits"])[2]
+
+
+def _nearest(rest_OI: Tensor, block: int, form: ScaleForm, bits: int) -> tuple[Scales, Tensor, Tensor]:
+    """Scales, codes, and what they decode to."""
+    scales = absmax_scales(rest_OI, block, form)
+    levels = nf_levels(bits).to(rest_OI.device)
     codes_OI = nearest(rest_OI / scales.scale_OI, levels)
-    stored = packed.tensors(codes_OI, scales.stored)
-    return stored, levels[codes_OI] * scales.scale_OI
+    return scales, codes_OI, levels[codes_OI] * scales.scale_OI
 
 
 def _config(bits: int, scale_bits: int, dtype: str, block: int, group: int) -> LayerConfig:
@@ -212,26 +234,3 @@ def _config(bits: int, scale_bits: int, dtype: str, block: int, group: int) -> L
         scale_dtype=dtype,
         table="nf",
     )
-
-
-@cache
-def _levels() -> tuple[LayerConfig, ...]:
-    """Configurations of the default grid: at most LEVELS of those that are best for their bits on a normal matrix with
-    rows of different sizes, evenly spread. The paper's integer programme chooses among all; its choices are among these
-    or next to one of them."""
-    generator = torch.Generator().manual_seed(0)
-    matrix_OI = torch.randn(64, 1024, generator=generator) * (SPREAD * torch.randn(64, 1, generator=generator)).exp()
-    found = []
-    for bits, scale_bits, dtype, block, group in product(*FULL_GRID):
-        storage = bits + scale_bits / block + 8 * STEP_DTYPES[dtype].itemsize / (block * group)
-        scales = absmax_scales(matrix_OI, block, ScaleForm("double", scale_bits, group, dtype))
-        levels = nf_levels(bits)
-        code_OI = nearest(matrix_OI / scales.scale_OI, levels)
-        error = float((matrix_OI - levels[code_OI] * scales.scale_OI).square().sum())
-        found.append((storage, error, _config(bits, scale_bits, dtype, block, group)))
-    front: list[tuple[float, float, LayerConfig]] = []
-    for item in sorted(found, key=lambda item: item[:2]):
-        if not front or item[1] < front[-1][1]:
-            front.append(item)
-    picks = torch.linspace(0, len(front) - 1, min(LEVELS, len(front))).round().int().tolist()
-    return tuple(front[pick][2] for pick in picks)
