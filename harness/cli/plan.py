@@ -86,12 +86,13 @@ def _print_cell(cell: Cell, stock: Inventory, everything: bool) -> None:
         print(f"  refused: {cell.refusal}")
     found = sorted(common_candidates(cell.method, stock), key=lambda item: item[1].stored_bits)
     chosen = cell.allocation.layers if cell.allocation else None
-    near = [
-        item
-        for item in found
-        if item[0] == chosen or not cell.budget or abs(item[1].stored_bpw - cell.budget.bpw) <= 0.06
-    ]
-    shown = found if everything else near or found[:3]
+
+    def distance(item: tuple[dict[str, LayerConfig], Ledger]) -> float:
+        return abs(item[1].stored_bpw - float(cell.budget.bpw)) if cell.budget and item[0] != chosen else 0.0
+
+    near = [item for item in found if distance(item) <= 0.06]
+    nearest = sorted(sorted(found, key=distance)[:3], key=lambda item: item[1].stored_bits)
+    shown = found if everything else near or nearest
     print(
         f"  {len(found)} candidates for a whole model"
         + ("" if len(shown) == len(found) else f", {len(shown)} near the budget")
