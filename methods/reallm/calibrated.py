@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.stored import StoredBits
-from kernels.formats.trellis import TrellisLinear
+from kernels.formats.trellis import WINDOWS, TrellisLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Sensitivity, Track
 from methods.codecs.basis import turned
 from methods.codecs.error_feedback import prepare
@@ -34,7 +34,6 @@ from methods.reallm.base import SharedCodebooks
 from methods.under_hessian import UnderHessian
 
 LATENTS = ("any", "vectors", "trellis")
-WINDOW = 12  # bits of a trellis's window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,7 @@ class Calibrated(SharedCodebooks, UnderHessian):
     track: ClassVar[Track] = Track.CALIBRATED
 
     latent: str = "any"  # on offer to the plan: vectors, trellises, or both
+    window: int = 12  # bits of a trellis's window; the search takes twice as long for each
 
     def __post_init__(self) -> None:
         if self.decoder == "conv":
@@ -54,6 +54,8 @@ class Calibrated(SharedCodebooks, UnderHessian):
         super().__post_init__()
         if self.latent not in LATENTS:
             raise ValueError(f"latent must be one of {', '.join(LATENTS)}")
+        if self.window not in WINDOWS:
+            raise ValueError(f"window must be {WINDOWS[0]} to {WINDOWS[-1]}")
         if self.latent == "trellis" and self.dim is not None:
             raise ValueError("dim and index_bits are those of vectors: leave latent=trellis out")
 
@@ -62,7 +64,7 @@ class Calibrated(SharedCodebooks, UnderHessian):
         if self.latent == "vectors" or self.dim is not None:
             return vectors
         trellises = [
-            LayerConfig.of("trellis", bits=bits, dim=dim, window=WINDOW, rotated=True, rank=rank, **self.extras())
+            LayerConfig.of("trellis", bits=bits, dim=dim, window=self.window, rotated=True, rank=rank, **self.extras())
             for bits, dim in CODES
             for rank in self.ranks(layer)
             if rank < min(layer.in_features, layer.out_features)

@@ -122,7 +122,7 @@ def test_a_truncated_library_is_compiled_again(tmp_path, monkeypatch, caplog):
     source.write_text('extern "C" int one() { return 1; }')
     monkeypatch.setattr(build, "SOURCE", source)
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
-    command = (build._instructions(), build._compiler())
+    command = (build.SOURCE, build._instructions(), build._compiler())
     path = build._built(*command)
     whole = path.read_bytes()
     _truncate(path)

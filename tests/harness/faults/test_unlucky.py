@@ -131,7 +131,7 @@ def test_a_group_s_umask_does_not_cost_the_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     before = os.umask(0o002)
     try:
-        assert build._built(build._instructions(), build._compiler()).exists()
+        assert build._built(build.SOURCE, build._instructions(), build._compiler()).exists()
     finally:
         os.umask(before)
 
