@@ -26,7 +26,7 @@ from harness.data.windows import Articles
 from harness.model import decoder_blocks, in_place_of_states, states_of
 from harness.model.head import head_of, hidden_states
 from harness.progress import Progress, silent
-from harness.store.results import Divergence, Losses
+from harness.store.results import KLD_EDGES, POSITIONS, Divergence, Losses
 
 BODY_TOKENS = 8192  # tokens through the decoder at once
 HEAD_LOGITS = 1 << 25  # logits held at once (128 MiB in fp32), for the model and once more for the reference
@@ -35,27 +35,33 @@ NOISE_WINDOWS = 4
 
 
 class _Diverging:
-    """Collects KL(reference || model) of every token, and whether the model ranks the reference's first token first."""
+    """Collects KL(reference || model) of every token, KL(model || reference), and whether the model ranks the
+    reference's first token first."""
 
     def __init__(self) -> None:
         self.kld_N: list[Tensor] = []
+        self.reverse_N: list[Tensor] = []
         self.same_top_N: list[Tensor] = []
 
     def add(self, reference_NV: Tensor, reference_top_N: Tensor, model_NV: Tensor, model_lse_N: Tensor) -> None:
-        """sum p (a - b) - lse(a) + lse(b) for logits a, b and p = softmax(a): two passes fewer than through
-        log_softmax. Overwrites `reference_NV`."""
+        """sum p (a - b) - lse(a) + lse(b) for logits a, b and p = softmax(a), and its mirror image with q = softmax(b):
+        two passes fewer than through log_softmax. Overwrites `reference_NV`."""
         reference_lse_N = reference_NV.logsumexp(dim=-1)
         difference_NV = reference_NV - model_NV
+        offset_N = model_lse_N - reference_lse_N
         p_NV = reference_NV.sub_(reference_lse_N[:, None]).exp_()
-        kld_N = torch.linalg.vecdot(p_NV, difference_NV) - reference_lse_N + model_lse_N
-        self.kld_N.append(kld_N.double().cpu())
+        self.kld_N.append((torch.linalg.vecdot(p_NV, difference_NV) + offset_N).double().cpu())
+        q_NV = torch.sub(model_NV, model_lse_N[:, None], out=p_NV).exp_()
+        self.reverse_N.append((-torch.linalg.vecdot(q_NV, difference_NV) - offset_N).double().cpu())
         first_N = model_NV.gather(1, reference_top_N[:, None]).squeeze(1)
         # Amax: argmax over a vocabulary is ten times slower.
         self.same_top_N.append((first_N == model_NV.amax(dim=-1)).cpu())
 
     def summary(self, scored_NP: Tensor) -> Divergence:
         """`scored_NP`: which predictions of each window count."""
-        kld_NP, same_top_NP = (torch.cat(parts).view(scored_NP.shape) for parts in (self.kld_N, self.same_top_N))
+        kld_NP, reverse_NP, same_top_NP = (
+            torch.cat(parts).view(scored_NP.shape) for parts in (self.kld_N, self.reverse_N, self.same_top_N)
+        )
         kld_N = kld_NP[scored_NP]
         finite_N = kld_N[kld_N.isfinite()]
         window_kld_N = torch.where(scored_NP, kld_NP, 0.0).sum(dim=1) / scored_NP.sum(dim=1)
@@ -68,7 +74,25 @@ class _Diverging:
             top1=same_top_NP[scored_NP].double().mean().item(),
             nonfinite_tokens=len(kld_N) - len(finite_N),
             window_kld=tuple(window_kld_N.tolist()),
+            kld_p999=_quantile(finite_N, 0.999),
+            reverse_kld=reverse_NP[scored_NP].mean().item(),
+            histogram=_histogram(finite_N),
+            position_kld=_over_positions(kld_NP, scored_NP),
         )
+
+
+def _histogram(values_N: Tensor) -> tuple[int, ...]:
+    """How many values lie in front of, between and behind KLD_EDGES."""
+    edges = torch.tensor(KLD_EDGES, dtype=values_N.dtype)
+    return tuple(torch.bincount(torch.bucketize(values_N, edges), minlength=len(edges) + 1).tolist())
+
+
+def _over_positions(values_NP: Tensor, scored_NP: Tensor) -> tuple[float, ...]:
+    """Means of the scored values of POSITIONS stretches of the windows, as equal as can be (fewer, where a window has
+    no more predictions); not a number for one without."""
+    count = min(POSITIONS, values_NP.shape[1])
+    stretches = zip(values_NP.tensor_split(count, dim=1), scored_NP.tensor_split(count, dim=1), strict=True)
+    return tuple(values[scored].mean().item() for values, scored in stretches)
 
 
 def _quantile(values_N: Tensor, q: float) -> float:

@@ -86,6 +86,9 @@ def protocol_columns(names: Sequence[str]) -> list[str]:
             ("tie", ""),
             ("kld", ""),
             ("kld", "_p90"),
+            ("kld", "_p99"),
+            ("kld", "_p999"),
+            ("reverse_kld", ""),
             ("top1", ""),
         )
     ]
@@ -230,8 +233,11 @@ def _protocol_values(name: str, score: Score) -> Row:
         values |= {
             f"kld_{name}": divergence.kld,
             f"kld_{name}_p90": divergence.kld_p90,
+            f"kld_{name}_p99": divergence.kld_p99,
             f"top1_{name}": divergence.top1,
         }
+        if divergence.reverse_kld is not None and divergence.kld_p999 is not None:
+            values |= {f"kld_{name}_p999": divergence.kld_p999, f"reverse_kld_{name}": divergence.reverse_kld}
     return values
 
 

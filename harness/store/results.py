@@ -12,9 +12,15 @@ from harness.data.record import Record
 from harness.data.tasks import Task
 
 
+KLD_EDGES = tuple(10 ** (step / 4 - 6) for step in range(33))  # of the bins of a histogram: 1e-6 to 100 nats
+POSITIONS = 16  # stretches of a window that a curve over positions has
+
+
 @dataclass(frozen=True)
 class Divergence(Record):
-    """KL(reference || model) per token in nats, and how often the model ranks the reference's first token first."""
+    """KL(reference || model) per token in nats, and how often the model ranks the reference's first token first.
+
+    What was added in November 2026 is missing in scores from before."""
 
     kld: float
     kld_median: float
@@ -24,6 +30,10 @@ class Divergence(Record):
     top1: float
     nonfinite_tokens: int
     window_kld: tuple[float, ...]
+    kld_p999: float | None = None
+    reverse_kld: float | None = None  # KL(model || reference)
+    histogram: tuple[int, ...] = ()  # tokens in front of, between and behind KLD_EDGES
+    position_kld: tuple[float, ...] = ()  # means of at most POSITIONS stretches of the windows
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from harness.data.protocols import parse_protocol
 from harness.data.windows import evaluation_windows
 from harness.evaluate.score import noise_floor, score
 from harness.model import load_reference
+from harness.store.results import KLD_EDGES
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,12 @@ def test_divergence_is_the_textbook_sum(truncated, tokens, tmp_path):
     assert got.kld == pytest.approx(kld.mean().item(), rel=1e-4)
     assert list(got.window_kld) == pytest.approx(kld.mean(dim=1).tolist(), rel=1e-3)
     assert got.kld_p90 == pytest.approx(kld.flatten().quantile(0.9).item(), rel=1e-3)
+    assert got.kld_p999 == pytest.approx(kld.flatten().quantile(0.999).item(), rel=1e-3)
+    assert got.reverse_kld == pytest.approx((log_q.exp() * (log_q - log_p)).sum(-1).mean().item(), rel=1e-4)
+    assert sum(got.histogram) == kld.numel()
+    below = [sum(got.histogram[:n]) for n in range(1, 34)]
+    assert below == [int((kld < edge).sum()) for edge in KLD_EDGES]
+    assert list(got.position_kld) == pytest.approx([part.mean().item() for part in kld.tensor_split(16, 1)], rel=1e-3)
     assert got.top1 == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item())
 
 
