@@ -11,7 +11,6 @@ from harness.data.protocols import Protocol
 from harness.data.record import Record
 from harness.data.tasks import Task
 
-
 KLD_EDGES = tuple(10 ** (step / 4 - 6) for step in range(33))  # of the bins of a histogram: 1e-6 to 100 nats
 POSITIONS = 16  # stretches of a window that a curve over positions has
 
