@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -34,6 +34,7 @@ class Allocation:
     ledger: Ledger
     predicted: float | None = None  # cost of the whole: nats per token for a calibrated method
     bound: float | None = None  # no allocation of the considered configurations costs less under the budget
+    costs: dict[str, float] = field(default_factory=dict)  # of every layer; they add up to `predicted`
 
     @property
     def gap(self) -> float | None:
@@ -109,9 +110,9 @@ def mixed(stock: Inventory, budget: Fraction, costs: Mapping[str, Mapping[LayerC
     offer_costs = [[costs[name][config] for config in own] for name, own in zip(names, offers, strict=True)]
     picks, bound = choose(bits, offer_costs, room)
     configs = {name: own[pick] for name, own, pick in zip(names, offers, picks, strict=True)}
-    predicted = math.fsum(costs[name][config] for name, config in configs.items())
+    chosen = {name: costs[name][config] for name, config in configs.items()}
     ledger = planned(configs, stock.layers, stock.uncovered_bits, stock.weights)
-    return Allocation(configs, ledger, predicted, bound if floor is None else floor)
+    return Allocation(configs, ledger, math.fsum(chosen.values()), bound if floor is None else floor, chosen)
 
 
 def _without_idle_tables(
