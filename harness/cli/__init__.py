@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     for module in (run, plan, bench, check, compare, ls, verify, clean):
         module.register(verbs)
     arguments = parser.parse_args(argv)
+    arguments.typed = list(sys.argv[1:] if argv is None else argv)
     try:
         with _told_to_end():
             code = arguments.main(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from harness.measure.machine import identity_key
 from harness.measure.measurement import Conditions
 from harness.plan.cells import Plan
 from harness.report.baseline import perplexity_columns, read_rows
+from harness.report.board import planned_board
 from harness.report.leaderboard import write_leaderboard
 from harness.report.sheet import GOOD
 from harness.report.task_pages import task_columns
@@ -96,12 +98,18 @@ def report(
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
     folder = arguments.out or Path("results") / plan.key
-    rows, sheets = write_leaderboard(plan, outcomes, folder, _identity(plan, arguments), measured)
+    board = planned_board(plan, outcomes, _identity(plan, arguments), measured, [command(arguments)])
+    rows, sheets = write_leaderboard(board, folder)
     for sheet in sheets:
         print_sheet(sheet)
     console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
     good = all(row["status"] in GOOD for row in rows) and not any(outcome.error for outcome in measured.values())
     return 0 if good else 1
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """What was typed, for those who want to do it again."""
+    return shlex.join(["python", "-m", "harness", *arguments.typed])
 
 
 def _identity(plan: Plan, arguments: argparse.Namespace) -> str:
