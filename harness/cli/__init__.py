@@ -19,14 +19,14 @@ from harness.progress import printable
 
 
 def main(argv: list[str] | None = None) -> int:
-    from harness.cli import bench, check, clean, compare, ls, plan, run, verify
+    from harness.cli import bench, check, clean, compare, ls, plan, report, run, verify
 
     parser = argparse.ArgumentParser(
         prog=_program(), description="Compare quantisation methods at one stored-bit budget."
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (run, plan, bench, check, compare, ls, verify, clean):
+    for module in (run, plan, bench, report, check, compare, ls, verify, clean):
         module.register(verbs)
     arguments = parser.parse_args(argv)
     arguments.typed = list(sys.argv[1:] if argv is None else argv)

@@ -62,6 +62,15 @@ class Board:
         filled = (report.filled(self.bandwidth).row for report in self.reports.values())
         return [{**empty, **{name: value for name, value in row.items() if name in empty}} for row in filled]
 
+    def kernel_rows(self) -> list[Row]:
+        """The lines of kernels.csv."""
+        found: list[Row] = []
+        for key, report in self.reports.items():
+            if bench := report.bench:
+                model, row = str(report.row["model"]), label(report.row)
+                found += latency.kernel_rows(bench.kernels, self.bandwidth, bench.machine, model, row, key)
+        return found
+
 
 def planned_board(
     plan: Plan,

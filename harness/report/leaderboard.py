@@ -13,6 +13,7 @@ from pathlib import Path
 from harness.data.files import write_json, write_text
 from harness.report import latency
 from harness.report.board import RUN_FILE, Board
+from harness.report.page import write_page
 from harness.report.sheet import Row, Sheet, Value, allocation_sheet, escaped, label, leaderboard_sheet, number
 from harness.report.summary import add_ranks, summarise
 from harness.report.task_pages import fill_tasks, shown_tasks, task_means, write_pages
@@ -46,6 +47,7 @@ def write_leaderboard(board: Board, folder: Path) -> tuple[list[Row], list[Sheet
         )
         sheets.append(allocation_sheet(mixed))
         text += sheets[1].markdown()
+    write_page(board, rows, summary if any(number(row, "seeds") > 1 for row in summary) else [], folder)
     note = rows[0]["model_note"]
     write_text(
         folder / "leaderboard.md",
@@ -65,19 +67,9 @@ def ranked_rows(board: Board) -> list[Row]:
     return rows
 
 
-def kernel_lines(board: Board) -> list[Row]:
-    """The lines of kernels.csv."""
-    rows: list[Row] = []
-    for key, report in board.reports.items():
-        if bench := report.bench:
-            model, row = str(report.row["model"]), label(report.row)
-            rows += latency.kernel_rows(bench.kernels, board.bandwidth, bench.machine, model, row, key)
-    return rows
-
-
 def _write_kernels(path: Path, board: Board) -> None:
     path.unlink(missing_ok=True)  # of an earlier measurement
-    if rows := kernel_lines(board):
+    if rows := board.kernel_rows():
         write_csv(path, list(latency.KERNEL_COLUMNS), rows)
 
 
