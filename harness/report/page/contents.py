@@ -116,7 +116,7 @@ def training(board: Board, rows: Lines) -> Lines:
             size = max(1, math.ceil(len(losses) / STEPS))
             for start in range(0, len(losses), size):
                 part = losses[start : start + size]
-                line = {"cell": row["cell"], "kind_of_loss": trained.text.loss, "step": start + len(part)}
+                line = {"cell": row["cell"], "of": trained.text.loss, "step": start + len(part)}
                 found.append({**line, "loss": fmean(part)})
     return found
 
@@ -152,13 +152,13 @@ def accuracies(board: Board, rows: Lines) -> Lines:
 
 def columnar(lines: Lines) -> dict[str, Any]:
     """Lines as columns, each text named once: {"column": {"values": [...]}}, or with {"names": [...], "values":
-    [places in names]} where all values are text."""
+    [places in names]} where all values are text; None for none."""
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for line in lines for name in line):
         values = [_short(line.get(name)) for line in lines]
-        if all(isinstance(value, str) for value in values):
-            names = {value: at for at, value in enumerate(dict.fromkeys(values))}
-            found[name] = {"names": list(names), "values": [names[value] for value in values]}
+        if all(value is None or isinstance(value, str) for value in values):
+            names = {value: at for at, value in enumerate(v for v in dict.fromkeys(values) if v is not None)}
+            found[name] = {"names": list(names), "values": [names.get(value) for value in values]}
         else:
             found[name] = {"values": values}
     return {"count": len(lines), "columns": found}

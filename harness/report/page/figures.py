@@ -24,12 +24,12 @@ COLOURS = {
     "rtn": "#8c8c8c",
     "awq": "#8a6d3b",
     "lq-lora": "#a07be0",
-    "qlora": "#c9a400",
-    "gptq-lora": "#4fae4f",
+    "qlora": "#b5557a",
+    "gptq-lora": "#7fb800",
     "fp16": "#767676",
     "fp16-lora": "#767676",
 }
-OTHERS = ("#b5557a", "#3f8fa8", "#93a31d", "#7d6bc2", "#c0673f", "#2fa39a", "#a85fb0", "#6f8f4e")
+OTHERS = ("#3f8fa8", "#93a31d", "#7d6bc2", "#c0673f", "#2fa39a", "#a85fb0", "#6f8f4e")
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [10, 4], [4, 1])
 TRACKS = {"data-free": "circle", "calibrated": "square", "fine-tuned": "triangle-up"}
 PARTS = {"codes": "#0072b2", "scales": "#e69f00", "tables": "#cc79a7", "adapters": "#009e73"}
@@ -364,10 +364,13 @@ def training(series: Mapping[str, str]) -> Spec:
             "color": {"field": "series", "scale": colours, "title": None},
             "strokeDash": {"field": "series", "scale": dashes, "title": None},
             "detail": {"field": "cell"},
-            "row": {"field": "kind_of_loss", "title": None},
-            "tooltip": [{"field": "label", "title": "row"}, {"field": "step"}, {"field": "loss", "format": ".4f"}],
+            "tooltip": [
+                {"field": "label", "title": "row"},
+                {"field": "step"},
+                {"field": "loss", "format": ".4f"},
+                {"field": "of", "title": "loss is"},
+            ],
         },
-        "resolve": {"scale": {"y": "independent"}},
     }
 
 

@@ -58,7 +58,7 @@ def _standing(report: CellReport) -> Iterator[tuple[str, str]]:
         spec, made = artifact.spec, artifact.environment
         yield "model", f"<code>{escape(str(spec.model.fingerprint))}</code>"
         if spec.calibration:
-            text = escape(f"{spec.calibration} (seed {spec.seed})")
+            text = escape(f"{spec.calibration.text}, seed {spec.seed}")
             yield "calibration", f"{text}, sha256 <code>{escape(str(artifact.calibration_sha256))}</code>"
         versions = f"harness {made.harness}, torch {made.torch}, transformers {made.transformers}, Python {made.python}"
         yield "compressed with", escape(f"{versions}, {made.machine}, {made.cores} cores")
