@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from kernels.formats.bits import StoredBits
 from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
-from kernels.formats.stored import StoredBits
 
 FILL_TOLERANCE = Fraction(2, 100)  # bits per weight an allocation may leave unused before its row says `underspent`
 
