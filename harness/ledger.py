@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -46,10 +47,10 @@ def planned(
     configs: Mapping[str, LayerConfig], layers: Iterable[LayerSpec], uncovered_bits: int, weights: int
 ) -> Ledger:
     """What layers of these configurations will store, from shapes alone."""
-    total = StoredBits()
-    for layer in layers:
-        total += configs[layer.name].stored_bits(layer)
-    total += shared_bits(configs.values())
+    alike = Counter((configs[layer.name], layer.out_features, layer.in_features) for layer in layers)
+    total = shared_bits({config for config, _, _ in alike})
+    for (config, rows, columns), count in alike.items():
+        total += config.stored_bits(LayerSpec("", "", rows, columns, bias=False)) * count
     return Ledger(total, uncovered_bits, weights)
 
 

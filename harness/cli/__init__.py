@@ -1,15 +1,16 @@
-"""One small file per verb. What a user did wrong becomes one line here, and nowhere else."""
+"""One small file per verb, imported when it is typed. What a user did wrong becomes one line here, and nowhere else."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,18 +18,21 @@ from types import FrameType
 from harness import __version__
 from harness.progress import printable
 
+VERBS = {  # each a module beside this one, and what `--help` says of it
+    "run": "compress, score and rank",
+    "plan": "cells, candidates and exact stored bits, without loading a model",
+    "bench": "measure memory and latency again, or products of a model's shapes",
+    "check": "compare a leaderboard with a baseline",
+    "compare": "ratios of a run's rows to one of them",
+    "ls": "list methods, models, protocols, tasks or runs",
+    "verify": "re-hash the cache and name what is damaged",
+    "clean": "remove old cells from the cache",
+}
 
-def main(argv: list[str] | None = None) -> int:
-    from harness.cli import bench, check, clean, compare, ls, plan, run, verify
 
-    parser = argparse.ArgumentParser(
-        prog=_program(), description="Compare quantisation methods at one stored-bit budget."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (run, plan, bench, check, compare, ls, verify, clean):
-        module.register(verbs)
-    arguments = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(argv).parse_args(argv)
     try:
         with _told_to_end():
             code = arguments.main(arguments)
@@ -46,6 +50,21 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print("\nstopped; what is finished is kept, the same command goes on from here", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop.__cause__ or stop, Terminated) else signal.SIGINT)
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Of all verbs by name, or of the one that is typed with its options."""
+    parser = argparse.ArgumentParser(
+        prog=_program(), description="Compare quantisation methods at one stored-bit budget."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    if argv and argv[0] in VERBS:
+        importlib.import_module(f"{__name__}.{argv[0]}").register(verbs)
+        return parser
+    for name, text in VERBS.items():
+        verbs.add_parser(name, help=text)
+    return parser
 
 
 class Terminated(KeyboardInterrupt):

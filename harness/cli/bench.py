@@ -51,9 +51,7 @@ class _Shapes:
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser(
-        "bench", help="measure memory and latency again, or products of a model's shapes", description=__doc__
-    )
+    parser = verbs.add_parser("bench", description=__doc__)
     add_plan_options(parser)
     add_bench_options(parser)
     parser.add_argument(

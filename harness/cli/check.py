@@ -9,7 +9,7 @@ from harness.report.baseline import TOLERANCE, compare, read_rows, write_baselin
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("check", help="compare a leaderboard with a baseline", description=__doc__)
+    parser = verbs.add_parser("check", description=__doc__)
     parser.add_argument("leaderboard", type=Path, help="leaderboard.csv, or the folder a run wrote")
     parser.add_argument("baseline", type=Path, help="a baseline CSV (results/baselines/), or another leaderboard")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="relative, both ways (default: %(default)s)")

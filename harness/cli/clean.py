@@ -38,7 +38,7 @@ class _Stored:
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("clean", help="remove old cells from the cache", description=__doc__)
+    parser = verbs.add_parser("clean", description=__doc__)
     parser.add_argument("--older-than", metavar="DAYS", type=_days, help="cells that no run has asked for so long")
     parser.add_argument(
         "--larger-than", metavar="SIZE", type=_bytes, help="the longest unused, until the rest is as small as 20G"

@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 
 from harness.cli.sheets import print_sheet
-from harness.report.pairs import compare_methods
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("compare", help="ratios of a run's rows to one of them", description=__doc__)
+    parser = verbs.add_parser("compare", description=__doc__)
     parser.add_argument("folder", type=Path, help="the folder a run wrote")
     parser.add_argument(
         "--to",
@@ -23,6 +22,8 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    from harness.report.pairs import compare_methods
+
     sheet = compare_methods(arguments.folder, arguments.to)
     if arguments.markdown:
         print(sheet.markdown(), end="")

@@ -7,19 +7,22 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from harness.data.assets import DEFAULT_MODEL, MODELS
 from harness.data.files import cache_dir
 from harness.data.protocols import PROFILES, SOURCES
 from harness.data.tasks import GROUPS, PINNED_SPLITS
-from harness.model import PRESETS, inventory, read_config, skeleton
+from harness.model import PRESETS, laid_out
 from harness.store.cells import CellStore
 from methods import METHODS
-from methods.base import Method, spelling
+
+if TYPE_CHECKING:
+    from methods.base import Method
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("ls", help="list methods, models, protocols, tasks or runs", description=__doc__)
+    parser = verbs.add_parser("ls", description=__doc__)
     parser.add_argument("what", choices=sorted(LISTS), help="what to list")
     parser.set_defaults(main=main)
 
@@ -52,6 +55,8 @@ def _summary(method: type[Method]) -> str:
 
 
 def _options(label: str, method: Method) -> Iterator[str]:
+    from methods.base import spelling
+
     options = [f"{field.name}={spelling(getattr(method, field.name))}" for field in dataclasses.fields(method)]
     if options:
         yield f"    {label}: {', '.join(options)}"
@@ -64,7 +69,7 @@ def _models() -> Iterator[str]:
     yield "any local folder written by save_pretrained(), any hub id (owner/name)"
     yield "presets, for `plan` (configurations without weights):"
     for name in PRESETS:
-        stock = inventory(skeleton(read_config(name)))
+        stock = laid_out(name)
         weights = f"{stock.weights:,} weights in linear layers, {stock.rest_weights:,} others"
         yield f"    {name}: {len(stock.blocks)} blocks, {weights}"
 

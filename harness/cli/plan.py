@@ -7,24 +7,25 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from harness.cli.options import add_plan_options, build_plan, read_request
 from harness.ledger import Ledger
-from harness.model import PRESETS, Inventory, read_config
+from harness.model import PRESETS, Inventory
+from harness.model.described import describe
 from harness.plan.allocation import common_candidates
-from harness.plan.cells import Cell
-from harness.plan.memory import predicted_peak_gib
 from harness.store.cells import CellStore
 from harness.store.records import AllocationRecord
 from kernels.formats.layer import LayerConfig
 
+if TYPE_CHECKING:
+    from harness.plan.cells import Cell
+
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser(
-        "plan", help="cells, candidates and exact stored bits, without loading a model", description=__doc__
-    )
+    parser = verbs.add_parser("plan", description=__doc__)
     add_plan_options(parser)
     parser.add_argument("--all", action="store_true", help="list every candidate, not only those near the budget")
     parser.add_argument(
@@ -42,7 +43,9 @@ def main(arguments: argparse.Namespace) -> int:
     request = read_request(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     plan, stock, model = build_plan(arguments, request, partial(console.print, style="dim"), from_config=True)
-    config = read_config(model.path, arguments.revision).get_text_config()
+    from harness.plan.memory import predicted_peak_gib
+
+    known = describe(model.path, arguments.revision)
     print(
         f"{model.name}: {len(stock.blocks)} blocks, {len(stock.layers)} linear layers, {stock.weights:,} weights; ",
         end="",
@@ -54,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.scope == "paper" and cell.budget:
             _print_paper_scope(cell, stock)
             continue
-        peak = predicted_peak_gib(cell, stock, config.hidden_size, config.vocab_size)
+        peak = predicted_peak_gib(cell, stock, known.hidden, known.vocabulary)
         key = f"  [{cell.key}]" if model.fingerprint else ""
         budget = f"under {cell.budget.text}" if cell.budget else "no budget"
         print(f"\n{cell.method_text} {budget}{key}  predicted peak {peak:.1f} GiB")

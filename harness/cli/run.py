@@ -27,7 +27,7 @@ from harness.store.records import Ending, Outcome
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("run", help="compress, score and rank", description=__doc__)
+    parser = verbs.add_parser("run", description=__doc__)
     add_plan_options(parser)
     parser.add_argument("--out", type=Path, help="folder of the leaderboard (default: results/<plan hash>)")
     parser.add_argument("--fresh", action="store_true", help="ignore finished work of these cells")

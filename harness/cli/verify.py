@@ -26,7 +26,7 @@ RECORDS: dict[str, type[Record]] = {  # by what the names of their files begin w
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("verify", help="re-hash the cache and name what is damaged", description=__doc__)
+    parser = verbs.add_parser("verify", description=__doc__)
     parser.set_defaults(main=main)
 
 

@@ -15,14 +15,11 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-
 import harness
 import kernels
 import methods
 from harness.progress import printable
 from harness.store.records import Ending
-from methods.codecs.error_feedback import NotFinite
 
 OURS = tuple(Path(package.__path__[0]) for package in (harness, kernels, methods))
 
@@ -127,6 +124,10 @@ def ended(error: BaseException) -> Ended:
 
 
 def _ended(error: BaseException) -> Ended:
+    import torch
+
+    from methods.codecs.error_feedback import NotFinite
+
     lines = str(error).strip().splitlines()
     first = lines[0][:300] if lines else ""
     if isinstance(error, KeyboardInterrupt):  # Ctrl-C, which a terminal sends to all processes

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,9 +18,9 @@ from harness.ledger import Ledger, planned
 from harness.model import Inventory
 from harness.plan.knapsack import choose, lagrangian, require_finite
 from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
-from methods.base import Method
 
-MODES = ("ilp", "uniform")
+if TYPE_CHECKING:
+    from methods.base import Method
 
 
 class BudgetError(ValueError):
@@ -51,10 +52,11 @@ def common_candidates(method: Method, stock: Inventory) -> list[tuple[dict[str, 
         key: {method.family(config): config for config in method.candidates(layer)}
         for key, layer in representatives.items()
     }
+    sorts = [(layer.name, sort_of(layer)) for layer in stock.layers]
     found = []
     for family in next(iter(own.values())):
         if all(family in of_sort for of_sort in own.values()):
-            configs = {layer.name: own[sort_of(layer)][family] for layer in stock.layers}
+            configs = {name: own[sort][family] for name, sort in sorts}
             found.append((configs, planned(configs, stock.layers, stock.uncovered_bits, stock.weights)))
     return found
 

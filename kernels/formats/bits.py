@@ -27,6 +27,9 @@ class StoredBits:
     def __add__(self, other: StoredBits) -> StoredBits:
         return StoredBits(*(getattr(self, part) + getattr(other, part) for part in PARTS))
 
+    def __mul__(self, times: int) -> StoredBits:
+        return StoredBits(*(times * getattr(self, part) for part in PARTS))
+
 
 def table_key(spec: Mapping[str, Scalar]) -> str:
     """Name of the shared table that a layer of this spec decodes from; "" for none."""
