@@ -48,8 +48,13 @@ def planned(
 ) -> Ledger:
     """What layers of these configurations will store, from shapes alone."""
     alike = Counter((configs[layer.name], layer.out_features, layer.in_features) for layer in layers)
-    total = shared_bits({config for config, _, _ in alike})
-    for (config, rows, columns), count in alike.items():
+    return counted(alike, uncovered_bits, weights)
+
+
+def counted(layers: Mapping[tuple[LayerConfig, int, int], int], uncovered_bits: int, weights: int) -> Ledger:
+    """The same of so many layers of each configuration and shape (out_features, in_features)."""
+    total = shared_bits({config for config, _, _ in layers})
+    for (config, rows, columns), count in layers.items():
         total += config.stored_bits(LayerSpec("", "", rows, columns, bias=False)) * count
     return Ledger(total, uncovered_bits, weights)
 

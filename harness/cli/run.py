@@ -7,23 +7,20 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from harness.cli.leaderboard import keeps_what_is_there, measure_stored, open_console, report, say_waiting, writable
 from harness.cli.options import add_bench_options, add_plan_options, build_plan, positive_seconds, read_request
-from harness.cli.progress import Display
-from harness.data.assets import ResolvedModel
 from harness.data.protocols import protocol_key
-from harness.data.streams import calibration_stream, evaluation_stream
-from harness.data.texts import c4_documents
-from harness.engine.local import Interrupted, run_cells
-from harness.evaluate.zero_shot import prepare
-from harness.model import read_config
-from harness.plan.cells import Cell, Plan
-from harness.progress import Say
+from harness.model.described import describe
 from harness.store.cells import CellStore
 from harness.store.records import Ending, Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from harness.data.assets import ResolvedModel
+    from harness.plan.cells import Cell, Plan
+    from harness.progress import Say
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -53,9 +50,13 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    console = open_console()
     start = time.perf_counter()
-    request = read_request(arguments)
+    request = read_request(arguments, presets=False)
+    from harness.cli.leaderboard import keeps_what_is_there, measure_stored, open_console, report, writable
+    from harness.engine.local import Interrupted
+    from harness.evaluate.zero_shot import prepare
+
+    console = open_console()
     if arguments.out:
         writable(arguments.out)
     say = partial(console.print, style="dim")
@@ -71,7 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
     if len(runnable) < len(plan.cells) and all(cell.budget is None for cell in runnable):
         runnable = []  # everything asked for was refused: the reference is not loaded for nothing
     if runnable:
-        _prepare_texts(plan, model, read_config(model.path).get_text_config().vocab_size, arguments.data, say)
+        _prepare_texts(plan, model, describe(model.path).vocabulary, arguments.data, say)
         prepare(plan.tasks, say)
         if not arguments.out:
             writable(Path("results") / plan.key)
@@ -114,6 +115,10 @@ def _strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, O
 def _run(
     plan: Plan, runnable: list[Cell], arguments: argparse.Namespace, jobs: int, console: Console
 ) -> dict[str, Outcome]:
+    from harness.cli.leaderboard import say_waiting
+    from harness.cli.progress import Display
+    from harness.engine.local import run_cells
+
     keys, tasks = [protocol_key(p) for p in plan.protocols], [task.key for task in plan.tasks]
     todo = [
         cell
@@ -133,6 +138,9 @@ def _run(
 
 def _prepare_texts(plan: Plan, model: ResolvedModel, vocabulary: int, data: str | None, say: Say) -> None:
     """Cut every text before any cell starts: a missing or short one should cost seconds, not a finished compression."""
+    from harness.data.streams import calibration_stream, evaluation_stream
+    from harness.data.texts import c4_documents
+
     streams = [evaluation_stream(protocol, model, data, say) for protocol in plan.protocols]
     calibrated = {
         (cell.calibration, cell.seed, cell.bos) for cell in plan.cells if cell.calibration and not cell.refusal
