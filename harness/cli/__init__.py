@@ -7,6 +7,7 @@ import errno
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(argv).parse_args(argv)
     try:
-        with _told_to_end():
+        with _told_to_end(_level(arguments)):
             code = arguments.main(arguments)
             sys.stdout.flush()
             return code
@@ -48,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"harness {arguments.verb}: {printable(_advice(error).strip())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("\nstopped; what is finished is kept, the same command goes on from here", file=sys.stderr)
+        kept = getattr(stop, "kept", "") or "what is finished is kept"
+        again = shlex.join([*_program().split(), *(word for word in argv if word != "--fresh")])
+        print(f"\nstopped; {kept}; the same command goes on from here:\n  {again}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop.__cause__ or stop, Terminated) else signal.SIGINT)
 
 
@@ -72,15 +75,16 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _told_to_end() -> Iterator[None]:
-    """SIGTERM and a lost terminal end the work as Ctrl-C does; what the cache has to say is printed."""
+def _told_to_end(level: int = logging.INFO) -> Iterator[None]:
+    """SIGTERM and a lost terminal end the work as Ctrl-C does; what the cache has to say is printed, from this level
+    on."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
     logger = logging.getLogger("harness")
     handler = logging.StreamHandler()
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.addHandler(handler)
     in_main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
     ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(n) != signal.SIG_IGN]  # nohup
@@ -91,6 +95,12 @@ def _told_to_end() -> Iterator[None]:
         logger.removeHandler(handler)
         for number, handled in before.items():
             signal.signal(number, handled)
+
+
+def _level(arguments: argparse.Namespace) -> int:
+    if getattr(arguments, "quiet", False):
+        return logging.ERROR
+    return logging.DEBUG if getattr(arguments, "verbose", False) else logging.INFO
 
 
 def _advice(error: OSError) -> str:

@@ -105,6 +105,17 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_volume_options(parser: argparse.ArgumentParser) -> None:
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-q", "--quiet", action="store_true", help="only errors and the final table")
+    volume.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="also versions, where files are, how long every phase of a cell took, and notes for debugging",
+    )
+
+
 def amount(text: str, what: str, example: str, unit: float = 1, may_be_zero: bool = True) -> float:
     """A finite number of `unit`s that is not negative. Raises what argparse prints as one line."""
     try:

@@ -9,7 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli.options import add_bench_options, add_plan_options, build_plan, positive_seconds, read_request
+from harness.cli.options import (
+    add_bench_options,
+    add_plan_options,
+    add_volume_options,
+    build_plan,
+    positive_seconds,
+    read_request,
+)
+from harness.cli.sheets import add_table_options
 from harness.data.protocols import protocol_key
 from harness.model.described import describe
 from harness.store.cells import CellStore
@@ -46,23 +54,28 @@ def register(verbs: argparse._SubParsersAction) -> None:
         help="a row with layers that the numbers did not allow to be packed as asked for (fallback_layers) fails",
     )
     add_bench_options(parser)
+    add_volume_options(parser)
+    add_table_options(parser)
     parser.set_defaults(main=main)
 
 
 def main(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     request = read_request(arguments, presets=False)
-    from harness.cli.leaderboard import keeps_what_is_there, measure_stored, open_console, report, writable
+    from harness.cli.leaderboard import folder_of, keeps_what_is_there, measure_stored, report, say_where, writable
+    from harness.cli.progress import open_console
     from harness.engine.local import Interrupted
     from harness.evaluate.zero_shot import prepare
 
-    console = open_console()
+    console = open_console(arguments.quiet)
     if arguments.out:
         writable(arguments.out)
     say = partial(console.print, style="dim")
     plan, stock, model = build_plan(arguments, request, say)
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
+    if arguments.verbose:
+        say_where(plan, folder_of(plan, arguments), console)
     if stock.uncovered:
         console.print(f"{model.name}: {stock.uncovered_note}", style="yellow")
     runnable = [cell for cell in plan.cells if not cell.refusal]
@@ -94,6 +107,8 @@ def main(arguments: argparse.Namespace) -> int:
         # What is finished is in the table; what is not says so.
         done, timed = (outcomes, stop.outcomes) if measuring else (stop.outcomes, {})
         report(plan, done, timed, arguments, console, start)
+        finished = len(runnable) - len(_unfinished(plan, runnable))
+        stop.kept = f"{finished} of {len(runnable)} cells are finished and kept"
         raise
     return report(plan, outcomes, measured, arguments, console, start)
 
@@ -115,25 +130,30 @@ def _strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, O
 def _run(
     plan: Plan, runnable: list[Cell], arguments: argparse.Namespace, jobs: int, console: Console
 ) -> dict[str, Outcome]:
-    from harness.cli.leaderboard import say_waiting
-    from harness.cli.progress import Display
+    from harness.cli.progress import Display, say_waiting
     from harness.engine.local import run_cells
 
-    keys, tasks = [protocol_key(p) for p in plan.protocols], [task.key for task in plan.tasks]
-    todo = [
-        cell
-        for cell in runnable
-        if not CellStore(cell.key).finished(keys, tasks, is_reference=cell.key == plan.reference.key)
-    ]
+    todo = _unfinished(plan, runnable)
     for cell in runnable:
         if cell not in todo:
             console.print(f"{cell.label}: found, not repeated", style="dim")
             CellStore(cell.key).asked_for()
     if not todo:
         return {}
-    with Display(console, {cell.key: cell.label for cell in todo}) as display:
-        specs = [cell.spec(plan.protocols, arguments.data, plan.reference.key, plan.tasks) for cell in todo]
+    labels = {cell.key: cell.label for cell in todo}
+    specs = [cell.spec(plan.protocols, arguments.data, plan.reference.key, plan.tasks) for cell in todo]
+    with Display(console, labels, specs, done=len(runnable) - len(todo), verbose=arguments.verbose) as display:
         return run_cells(specs, jobs, display.message, arguments.timeout, partial(say_waiting, console))
+
+
+def _unfinished(plan: Plan, cells: list[Cell]) -> list[Cell]:
+    """Those that lack something that this plan asks for."""
+    keys, tasks = [protocol_key(p) for p in plan.protocols], [task.key for task in plan.tasks]
+    return [
+        cell
+        for cell in cells
+        if not CellStore(cell.key).finished(keys, tasks, is_reference=cell.key == plan.reference.key)
+    ]
 
 
 def _prepare_texts(plan: Plan, model: ResolvedModel, vocabulary: int, data: str | None, say: Say) -> None:

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from harness.cli.leaderboard import say_waiting
 from harness.cli.options import Request
-from harness.cli.sheets import print_sheet
+from harness.cli.progress import say_waiting
+from harness.cli.sheets import json_rows, print_json, print_sheet
 from harness.data.files import write_json
 from harness.measure import machine
 from harness.measure.end_to_end import random_model, uncompressed
@@ -34,7 +34,7 @@ from harness.report.latency import (
     kernel_sheet,
 )
 from harness.report.leaderboard import write_csv
-from harness.report.sheet import Row
+from harness.report.sheet import Row, Sheet
 from harness.store.results import Bench, ProductTime
 from kernels.formats.layer import LayerConfig
 from kernels.timing import bandwidth
@@ -73,7 +73,7 @@ def time_products(models: Sequence[Shapes], arguments: argparse.Namespace, reque
     folder = arguments.out or Path("results") / "kernels"
     write_csv(folder / "kernels.csv", list(KERNEL_COLUMNS), rows)
     write_json(folder / "machine.json", here.to_json())
-    print_sheet(kernel_sheet(rows))
+    _print(rows, kernel_sheet(rows), folder, arguments.json)
     console.print(f"{folder}/kernels.csv", style="dim")
     return 0
 
@@ -121,9 +121,16 @@ def time_models(models: Sequence[Shapes], arguments: argparse.Namespace, request
         [{k: v for k, v in row.items() if k in END_TO_END_COLUMNS} for row in rows],
     )
     write_json(folder / "machine.json", benches[0][3].machine.to_json())
-    print_sheet(end_to_end_sheet(rows))
+    _print(rows, end_to_end_sheet(rows), folder, arguments.json)
     console.print(f"{folder}/end_to_end.csv", style="dim")
     return 0
+
+
+def _print(rows: Sequence[Row], sheet: Sheet, folder: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({"folder": folder, "rows": json_rows(rows)})
+    else:
+        print_sheet(sheet)
 
 
 def models_of(arguments: argparse.Namespace) -> list[Shapes]:

@@ -51,6 +51,8 @@ Watch = Callable[[str, Message], None]  # (cell key, message of the cell's proce
 class Interrupted(KeyboardInterrupt):
     """The run was told to end. What is finished is kept; `outcomes` says what was not."""
 
+    kept = ""  # what is finished, for the person who stopped it
+
     def __init__(self, outcomes: dict[str, Outcome]) -> None:
         super().__init__()
         self.outcomes = outcomes
