@@ -37,6 +37,7 @@ FORMATS = {
 GOOD = ("ok", "underspent")  # statuses of rows whose numbers count
 WIDTH = 100  # characters of a terminal's line that the columns that decide may take
 SHORTEST = 12  # characters of a method's name, before the table is left as wide as it is
+LARGE = 10_000.0  # perplexities from here on have a power of ten
 SHORT = {  # on a terminal
     "decode-per-call": "call",
     "decode-on-load": "load",
@@ -121,7 +122,7 @@ def decisive_sheet(rows: Sequence[Row], names: Sequence[str], width: int = WIDTH
         ("stored", [_text(row, "stored_bpw") for row in rows]),
     ]
     for name in names:
-        columns.append((f"ppl {short[name]}", [_ranked(_text(row, f"ppl_{name}"), row, name) for row in rows]))
+        columns.append((f"ppl {short[name]}", [_ranked(_brief(row, f"ppl_{name}"), row, name) for row in rows]))
         columns.append((f"kld {short[name]}", [_divergence(row, name) for row in rows]))
     if "acc_average" in rows[0]:
         accuracies = [f"{v:.3f}" if isinstance(v := row["acc_average"], float) else str(v) for row in rows]
@@ -137,6 +138,12 @@ def decisive_sheet(rows: Sequence[Row], names: Sequence[str], width: int = WIDTH
     room = max(SHORTEST, width - _width(others) - len(SEPARATOR))
     columns = [(title, [text if len(text) <= room else text[: room - 1] + "…" for text in methods]), *others]
     return Sheet([title for title, _ in columns], list(zip(*(texts for _, texts in columns), strict=True)))
+
+
+def _brief(row: Row, column: str) -> str:
+    """A number in as many digits as decide."""
+    value = row.get(column, "")
+    return f"{value:.2e}" if isinstance(value, float) and LARGE <= value < math.inf else _text(row, column)
 
 
 def _width(columns: Sequence[tuple[str, Sequence[str]]]) -> int:
