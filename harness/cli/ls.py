@@ -48,7 +48,7 @@ def _methods() -> list[Found]:
     for name in METHODS:
         default = METHODS.get(name)()
         variants = default.variants()
-        algorithms = {f"{name}:{variant}": type(method) for variant, method in variants.items() if method.algorithm}
+        algorithms = {type(method): f"{name}:{variant}" for variant, method in variants.items() if method.algorithm}
         found.append(
             {
                 "name": name,
@@ -57,11 +57,7 @@ def _methods() -> list[Found]:
                 "variants": list(variants),
                 "default_variant": default.variant or None,
                 "options": _options(default),
-                "options_of_variants": {
-                    label: _options(algorithm())
-                    # Of an algorithm that several variants share, the last.
-                    for algorithm, label in {algorithm: label for label, algorithm in algorithms.items()}.items()
-                },
+                "options_of_variants": {label: _options(algorithm()) for algorithm, label in algorithms.items()},
             }
         )
     return found
