@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -52,6 +53,17 @@ def tokens_by_phase(spec: CellSpec) -> dict[str, int]:
     return found
 
 
+@dataclass
+class _Work:
+    """A cell at work; moments are of the monotonic clock, in seconds."""
+
+    start: float
+    phase: str
+    began: float  # when the phase was first heard of
+    first: int  # how much of it was done by then: a resumed one begins in the middle
+    said: float  # when the last line about it was printed
+
+
 class Display:
     """Use as a context; `message` may be called from any thread.
 
@@ -70,10 +82,8 @@ class Display:
         self.console, self.labels, self.verbose = console, labels, verbose
         self._errors = open_console() if console.quiet else console
         self._tokens = {spec.key: tokens_by_phase(spec) for spec in specs}
-        self._lock, self._phase = threading.Lock(), dict.fromkeys(self.labels, "")
-        # Of each cell, of its phase, and of the last line about that.
-        self._began: dict[str, tuple[float, float, float]] = {}
-        self._failed = 0
+        self._lock, self._failed = threading.Lock(), 0
+        self._work: dict[str, _Work] = {}
         self._tasks: dict[str, TaskID] = {}
         self._running = Progress(
             TextColumn("{task.description}", table_column=Column(max_width=32, no_wrap=True, overflow="ellipsis")),
@@ -119,57 +129,54 @@ class Display:
                     self._end(key, message)
 
     def _progress(self, key: str, phase: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        start, began, said = self._began.get(key, (now, now, now))
-        if phase != self._phase[key]:
-            self._detail(key, now - began)
+        now, work = time.monotonic(), self._work.get(key)
+        if work is None or phase != work.phase:
+            self._detail(key)
             if not self._live:
                 self.console.print(f"{self.labels[key]}: {phase}")
-            began = said = now
-        elif not self._live and 0 < done < total and now - said > EVERY_S:
-            left = (now - began) * (total - done) / done
+            work = self._work[key] = _Work(work.start if work else now, phase, now, done, now)
+            if key in self._tasks:
+                self._running.reset(self._tasks[key])
+        elif not self._live and work.first < done < total and now - work.said > EVERY_S:
+            left = (now - work.began) * (total - done) / (done - work.first)
             self.console.print(f"{self.labels[key]}: {phase} {done / total:.0%}, about {left / 60:.0f} min left")
-            said = now
+            work.said = now
         if self._live:
-            self._show(key, phase, done, total, now - began)
-        self._phase[key], self._began[key] = phase, (start, began, said)
+            self._show(key, work, done, total)
 
-    def _show(self, key: str, phase: str, done: int, total: int, seconds: float) -> None:
+    def _show(self, key: str, work: _Work, done: int, total: int) -> None:
         """Update the line of a cell at work."""
         if key not in self._tasks:
             self._tasks[key] = self._running.add_task(self.labels[key], total=None, phase="", place="")
-        tokens = done * (1 if phase.endswith(TOKENS) else self._tokens.get(key, {}).get(phase, 0))
-        place = ""
-        if total > 1 and not phase.endswith(TOKENS):
-            place = f"{COUNTED.get(phase, 'window' if tokens else '')} {done} of {total}"
-        if tokens and seconds > 0:
-            place += f"  {tokens / seconds:,.0f} tokens/s"
-        if phase != self._phase[key]:
-            self._running.reset(self._tasks[key])
-        name = phase.removesuffix(TOKENS)
-        self._running.update(self._tasks[key], completed=done, total=total, phase=name, place=place.strip())
+        counts_tokens, seconds = work.phase.endswith(TOKENS), time.monotonic() - work.began
+        tokens = 1 if counts_tokens else self._tokens.get(key, {}).get(work.phase, 0)  # of a step
+        parts = []
+        if total > 1 and not counts_tokens:
+            parts.append(f"{COUNTED.get(work.phase, 'window' if tokens else '')} {done} of {total}".strip())
+        if tokens and done > work.first and seconds > 0:
+            parts.append(f"{(done - work.first) * tokens / seconds:,.0f} tokens/s")
+        name = work.phase.removesuffix(TOKENS)
+        self._running.update(self._tasks[key], completed=done, total=total, phase=name, place="  ".join(parts))
 
-    def _detail(self, key: str, seconds: float) -> None:
+    def _detail(self, key: str) -> None:
         """With --verbose: how long the phase took that is over, or where the cell's files are when none is."""
-        if not self.verbose:
-            return
-        over = f"{self._phase[key]} took {seconds:.1f} s" if self._phase[key] else f"files in {CellStore(key).folder}"
-        self.console.print(f"{self.labels[key]}: {over}", style="dim")
+        if self.verbose:
+            work = self._work.get(key)
+            over = f"{work.phase} took {time.monotonic() - work.began:.1f} s" if work else CellStore(key).folder
+            self.console.print(f"{self.labels[key]}: {over}", style="dim")
 
     def _end(self, key: str, ended: Ended) -> None:
-        start, began, _ = self._began.get(key, (0.0, 0.0, 0.0))
-        if self._phase[key]:
-            self._detail(key, time.monotonic() - began)
-        word = str(ended.ending) if ended.error else "done"
+        work = self._work.get(key)
+        if work:
+            self._detail(key)
         if (task := self._tasks.pop(key, None)) is not None:
             self._running.remove_task(task)
-        if ended.error:
-            self._failed += 1
-            if ended.ending == Ending.INTERRUPTED and not self._phase[key]:
-                return  # it was told to end before it began
+        if ended.ending == Ending.INTERRUPTED and not work:
+            return  # it was told to end before it began
+        self._failed += bool(ended.error)
         self._overall.update(self._whole, advance=1, failed=f"{self._failed} without a result" if self._failed else "")
         if ended.error:
-            self._errors.print(f"{self.labels[key]}: {word}: {ended.error}", style="red")
+            self._errors.print(f"{self.labels[key]}: {ended.ending}: {ended.error}", style="red")
         else:
-            took = f"  ({time.monotonic() - start:.0f} s)" if self._live and start else ""
-            self.console.print(f"{self.labels[key]}: {word}{took}")
+            took = f"  ({time.monotonic() - work.start:.0f} s)" if self._live and work else ""
+            self.console.print(f"{self.labels[key]}: done{took}")
