@@ -4,6 +4,7 @@ of them."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -152,7 +153,8 @@ class _Processes:
         receiver, sender = context.Pipe(duplex=False)
         alive, ours = context.Pipe(duplex=False)
         log, variables = str(store.log), dict(os.environ)
-        child = context.Process(target=process.main, args=(work, sender, alive, log, variables))
+        level = min(logging.INFO, logging.getLogger("harness").getEffectiveLevel())  # a cell's log is never shorter
+        child = context.Process(target=process.main, args=(work, sender, alive, log, variables, level))
         victims = _memory_victims()
         child.start()
         self._running.append(child)
