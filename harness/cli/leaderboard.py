@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import shlex
 import tempfile
 import time
 from collections.abc import Mapping
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
 
-from harness.cli.progress import Display
-from harness.cli.sheets import print_sheet
+from harness import __version__
+from harness.cli.progress import Display, say_waiting
+from harness.cli.sheets import json_rows, print_decisive, print_json, print_sheet
+from harness.data.files import cache_dir
 from harness.engine.local import measure_cells
-from harness.measure.machine import identity_key
+from harness.measure.machine import cores, identity_key
 from harness.measure.measurement import Conditions
 from harness.plan.cells import Plan
 from harness.report.baseline import perplexity_columns, read_rows
@@ -41,21 +45,13 @@ def measure_stored(
     if not todo:
         return {}
 
-    with Display(console, {cell.key: f"{cell.label}, memory and latency" for cell in todo}) as display:
+    labels = {cell.key: f"{cell.label}, memory and latency" for cell in todo}
+    specs = [cell.spec(plan.protocols, None, plan.reference.key) for cell in todo]
+    with Display(console, labels, specs, "measured", len(stored) - len(todo), arguments.verbose) as display:
         conditions = Conditions(identity, arguments.bench_seconds, arguments.bench_threads)
-        specs = [cell.spec(plan.protocols, None, plan.reference.key) for cell in todo]
         return measure_cells(
             specs, conditions, display.message, partial(say_waiting, console), getattr(arguments, "timeout", None)
         )
-
-
-def say_waiting(console: Console) -> None:
-    console.print("waiting until no other run of yours measures or works on this machine", style="dim")
-
-
-def open_console() -> Console:
-    """Progress and notes, beside the tables. Names from outside are printed as they are."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def writable(folder: Path) -> None:
@@ -85,6 +81,17 @@ def keeps_what_is_there(folder: Path, plan: Plan) -> None:
         )
 
 
+def say_where(plan: Plan, folder: Path, console: Console) -> None:
+    """With --verbose: versions, and where files are."""
+    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "safetensors"))
+    console.print(
+        f"harness {__version__}, Python {platform.python_version()}, {packages}; {cores()} cores", style="dim"
+    )
+    console.print(f"model: {plan.reference.model.path}", style="dim")
+    console.print(f"cells: {cache_dir('cells')}", style="dim")
+    console.print(f"tables: {folder}", style="dim")
+
+
 def report(
     plan: Plan,
     outcomes: Mapping[str, Outcome],
@@ -97,11 +104,16 @@ def report(
     there meanwhile."""
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
-    folder = arguments.out or Path("results") / plan.key
+    folder = folder_of(plan, arguments)
     board = planned_board(plan, outcomes, _identity(plan, arguments), measured, [command(arguments)])
     rows, sheets = write_leaderboard(board, folder)
-    for sheet in sheets:
-        print_sheet(sheet)
+    if arguments.json:
+        print_json({"folder": folder, "rows": json_rows(rows)})
+    elif arguments.wide:
+        for sheet in sheets:
+            print_sheet(sheet)
+    else:
+        print_decisive(rows, [protocol.name for protocol in plan.protocols])
     console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
     good = all(row["status"] in GOOD for row in rows) and not any(outcome.error for outcome in measured.values())
     return 0 if good else 1
@@ -110,6 +122,11 @@ def report(
 def command(arguments: argparse.Namespace) -> str:
     """What was typed, for those who want to do it again."""
     return shlex.join(["python", "-m", "harness", *arguments.typed])
+
+
+def folder_of(plan: Plan, arguments: argparse.Namespace) -> Path:
+    """Where the tables go."""
+    return arguments.out or Path("results") / plan.key
 
 
 def _identity(plan: Plan, arguments: argparse.Namespace) -> str:

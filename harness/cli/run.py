@@ -7,27 +7,32 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from harness.cli.leaderboard import keeps_what_is_there, measure_stored, open_console, report, say_waiting, writable
-from harness.cli.options import add_bench_options, add_plan_options, build_plan, positive_seconds, read_request
-from harness.cli.progress import Display
-from harness.data.assets import ResolvedModel
+from harness.cli.options import (
+    add_bench_options,
+    add_plan_options,
+    add_volume_options,
+    build_plan,
+    positive_seconds,
+    read_request,
+)
+from harness.cli.sheets import add_table_options
 from harness.data.protocols import protocol_key
-from harness.data.streams import calibration_stream, evaluation_stream
-from harness.data.texts import c4_documents
-from harness.engine.local import Interrupted, run_cells
-from harness.evaluate.zero_shot import prepare
-from harness.model import read_config
-from harness.plan.cells import Cell, Plan
-from harness.progress import Say
+from harness.model.described import describe
 from harness.store.cells import CellStore
 from harness.store.records import Ending, Outcome
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from harness.data.assets import ResolvedModel
+    from harness.plan.cells import Cell, Plan
+    from harness.progress import Say
+
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("run", help="compress, score and rank", description=__doc__)
+    parser = verbs.add_parser("run", description=__doc__)
     add_plan_options(parser)
     parser.add_argument("--out", type=Path, help="folder of the leaderboard (default: results/<plan hash>)")
     parser.add_argument("--fresh", action="store_true", help="ignore finished work of these cells")
@@ -49,19 +54,28 @@ def register(verbs: argparse._SubParsersAction) -> None:
         help="a row with layers that the numbers did not allow to be packed as asked for (fallback_layers) fails",
     )
     add_bench_options(parser)
+    add_volume_options(parser)
+    add_table_options(parser)
     parser.set_defaults(main=main)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    console = open_console()
     start = time.perf_counter()
-    request = read_request(arguments)
+    request = read_request(arguments, presets=False)
+    from harness.cli.leaderboard import folder_of, keeps_what_is_there, measure_stored, report, say_where, writable
+    from harness.cli.progress import open_console
+    from harness.engine.local import Interrupted
+    from harness.evaluate.zero_shot import prepare
+
+    console = open_console(arguments.quiet)
     if arguments.out:
         writable(arguments.out)
     say = partial(console.print, style="dim")
     plan, stock, model = build_plan(arguments, request, say)
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
+    if arguments.verbose:
+        say_where(plan, folder_of(plan, arguments), console)
     if stock.uncovered:
         console.print(f"{model.name}: {stock.uncovered_note}", style="yellow")
     runnable = [cell for cell in plan.cells if not cell.refusal]
@@ -71,7 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
     if len(runnable) < len(plan.cells) and all(cell.budget is None for cell in runnable):
         runnable = []  # everything asked for was refused: the reference is not loaded for nothing
     if runnable:
-        _prepare_texts(plan, model, read_config(model.path).get_text_config().vocab_size, arguments.data, say)
+        _prepare_texts(plan, model, describe(model.path).vocabulary, arguments.data, say)
         prepare(plan.tasks, say)
         if not arguments.out:
             writable(Path("results") / plan.key)
@@ -93,6 +107,8 @@ def main(arguments: argparse.Namespace) -> int:
         # What is finished is in the table; what is not says so.
         done, timed = (outcomes, stop.outcomes) if measuring else (stop.outcomes, {})
         report(plan, done, timed, arguments, console, start)
+        finished = len(runnable) - len(_unfinished(plan, runnable))
+        stop.kept = f"{finished} of {len(runnable)} cells are finished and kept"
         raise
     return report(plan, outcomes, measured, arguments, console, start)
 
@@ -114,25 +130,37 @@ def _strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, O
 def _run(
     plan: Plan, runnable: list[Cell], arguments: argparse.Namespace, jobs: int, console: Console
 ) -> dict[str, Outcome]:
-    keys, tasks = [protocol_key(p) for p in plan.protocols], [task.key for task in plan.tasks]
-    todo = [
-        cell
-        for cell in runnable
-        if not CellStore(cell.key).finished(keys, tasks, is_reference=cell.key == plan.reference.key)
-    ]
+    from harness.cli.progress import Display, say_waiting
+    from harness.engine.local import run_cells
+
+    todo = _unfinished(plan, runnable)
     for cell in runnable:
         if cell not in todo:
             console.print(f"{cell.label}: found, not repeated", style="dim")
             CellStore(cell.key).asked_for()
     if not todo:
         return {}
-    with Display(console, {cell.key: cell.label for cell in todo}) as display:
-        specs = [cell.spec(plan.protocols, arguments.data, plan.reference.key, plan.tasks) for cell in todo]
+    labels = {cell.key: cell.label for cell in todo}
+    specs = [cell.spec(plan.protocols, arguments.data, plan.reference.key, plan.tasks) for cell in todo]
+    with Display(console, labels, specs, done=len(runnable) - len(todo), verbose=arguments.verbose) as display:
         return run_cells(specs, jobs, display.message, arguments.timeout, partial(say_waiting, console))
+
+
+def _unfinished(plan: Plan, cells: list[Cell]) -> list[Cell]:
+    """Those that lack something that this plan asks for."""
+    keys, tasks = [protocol_key(p) for p in plan.protocols], [task.key for task in plan.tasks]
+    return [
+        cell
+        for cell in cells
+        if not CellStore(cell.key).finished(keys, tasks, is_reference=cell.key == plan.reference.key)
+    ]
 
 
 def _prepare_texts(plan: Plan, model: ResolvedModel, vocabulary: int, data: str | None, say: Say) -> None:
     """Cut every text before any cell starts: a missing or short one should cost seconds, not a finished compression."""
+    from harness.data.streams import calibration_stream, evaluation_stream
+    from harness.data.texts import c4_documents
+
     streams = [evaluation_stream(protocol, model, data, say) for protocol in plan.protocols]
     calibrated = {
         (cell.calibration, cell.seed, cell.bos) for cell in plan.cells if cell.calibration and not cell.refusal

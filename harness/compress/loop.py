@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from harness.compress.block import BlockRun
 from harness.compress.forward import BlockInputs
@@ -30,6 +30,10 @@ from kernels.formats.packed import PackedLinear
 from kernels.formats.tables import Table
 from methods.base import Compressed, LayerData, Method, Needs, Sensitivity, layer_seed
 from methods.codecs.error_feedback import Indefinite, NotFinite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 FALLBACK = "fallback"  # in the report of a layer that could not be packed as asked for
 ERROR_ROWS = 256  # of a matrix whose outputs' error is measured: all of them would cost as much as GPTQ itself

@@ -137,3 +137,11 @@ def _require_one_task(reports: Iterable[CellReport]) -> None:
         for name, result in report.tasks.items():
             if result and keys.setdefault(name, result.task.key) != result.task.key:
                 raise ValueError(f"{name} is of different items in these folders: give those of one --limit")
+
+
+def newest(results: Path) -> Path:
+    """The folder of the run that wrote its leaderboard last. Raises ValueError when there is none."""
+    found = [path for path in results.glob("*/leaderboard.csv") if (path.parent / "cells").is_dir()]
+    if not found:
+        raise ValueError(f"no run under {results}/: give the folder that one wrote, or `run` first")
+    return max(found, key=lambda path: path.stat().st_mtime).parent

@@ -17,8 +17,8 @@ from harness.data.protocols import Calibration, Protocol, Training
 from harness.data.record import Record
 from harness.data.tasks import Task
 from harness.ledger import Ledger
+from kernels.formats.bits import Scalar
 from kernels.formats.layer import LayerConfig
-from kernels.formats.stored import Scalar
 
 
 def _layer_config(data: Any) -> LayerConfig:
