@@ -33,8 +33,8 @@ from harness.report.latency import (
     kernel_rows,
     kernel_sheet,
 )
-from harness.report.leaderboard import write_csv
 from harness.report.sheet import Row, Sheet
+from harness.report.table import write_csv
 from harness.store.results import Bench, ProductTime
 from kernels.formats.layer import LayerConfig
 from kernels.timing import bandwidth

@@ -3,10 +3,8 @@ one line per product in kernels.csv."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,8 +12,9 @@ from harness.data.files import write_json, write_text
 from harness.report import latency
 from harness.report.board import RUN_FILE, Board
 from harness.report.page import write_page
-from harness.report.sheet import Row, Sheet, Value, allocation_sheet, escaped, label, leaderboard_sheet, number
+from harness.report.sheet import Row, Sheet, allocation_sheet, escaped, label, leaderboard_sheet, number
 from harness.report.summary import add_ranks, summarise
+from harness.report.table import write_csv
 from harness.report.task_pages import fill_tasks, shown_tasks, task_means, write_pages
 
 
@@ -78,16 +77,3 @@ def _order(row: Row, names: Sequence[str]) -> tuple[Fraction, float, str, str, f
     first = row[f"ppl_{names[0]}"] if names else ""
     value = first if isinstance(first, float) and math.isfinite(first) else math.inf
     return Fraction(row["budget_bpw"] or 0), value, str(row["method"]), str(row["variant"]), number(row, "seed")
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
-    write_text(path, text.getvalue())
-
-
-def _plain(value: Value) -> Value:
-    """Text that no spreadsheet takes for a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
