@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.end_to_end and not arguments.shapes:
         raise ValueError("--end-to-end builds random models: say of which shapes (--shapes llama3.2-1b)")
     request = read_request(arguments, presets=False)
-    from harness.cli.leaderboard import folder_of, keeps_what_is_there, measure_stored, say_where, show, writable, write
+    from harness.cli.leaderboard import folder_of, keeps_what_is_there, measure_stored, report, say_where, writable
     from harness.cli.progress import open_console
     from harness.engine.local import Interrupted
 
@@ -68,4 +68,4 @@ def main(arguments: argparse.Namespace) -> int:
     except Interrupted as stop:
         stop.kept = f"{sum(not outcome.error for outcome in stop.outcomes.values())} cells are measured again, and kept"
         raise
-    return show(write(plan, {}, measured, arguments), arguments, console, start)
+    return report(plan, {}, measured, arguments, console, start)

@@ -9,7 +9,6 @@ import shlex
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +26,7 @@ from harness.plan.cells import Plan
 from harness.report.baseline import perplexity_columns, read_rows
 from harness.report.board import planned_board
 from harness.report.leaderboard import write_leaderboard
-from harness.report.sheet import GOOD, Row, Sheet
+from harness.report.sheet import GOOD
 from harness.report.task_pages import task_columns
 from harness.store.cells import CellStore
 from harness.store.records import Outcome
@@ -93,42 +92,31 @@ def say_where(plan: Plan, folder: Path, console: Console) -> None:
     console.print(f"tables: {folder}", style="dim")
 
 
-@dataclass(frozen=True)
-class Written:
-    """A leaderboard that stands in its folder."""
-
-    folder: Path
-    rows: list[Row]
-    sheets: list[Sheet]
-    protocols: list[str]
-    good: bool  # whether every row has its numbers, and was measured if that was asked for
-
-
-def write(
-    plan: Plan, outcomes: Mapping[str, Outcome], measured: Mapping[str, Outcome], arguments: argparse.Namespace
-) -> Written:
-    """Raises ValueError when another run has put its own leaderboard there meanwhile."""
+def report(
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    measured: Mapping[str, Outcome],
+    arguments: argparse.Namespace,
+    console: Console,
+    start: float,
+) -> int:
+    """Write and print the leaderboard; returns the exit status. Raises ValueError when another run has put its own
+    there meanwhile."""
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
     folder = folder_of(plan, arguments)
     board = planned_board(plan, outcomes, _identity(plan, arguments), measured, [command(arguments)])
     rows, sheets = write_leaderboard(board, folder)
-    good = all(row["status"] in GOOD for row in rows) and not any(outcome.error for outcome in measured.values())
-    return Written(folder, rows, sheets, list(board.protocols), good)
-
-
-def show(written: Written, arguments: argparse.Namespace, console: Console, start: float) -> int:
-    """Print the leaderboard; returns the exit status."""
     if arguments.json:
-        print_json({"folder": written.folder, "rows": json_rows(written.rows)})
+        print_json({"folder": folder, "rows": json_rows(rows)})
     elif arguments.wide:
-        for sheet in written.sheets:
+        for sheet in sheets:
             print_sheet(sheet)
     else:
-        print_decisive(written.rows, written.protocols)
-    seconds = time.perf_counter() - start
-    console.print(f"{written.folder}/report.html, leaderboard.csv  ({seconds:.0f} s)", style="dim")
-    return 0 if written.good else 1
+        print_decisive(rows, [protocol.name for protocol in plan.protocols])
+    console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
+    good = all(row["status"] in GOOD for row in rows) and not any(outcome.error for outcome in measured.values())
+    return 0 if good else 1
 
 
 def command(arguments: argparse.Namespace) -> str:

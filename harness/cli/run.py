@@ -26,8 +26,6 @@ from harness.store.records import Ending, Outcome
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.cli.leaderboard import Written
-    from harness.cli.options import Request
     from harness.data.assets import ResolvedModel
     from harness.plan.cells import Cell, Plan
     from harness.progress import Say
@@ -64,32 +62,12 @@ def register(verbs: argparse._SubParsersAction) -> None:
 def main(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     request = read_request(arguments, presets=False)
-    from harness.cli.leaderboard import show
+    from harness.cli.leaderboard import folder_of, keeps_what_is_there, measure_stored, report, say_where, writable
     from harness.cli.progress import open_console
-
-    console = open_console(arguments.quiet)
-    try:
-        written = work(arguments, request, console)
-    except Stopped as stop:
-        show(stop.written, arguments, console, start)
-        raise
-    return show(written, arguments, console, start)
-
-
-class Stopped(KeyboardInterrupt):
-    """The run was told to end: what is finished is in the table, what is not says so."""
-
-    def __init__(self, written: Written, kept: str) -> None:
-        super().__init__(kept)
-        self.written, self.kept = written, kept
-
-
-def work(arguments: argparse.Namespace, request: Request, console: Console) -> Written:
-    """All that `run` does but show it: from the texts to the leaderboard. Raises Stopped."""
-    from harness.cli.leaderboard import folder_of, keeps_what_is_there, measure_stored, say_where, writable, write
     from harness.engine.local import Interrupted
     from harness.evaluate.zero_shot import prepare
 
+    console = open_console(arguments.quiet)
     if arguments.out:
         writable(arguments.out)
     say = partial(console.print, style="dim")
@@ -126,11 +104,13 @@ def work(arguments: argparse.Namespace, request: Request, console: Console) -> W
         measuring = True
         measured = measure_stored(plan, arguments, console) if arguments.bench else {}
     except Interrupted as stop:
+        # What is finished is in the table; what is not says so.
         done, timed = (outcomes, stop.outcomes) if measuring else (stop.outcomes, {})
+        report(plan, done, timed, arguments, console, start)
         finished = len(runnable) - len(_unfinished(plan, runnable))
-        kept = f"{finished} of {len(runnable)} cells are finished and kept"
-        raise Stopped(write(plan, done, timed, arguments), kept) from (stop.__cause__ or stop)
-    return write(plan, outcomes, measured, arguments)
+        stop.kept = f"{finished} of {len(runnable)} cells are finished and kept"
+        raise
+    return report(plan, outcomes, measured, arguments, console, start)
 
 
 def _strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
