@@ -5,13 +5,10 @@ perplexities of a leaderboard, one line per row, small enough to be committed an
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness.data.files import write_text
 from harness.ledger import FILL_TOLERANCE
 from harness.report.latency import COLUMNS
 from harness.report.sheet import GOOD, label
@@ -31,11 +28,10 @@ def read_rows(path: Path) -> Rows:
     path = path / "leaderboard.csv" if path.is_dir() else path
     if not path.exists():
         raise ValueError(f"no {path}: give a leaderboard.csv, or the folder a run wrote")
-    try:
-        with open(path, newline="", encoding="utf-8") as handle:
-            rows = list(csv.DictReader(handle))
-    except (csv.Error, UnicodeDecodeError):
-        raise ValueError(f"{path} is no table of text: give a leaderboard.csv, or the folder a run wrote") from None
+    from harness.report.table import read_text  # and pandas with it
+
+    table = read_text(path)
+    rows: list[dict[str, str]] = [dict(zip(table.columns, line, strict=True)) for line in table.itertuples(index=False)]
     needed = {"method", "variant", "budget_bpw", "seed", "stored_bpw"}
     if not rows or not needed <= rows[0].keys() or not perplexity_columns(rows[0]):
         raise ValueError(f"{path} is no leaderboard: it needs rows with {', '.join(sorted(needed))} and perplexities")
@@ -92,14 +88,12 @@ def write_baseline(rows: Rows, path: Path) -> int:
         "stored_bpw",
         *perplexity_columns(next(iter(rows.values()))),
     ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    from harness.report.table import write_table
+
     kept = [row for row in rows.values() if row.get("status", "ok") in GOOD]
     if not kept:
         raise ValueError(f"no row of this leaderboard has numbers: {path} stays as it was; run again, then --update")
-    writer.writerows(kept)
-    write_text(path, text.getvalue())
+    write_table(path, columns, [{name: row.get(name, "") for name in columns} for row in kept])
     return len(kept)
 
 

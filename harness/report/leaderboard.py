@@ -5,8 +5,6 @@ A cell scored on another token stream of the same name is refused rather than pu
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
@@ -16,7 +14,7 @@ from harness.data.files import write_json, write_text
 from harness.plan.cells import Plan
 from harness.report import latency
 from harness.report.rows import CellReport, all_columns, report_of
-from harness.report.sheet import Row, Sheet, Value, allocation_sheet, escaped, label, leaderboard_sheet, number
+from harness.report.sheet import Row, Sheet, allocation_sheet, escaped, label, leaderboard_sheet, number
 from harness.report.summary import add_ranks, summarise
 from harness.report.task_pages import fill_tasks, shown_tasks, task_means, write_pages
 from harness.store.cells import CellStore
@@ -110,13 +108,7 @@ def _order(row: Row, names: Sequence[str]) -> tuple[Fraction, float, str, str, f
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
-    write_text(path, text.getvalue())
+    """Write a table (harness.report.table)."""
+    from harness.report.table import write_table  # and pandas with it
 
-
-def _plain(value: Value) -> Value:
-    """Text that no spreadsheet takes for a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    write_table(path, columns, rows)
