@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from harness.cli.leaderboard import keeps_what_is_there, measure_stored, open_console, report, say_waiting, writable
 from harness.cli.options import Request, add_bench_options, add_plan_options, build_plan, read_request
+from harness.cli.request import Options
 from harness.cli.sheets import print_sheet
 from harness.data.files import write_json
 from harness.measure import machine
@@ -41,6 +42,12 @@ from harness.store.results import Bench, ProductTime
 from kernels.formats.layer import LayerConfig
 
 
+@dataclass(kw_only=True)
+class _Options(Options):
+    shapes: str
+    end_to_end: bool
+
+
 @dataclass(frozen=True)
 class _Shapes:
     """A model whose shapes are measured."""
@@ -61,6 +68,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--shapes",
+        default="",
         metavar="MODELS",
         help=f"comma list of presets, folders or hub ids: random stored bits ({', '.join(PRESETS)})",
     )
@@ -72,7 +80,8 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.set_defaults(main=main)
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(typed: argparse.Namespace) -> int:
+    arguments = _Options.of(typed)
     console = open_console()
     start = time.perf_counter()
     request = read_request(arguments)
@@ -94,7 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
     return report(plan, {}, measure_stored(plan, arguments, console, again=True), arguments, console, start)
 
 
-def _shapes(models: Sequence[_Shapes], arguments: argparse.Namespace, request: Request, console: Console) -> int:
+def _shapes(models: Sequence[_Shapes], arguments: _Options, request: Request, console: Console) -> int:
     """Every distinct matrix of the models, packed by every method with the one configuration for all matrices that fits
     the budget."""
     device = arguments.device
@@ -123,7 +132,7 @@ def _shapes(models: Sequence[_Shapes], arguments: argparse.Namespace, request: R
     return 0
 
 
-def _end_to_end(models: Sequence[_Shapes], arguments: argparse.Namespace, request: Request, console: Console) -> int:
+def _end_to_end(models: Sequence[_Shapes], arguments: _Options, request: Request, console: Console) -> int:
     """Whole models of the shapes, packed by every method with one configuration for all matrices: a row each, and one
     of the uncompressed model, which all others take turns with."""
     device = arguments.device
@@ -171,7 +180,7 @@ def _end_to_end(models: Sequence[_Shapes], arguments: argparse.Namespace, reques
     return 0
 
 
-def _models(arguments: argparse.Namespace) -> list[_Shapes]:
+def _models(arguments: _Options) -> list[_Shapes]:
     """Raises ValueError when there is none, or one that no model can be laid out of."""
     names = [part.strip() for part in arguments.shapes.split(",") if part.strip()]
     if not names:

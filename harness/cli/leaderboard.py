@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from harness.cli.progress import Display
+from harness.cli.request import Options
 from harness.cli.sheets import print_sheet
 from harness.engine.local import measure_cells
 from harness.measure.machine import identity_key
@@ -20,31 +20,27 @@ from harness.measure.measurement import Conditions
 from harness.plan.cells import Plan
 from harness.report.baseline import perplexity_columns, read_rows
 from harness.report.leaderboard import write_leaderboard
-from harness.report.sheet import GOOD
+from harness.report.sheet import GOOD, Sheet
 from harness.report.task_pages import task_columns
 from harness.store.cells import CellStore
 from harness.store.records import Outcome
 
 
-def measure_stored(
-    plan: Plan, arguments: argparse.Namespace, console: Console, again: bool = False
-) -> dict[str, Outcome]:
+def measure_stored(plan: Plan, arguments: Options, console: Console, again: bool = False) -> dict[str, Outcome]:
     """Measure what is stored and has not been measured on this machine (with `again`, all of it), the reference
     first."""
-    identity = _identity(plan, arguments)
+    here = identity(plan, arguments)
     if CellStore(plan.reference.key).artifact() is None:
         return {}  # nothing to compare with
     stored = [cell for cell in plan.cells if not cell.refusal and CellStore(cell.key).artifact()]
-    todo = [cell for cell in stored if again or not CellStore(cell.key).bench(identity)]
+    todo = [cell for cell in stored if again or not CellStore(cell.key).bench(here)]
     if not todo:
         return {}
 
     with Display(console, {cell.key: f"{cell.label}, memory and latency" for cell in todo}) as display:
-        conditions = Conditions(identity, arguments.bench_seconds, arguments.bench_threads)
+        conditions = Conditions(here, arguments.bench_seconds, arguments.bench_threads)
         specs = [cell.spec(plan.protocols, None, plan.reference.key) for cell in todo]
-        return measure_cells(
-            specs, conditions, display.message, partial(say_waiting, console), getattr(arguments, "timeout", None)
-        )
+        return measure_cells(specs, conditions, display.message, partial(say_waiting, console), arguments.timeout)
 
 
 def say_waiting(console: Console) -> None:
@@ -87,22 +83,29 @@ def report(
     plan: Plan,
     outcomes: Mapping[str, Outcome],
     measured: Mapping[str, Outcome],
-    arguments: argparse.Namespace,
+    arguments: Options,
     console: Console,
     start: float,
+    show: Callable[[Sheet], None] = print_sheet,
 ) -> int:
-    """Write and print the leaderboard; returns the exit status. Raises ValueError when another run has put its own
+    """Write and show the leaderboard; returns the exit status. Raises ValueError when another run has put its own
     there meanwhile."""
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
-    folder = arguments.out or Path("results") / plan.key
-    rows, sheets = write_leaderboard(plan, outcomes, folder, _identity(plan, arguments), measured)
+    folder = folder_of(plan, arguments)
+    rows, sheets = write_leaderboard(plan, outcomes, folder, identity(plan, arguments), measured)
     for sheet in sheets:
-        print_sheet(sheet)
+        show(sheet)
     console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
     good = all(row["status"] in GOOD for row in rows) and not any(outcome.error for outcome in measured.values())
     return 0 if good else 1
 
 
-def _identity(plan: Plan, arguments: argparse.Namespace) -> str:
+def folder_of(plan: Plan, arguments: Options) -> Path:
+    """Where the tables of a plan go."""
+    return arguments.out or Path("results") / plan.key
+
+
+def identity(plan: Plan, arguments: Options) -> str:
+    """Of this machine's measurements of the plan's cells."""
     return identity_key(plan.reference.compute.device, arguments.bench_threads, plan.reference.key)

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and their reading into a plan."""
+"""Options that several verbs share: their reading into a request, and into a plan."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from harness.cli.request import Options
 from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, is_hub_id, no_hub, resolve_model
 from harness.data.protocols import (
     PROFILES,
@@ -141,7 +142,7 @@ class Request:
     jobs: int
 
 
-def read_request(arguments: argparse.Namespace) -> Request:
+def read_request(arguments: Options) -> Request:
     methods = [(text, parse_method(text)) for text in split_methods(arguments.methods)]
     if not methods:
         raise ValueError("no method given: write for example --methods reallm,gptq")
@@ -165,7 +166,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     jobs = arguments.jobs if arguments.jobs is not None else (2 if arguments.device == "cpu" and cores() >= 2 else 1)
     if jobs < 1:
         raise ValueError("--jobs must be at least 1")
-    if getattr(arguments, "bench_threads", 1) < 1:
+    if arguments.bench_threads < 1:
         raise ValueError("--bench-threads must be at least 1")
     return Request(methods, budgets, protocols, tasks, calibration, training, _read_seeds(arguments.seeds), jobs)
 
@@ -181,7 +182,7 @@ def _read_seeds(text: str) -> list[int]:
 
 
 def build_plan(
-    arguments: argparse.Namespace, request: Request, say: Say, from_config: bool = False
+    arguments: Options, request: Request, say: Say, from_config: bool = False
 ) -> tuple[Plan, Inventory, ResolvedModel]:
     """Resolve the model and lay the plan out; `from_config` takes presets and folders without weights too."""
     if from_config and (arguments.model in PRESETS or not _has_weights(arguments.model)):
@@ -239,7 +240,7 @@ def build_plan(
         half,
         arguments.allocate,
     )
-    if not from_config and not getattr(arguments, "fresh", False):
+    if not from_config and not arguments.fresh:
         adopt(plan.cells, say)
     return replace(plan, tasks=request.tasks), stock, model
 

@@ -11,6 +11,7 @@ from functools import partial
 from rich.console import Console
 
 from harness.cli.options import add_plan_options, build_plan, read_request
+from harness.cli.request import Options
 from harness.ledger import Ledger
 from harness.model import PRESETS, Inventory, read_config
 from harness.plan.allocation import common_candidates
@@ -39,9 +40,10 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    request = read_request(arguments)
+    options = Options.of(arguments)
+    request = read_request(options)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    plan, stock, model = build_plan(arguments, request, partial(console.print, style="dim"), from_config=True)
+    plan, stock, model = build_plan(options, request, partial(console.print, style="dim"), from_config=True)
     config = read_config(model.path, arguments.revision).get_text_config()
     print(
         f"{model.name}: {len(stock.blocks)} blocks, {len(stock.layers)} linear layers, {stock.weights:,} weights; ",

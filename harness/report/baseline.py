@@ -28,7 +28,7 @@ def read_rows(path: Path) -> Rows:
     path = path / "leaderboard.csv" if path.is_dir() else path
     if not path.exists():
         raise ValueError(f"no {path}: give a leaderboard.csv, or the folder a run wrote")
-    from harness.report.table import read_text  # and pandas with it
+    from harness.report.typed_table import read_text  # and pandas with it
 
     table = read_text(path)
     rows: list[dict[str, str]] = [dict(zip(table.columns, line, strict=True)) for line in table.itertuples(index=False)]
@@ -88,7 +88,7 @@ def write_baseline(rows: Rows, path: Path) -> int:
         "stored_bpw",
         *perplexity_columns(next(iter(rows.values()))),
     ]
-    from harness.report.table import write_table
+    from harness.report.typed_table import write_table
 
     kept = [row for row in rows.values() if row.get("status", "ok") in GOOD]
     if not kept:

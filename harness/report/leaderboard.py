@@ -109,6 +109,6 @@ def _order(row: Row, names: Sequence[str]) -> tuple[Fraction, float, str, str, f
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
     """Write a table (harness.report.table)."""
-    from harness.report.table import write_table  # and pandas with it
+    from harness.report.typed_table import write_table  # and pandas with it
 
     write_table(path, columns, rows)

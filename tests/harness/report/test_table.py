@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from harness.report.board import Leaderboard
-from harness.report.table import read_text, typed, write_table
+from harness.report.notebook import Leaderboard
+from harness.report.typed_table import read_text, typed, write_table
 
 ROOT = Path(__file__).parents[3]
 OURS = [path for path in ROOT.glob("results/**/*.csv") if "llama-cpp" not in str(path)]

@@ -11,7 +11,7 @@ import pandas as pd
 
 from harness.report.baseline import perplexity_columns
 from harness.report.sheet import GOOD, Row, Value, leaderboard_sheet
-from harness.report.table import read_text, typed
+from harness.report.typed_table import read_text, typed
 
 
 class Leaderboard(pd.DataFrame):
