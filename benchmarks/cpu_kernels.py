@@ -15,6 +15,7 @@ import torch
 from harness.measure import machine
 from harness.measure.layers import BATCHES, product_times, random_group, vendor_group
 from harness.report.sheet import Sheet
+from kernels import timing
 from kernels.synthetic import TYPICAL
 
 FORMATS = TYPICAL | {
@@ -38,9 +39,9 @@ def main() -> None:
     groups = [random_group(spec, rows, columns, "cpu") for spec in FORMATS.values()]
     vendor = {(rows, columns): vendor_group(rows, columns, "cpu", torch.float32)}
     with machine.quiet(lambda: print("waiting until nothing else of ours runs on this machine")):
-        before = machine.bandwidth("cpu")
+        before = timing.bandwidth("cpu")
         records = product_times(groups, vendor, "cpu", torch.float32, arguments.seconds)
-        bandwidth = max(before, machine.bandwidth("cpu"))
+        bandwidth = max(before, timing.bandwidth("cpu"))
     processor = machine.identity("cpu", arguments.threads).processor
     print(f"{rows}x{columns}, {processor}, {arguments.threads} threads, {bandwidth / 1e9:.0f} GB/s; 16 bits take")
     for batch, record in zip(BATCHES, records[:: len(groups)], strict=True):

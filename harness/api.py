@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,13 +20,13 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from harness.cli import run as runs
-from harness.cli.leaderboard import open_console
 from harness.cli.options import build_plan, read_request
+from harness.cli.progress import open_console
 from harness.cli.request import Given, Options, Parser, Texts, words
 from harness.compressed import CompressedModel
 from harness.data.assets import DEFAULT_MODEL
 from harness.report.notebook import Leaderboard
-from harness.report.sheet import Sheet
+from harness.report.sheet import Row
 from harness.report.sinks import Sinks
 from harness.store.cells import CellStore
 
@@ -47,8 +47,8 @@ def compare(
     one line that says what to type next."""
     given = _options(model, methods, bits, options)
     with _children_of_nobody():
-        finished = runs.run(given, _console(), _show_nothing)
-    return load_results(finished.folder)
+        _, folder = runs.run(given, _console(given.quiet), _show_nothing)
+    return load_results(folder)
 
 
 def compress(
@@ -70,7 +70,7 @@ def compress(
         raise ValueError(
             "a model is compressed by one method, for one budget and seed: write compress(model, 'gptq', 3.25)"
         )
-    console = _console()
+    console = _console(given.quiet)
     plan, _, resolved = build_plan(given, request, partial(console.print, style="dim"))
     (cell,) = plan.cells[-1:]
     if cell.refusal:
@@ -100,18 +100,19 @@ def _options(model: object, methods: object, bits: object, options: Any) -> Opti
     """As the command line would have read them. Raises ValueError."""
     parser = Parser(prog="harness", add_help=False, allow_abbrev=False)
     runs.add_options(parser)
-    return Options.of(parser.parse_args(words({"model": model, "methods": methods, "bits": bits, **options})))
+    typed = words({"model": model, "methods": methods, "bits": bits, **options})
+    return replace(Options.of(parser.parse_args(typed)), typed=["run", *typed])
 
 
-def _console() -> Console:
+def _console(quiet: bool = False) -> Console:
     """Notes and progress. In a notebook with ipywidgets the bars move, elsewhere in one it is a line per phase."""
-    console = open_console()
+    console = open_console(quiet)
     if console.is_jupyter and find_spec("ipywidgets"):
-        return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_terminal=True)
+        return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_terminal=True, quiet=quiet)
     return console
 
 
-def _show_nothing(sheet: Sheet) -> None:
+def _show_nothing(rows: Sequence[Row]) -> None:
     """The frame shows itself."""
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
 
 from harness.data.files import atomic_path
 from harness.data.record import Record
@@ -25,10 +24,13 @@ from harness.data.sealed import write_tensors
 from harness.ledger import Ledger, payload_bytes
 from harness.model import Inventory, empty_model, inventory
 from kernels.dispatch import kind
+from kernels.formats.bits import Spec, StoredBits
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.packed import PackedLinear
-from kernels.formats.stored import Spec, StoredBits
 from kernels.formats.tables import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FILES = ("packed.safetensors", "rest.safetensors", "packed.json", "config.json")
 TABLES = "shared_tables"  # the attribute of the model that holds them
@@ -124,6 +126,8 @@ class CompressedModel:
     @classmethod
     def load(cls, folder: Path, device: str, dtype: torch.dtype) -> CompressedModel:
         """Rebuild from the folder alone; `dtype` is the compute dtype of everything that is not packed."""
+        from transformers import AutoConfig
+
         model = empty_model(AutoConfig.from_pretrained(folder, dtype=dtype, trust_remote_code=False), dtype)
         stock = inventory(model)
         description = PackedDescription.read(folder / "packed.json")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from kernels.formats.bits import StoredBits
 from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
-from kernels.formats.stored import StoredBits
 
 FILL_TOLERANCE = Fraction(2, 100)  # bits per weight an allocation may leave unused before its row says `underspent`
 
@@ -46,10 +47,15 @@ def planned(
     configs: Mapping[str, LayerConfig], layers: Iterable[LayerSpec], uncovered_bits: int, weights: int
 ) -> Ledger:
     """What layers of these configurations will store, from shapes alone."""
-    total = StoredBits()
-    for layer in layers:
-        total += configs[layer.name].stored_bits(layer)
-    total += shared_bits(configs.values())
+    alike = Counter((configs[layer.name], layer.out_features, layer.in_features) for layer in layers)
+    return counted(alike, uncovered_bits, weights)
+
+
+def counted(layers: Mapping[tuple[LayerConfig, int, int], int], uncovered_bits: int, weights: int) -> Ledger:
+    """The same of so many layers of each configuration and shape (out_features, in_features)."""
+    total = shared_bits({config for config, _, _ in layers})
+    for (config, rows, columns), count in layers.items():
+        total += config.stored_bits(LayerSpec("", "", rows, columns, bias=False)) * count
     return Ledger(total, uncovered_bits, weights)
 
 

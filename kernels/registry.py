@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -19,13 +19,20 @@ Entry = TypeVar("Entry")
 class Registry(Generic[Entry]):
     """Names of `what` ("method"), each with the place its `base` class, a subclass of it, or an instance stands at.
 
-    `group` is the entry-point group through which other packages register theirs; "" for none.
+    `base` is the class, or its place, where it would bring more than a name needs. `group` is the entry-point group
+    through which other packages register theirs; "" for none.
     """
 
-    def __init__(self, what: str, base: type, entries: Mapping[str, str], group: str = "") -> None:
-        self.what, self.base, self.group = what, base, group
+    def __init__(self, what: str, base: type | str, entries: Mapping[str, str], group: str = "") -> None:
+        self.what, self._base, self.group = what, base, group
         self._entries = dict(entries)
         self._resolved: dict[str, Any] = {}
+
+    @cached_property
+    def base(self) -> type:
+        found = _at(self._base) if isinstance(self._base, str) else self._base
+        assert isinstance(found, type)
+        return found
 
     @cached_property
     def _foreign(self) -> dict[str, EntryPoint]:
@@ -53,12 +60,15 @@ class Registry(Generic[Entry]):
             self._resolved[name] = self._checked(name, self._load(name))
         return self._resolved[name]
 
+    def require(self, name: str) -> None:
+        """Raises ValueError for an unknown name, without loading what a known one stands for."""
+        if name not in self:
+            raise ValueError(f"unknown {self.what} '{name}': {suggestion(name, list(self))}")
+
     def _load(self, name: str) -> Any:
         if name in self._entries:
-            module, _, attribute = self._entries[name].partition(":")
-            return getattr(importlib.import_module(module), attribute)
-        if name not in self._foreign:
-            raise ValueError(f"unknown {self.what} '{name}': {suggestion(name, list(self))}")
+            return _at(self._entries[name])
+        self.require(name)
         entry = self._foreign[name]
         try:
             return entry.load()
@@ -72,6 +82,24 @@ class Registry(Generic[Entry]):
         if not fits:
             raise ValueError(f"{self.what} '{name}' is no {self.base.__name__}: {found!r}")
         return found
+
+
+def on_demand(module: str, names: Collection[str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package that hands on these names of a module, which is imported with the first of them
+    that is asked for."""
+
+    def named(name: str) -> Any:
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+        raise AttributeError(f"no {name} here")
+
+    return named
+
+
+def _at(place: str) -> Any:
+    """What stands at "module:attribute"."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def suggestion(name: str, known: Collection[str]) -> str:

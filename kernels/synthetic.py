@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from kernels.formats.bitpack import pack
-from kernels.formats.codebook import CodebookLinear, table_spec
+from kernels.formats.bits import Scalar, Spec, table_spec
+from kernels.formats.codebook import CodebookLinear
 from kernels.formats.conv import ConvLinear, weight_levels
 from kernels.formats.order import index_bits
 from kernels.formats.packed import PackedLinear
-from kernels.formats.stored import Scalar, Spec, StoredModule
+from kernels.formats.stored import StoredModule
 from kernels.formats.tables import Table
 
 TYPICAL: dict[str, Spec] = {  # what benchmarks and tuners measure: the formats as methods store them, by bits

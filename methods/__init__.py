@@ -7,10 +7,9 @@ another name."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from kernels.registry import Registry, suggestion
-from methods.base import Adaptation, Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Sensitivity, Track
+from kernels.registry import Registry, on_demand, suggestion
 
 __all__ = [
     "METHODS",
@@ -27,10 +26,25 @@ __all__ = [
     "split_methods",
 ]
 
+if TYPE_CHECKING:
+    from methods.base import (
+        Adaptation,
+        Compressed,
+        LayerConfig,
+        LayerData,
+        LayerSpec,
+        Method,
+        Needs,
+        Sensitivity,
+        Track,
+    )
+else:  # they bring torch, which the names of methods do without
+    __getattr__ = on_demand("methods.base", __all__)
+
 # Each entry is the class of a method's default configuration.
 METHODS: Registry[type[Method]] = Registry(
     "method",
-    Method,
+    "methods.base:Method",
     {
         "fp16": "methods.fp16:Half",
         "rtn": "methods.rtn:RoundToNearest",

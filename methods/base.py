@@ -30,9 +30,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from kernels.formats.bits import StoredBits
 from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.packed import PackedLinear
-from kernels.formats.stored import StoredBits
 from kernels.formats.tables import Table
 
 __all__ = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.formats.stored import StoredBits
+from kernels.formats.bits import StoredBits
 from methods.base import LayerConfig, LayerSpec, Method, Option, Sensitivity
 from methods.codecs.svd import svd_factors
 from methods.codecs.vector import block_absmax, gaussian_error

@@ -28,7 +28,7 @@ def linked_cache(assets: Path, folder: Path, estimates: Path | None = None) -> P
     """A cache with the same assets and no results; with `estimates`, a folder that caches share, what cells measure
     before they compress is made once for all of them."""
     folder.mkdir(parents=True)
-    links = dict.fromkeys(("files", "models", "sha256", "tasks", "kernels"), assets)
+    links = dict.fromkeys(("files", "models", "sha256", "tasks", "kernels", "scripts"), assets)
     if estimates is not None:
         links |= dict.fromkeys(("streams", "sensitivities", "costs"), estimates)
     for name, source in links.items():

@@ -1,15 +1,17 @@
-"""One small file per verb. What a user did wrong becomes one line here, and nowhere else."""
+"""One small file per verb, imported when it is typed. What a user did wrong becomes one line here, and nowhere else."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,20 +19,25 @@ from types import FrameType
 from harness import __version__
 from harness.progress import printable
 
+VERBS = {  # each a module beside this one, and what `--help` says of it
+    "run": "compress, score and rank",
+    "plan": "cells, candidates and exact stored bits, without loading a model",
+    "bench": "measure memory and latency again, or products of a model's shapes",
+    "report": "tables, pictures and report.html of finished runs",
+    "check": "compare a leaderboard with a baseline",
+    "compare": "ratios of a run's rows to one of them",
+    "ls": "list methods, models, protocols, tasks or runs",
+    "verify": "re-hash the cache and name what is damaged",
+    "clean": "remove old cells from the cache",
+}
 
-def main(argv: list[str] | None = None) -> int:
-    from harness.cli import bench, check, clean, compare, ls, plan, run, verify
 
-    parser = argparse.ArgumentParser(
-        prog=_program(), description="Compare quantisation methods at one stored-bit budget."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (run, plan, bench, check, compare, ls, verify, clean):
-        module.register(verbs)
-    arguments = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(argv).parse_args(argv)
+    arguments.typed = argv
     try:
-        with _told_to_end():
+        with _told_to_end(_level(arguments)):
             code = arguments.main(arguments)
             sys.stdout.flush()
             return code
@@ -44,8 +51,25 @@ def main(argv: list[str] | None = None) -> int:
         print(f"harness {arguments.verb}: {printable(_advice(error).strip())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("\nstopped; what is finished is kept, the same command goes on from here", file=sys.stderr)
+        kept = getattr(stop, "kept", "") or "what is finished is kept"
+        again = shlex.join([*_program().split(), *(word for word in argv if word != "--fresh")])
+        print(f"\nstopped; {kept}; the same command goes on from here:\n  {again}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop.__cause__ or stop, Terminated) else signal.SIGINT)
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Of all verbs by name, or of the one that is typed with its options."""
+    parser = argparse.ArgumentParser(
+        prog=_program(), description="Compare quantisation methods at one stored-bit budget."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    if argv and argv[0] in VERBS:
+        importlib.import_module(f"{__name__}.{argv[0]}").register(verbs)
+        return parser
+    for name, text in VERBS.items():
+        verbs.add_parser(name, help=text)
+    return parser
 
 
 class Terminated(KeyboardInterrupt):
@@ -53,15 +77,16 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _told_to_end() -> Iterator[None]:
-    """SIGTERM and a lost terminal end the work as Ctrl-C does; what the cache has to say is printed."""
+def _told_to_end(level: int = logging.INFO) -> Iterator[None]:
+    """SIGTERM and a lost terminal end the work as Ctrl-C does; what the cache has to say is printed, from this level
+    on."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
     logger = logging.getLogger("harness")
     handler = logging.StreamHandler()
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.addHandler(handler)
     in_main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
     ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(n) != signal.SIG_IGN]  # nohup
@@ -72,6 +97,12 @@ def _told_to_end() -> Iterator[None]:
         logger.removeHandler(handler)
         for number, handled in before.items():
             signal.signal(number, handled)
+
+
+def _level(arguments: argparse.Namespace) -> int:
+    if getattr(arguments, "quiet", False):
+        return logging.ERROR
+    return logging.DEBUG if getattr(arguments, "verbose", False) else logging.INFO
 
 
 def _advice(error: OSError) -> str:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.cli.options import amount
+from harness.cli.sheets import add_json_option, print_json
 from harness.data.files import cache_dir
+from harness.progress import say_nothing
 from harness.report.baseline import read_rows
 from harness.store.cells import CellStore
 from harness.store.records import CellSpec
@@ -38,7 +40,7 @@ class _Stored:
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("clean", help="remove old cells from the cache", description=__doc__)
+    parser = verbs.add_parser("clean", description=__doc__)
     parser.add_argument("--older-than", metavar="DAYS", type=_days, help="cells that no run has asked for so long")
     parser.add_argument(
         "--larger-than", metavar="SIZE", type=_bytes, help="the longest unused, until the rest is as small as 20G"
@@ -51,12 +53,14 @@ def register(verbs: argparse._SubParsersAction) -> None:
         help="cells that no leaderboard below this folder names (may be given several times)",
     )
     parser.add_argument("--yes", action="store_true", help="remove them")
+    add_json_option(parser)
     parser.set_defaults(main=main)
 
 
 def main(arguments: argparse.Namespace) -> int:
     if arguments.older_than is None and arguments.larger_than is None and not arguments.keep:
         raise ValueError("say what may go: --older-than 30, --larger-than 20G, or --keep results")
+    say = say_nothing if arguments.json else print
     needed = {key for folder in arguments.keep or () for key in _named(folder)}
     stored = sorted(_cells(), key=lambda cell: cell.used)
     going = [cell for cell in stored if cell.path.name not in needed] if arguments.keep else stored
@@ -65,23 +69,28 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.larger_than is not None:
         going = list(_until(going, sum(cell.size for cell in stored), arguments.larger_than))
     kept: list[_Stored] = []
+    labels = {cell.path.name: cell.label for cell in going}  # read before they are removed
     for cell in going:
-        print(f"{cell.path.name}  {cell.size / 2**20:.0f} MiB  {cell.label}")
+        say(f"{cell.path.name}  {cell.size / 2**20:.0f} MiB  {labels[cell.path.name]}")
         if arguments.yes:
             store = CellStore(cell.path.name)
             with store.lease():  # nobody is at work on it
                 if _stored(cell.path).used > cell.used:
-                    print(f"{cell.path.name}  was asked for meanwhile: kept")
+                    say(f"{cell.path.name}  was asked for meanwhile: kept")
                     kept.append(cell)
                 else:
                     store.remove()
     going = [cell for cell in going if cell not in kept]
-    for path in _remains():
-        print(f"{path}  of a run that was killed")
+    remains = list(_remains())
+    for path in remains:
+        say(f"{path}  of a run that was killed")
         if arguments.yes:
             path.unlink(missing_ok=True)
     done = "removed" if arguments.yes else "would be removed; --yes removes them"
-    print(f"{len(going)} of {len(stored)} cells, {sum(cell.size for cell in going) / 2**20:.0f} MiB {done}")
+    if arguments.json:
+        cells = [{"cell": cell.path.name, "bytes": cell.size, "label": labels[cell.path.name]} for cell in going]
+        print_json({"cells": cells, "of": len(stored), "remains": remains, "removed": arguments.yes})
+    say(f"{len(going)} of {len(stored)} cells, {sum(cell.size for cell in going) / 2**20:.0f} MiB {done}")
     return 0
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.cli.sheets import print_sheet
-from harness.report.pairs import compare_methods
+from harness.cli.sheets import add_json_option, json_sheet, print_json, print_sheet
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("compare", help="ratios of a run's rows to one of them", description=__doc__)
+    parser = verbs.add_parser("compare", description=__doc__)
     parser.add_argument("folder", type=Path, help="the folder a run wrote")
     parser.add_argument(
         "--to",
@@ -19,12 +18,17 @@ def register(verbs: argparse._SubParsersAction) -> None:
         help="the method all others are divided by, as the leaderboard names it",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    add_json_option(parser)
     parser.set_defaults(main=main)
 
 
 def main(arguments: argparse.Namespace) -> int:
+    from harness.report.pairs import compare_methods
+
     sheet = compare_methods(arguments.folder, arguments.to)
-    if arguments.markdown:
+    if arguments.json:
+        print_json(json_sheet(sheet))
+    elif arguments.markdown:
         print(sheet.markdown(), end="")
     else:
         print_sheet(sheet)

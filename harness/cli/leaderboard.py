@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import os
+import platform
+import shlex
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
 
-from harness.cli.progress import Display
+from harness import __version__
+from harness.cli.progress import Display, say_waiting
 from harness.cli.request import Options
-from harness.cli.sheets import print_sheet
+from harness.cli.sheets import json_rows, print_decisive, print_json, print_sheet
+from harness.data.files import cache_dir
 from harness.engine.local import measure_cells
-from harness.measure.machine import identity_key
+from harness.measure.machine import cores, identity_key
 from harness.measure.measurement import Conditions
 from harness.plan.cells import Plan
 from harness.report.baseline import perplexity_columns, read_rows
+from harness.report.board import planned_board
 from harness.report.leaderboard import write_leaderboard
-from harness.report.sheet import GOOD, Sheet
+from harness.report.sheet import GOOD, Row
 from harness.report.task_pages import task_columns
 from harness.store.cells import CellStore
 from harness.store.records import Outcome
+
+Show = Callable[[Sequence[Row]], None]
 
 
 def measure_stored(plan: Plan, arguments: Options, console: Console, again: bool = False) -> dict[str, Outcome]:
@@ -37,19 +45,11 @@ def measure_stored(plan: Plan, arguments: Options, console: Console, again: bool
     if not todo:
         return {}
 
-    with Display(console, {cell.key: f"{cell.label}, memory and latency" for cell in todo}) as display:
+    labels = {cell.key: f"{cell.label}, memory and latency" for cell in todo}
+    specs = [cell.spec(plan.protocols, None, plan.reference.key) for cell in todo]
+    with Display(console, labels, specs, "measured", len(stored) - len(todo), arguments.verbose) as display:
         conditions = Conditions(here, arguments.bench_seconds, arguments.bench_threads)
-        specs = [cell.spec(plan.protocols, None, plan.reference.key) for cell in todo]
         return measure_cells(specs, conditions, display.message, partial(say_waiting, console), arguments.timeout)
-
-
-def say_waiting(console: Console) -> None:
-    console.print("waiting until no other run of yours measures or works on this machine", style="dim")
-
-
-def open_console() -> Console:
-    """Progress and notes, beside the tables. Names from outside are printed as they are."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def writable(folder: Path) -> None:
@@ -79,6 +79,17 @@ def keeps_what_is_there(folder: Path, plan: Plan) -> None:
         )
 
 
+def say_where(plan: Plan, folder: Path, console: Console) -> None:
+    """With --verbose: versions, and where files are."""
+    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "safetensors"))
+    console.print(
+        f"harness {__version__}, Python {platform.python_version()}, {packages}; {cores()} cores", style="dim"
+    )
+    console.print(f"model: {plan.reference.model.path}", style="dim")
+    console.print(f"cells: {cache_dir('cells')}", style="dim")
+    console.print(f"tables: {folder}", style="dim")
+
+
 def report(
     plan: Plan,
     outcomes: Mapping[str, Outcome],
@@ -86,23 +97,36 @@ def report(
     arguments: Options,
     console: Console,
     start: float,
-    show: Callable[[Sheet], None] = print_sheet,
+    show: Show | None = None,
 ) -> int:
-    """Write and show the leaderboard; returns the exit status. Raises ValueError when another run has put its own
-    there meanwhile."""
+    """Write and print the leaderboard, or `show` its rows; returns the exit status. Raises ValueError when another run
+    has put its own there meanwhile."""
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
     folder = folder_of(plan, arguments)
-    rows, sheets = write_leaderboard(plan, outcomes, folder, identity(plan, arguments), measured)
-    for sheet in sheets:
-        show(sheet)
+    board = planned_board(plan, outcomes, identity(plan, arguments), measured, [command(arguments)])
+    rows, sheets = write_leaderboard(board, folder)
+    if show:
+        show(rows)
+    elif arguments.json:
+        print_json({"folder": folder, "rows": json_rows(rows)})
+    elif arguments.wide:
+        for sheet in sheets:
+            print_sheet(sheet)
+    else:
+        print_decisive(rows, [protocol.name for protocol in plan.protocols])
     console.print(f"{folder}/leaderboard.csv  ({time.perf_counter() - start:.0f} s)", style="dim")
     good = all(row["status"] in GOOD for row in rows) and not any(outcome.error for outcome in measured.values())
     return 0 if good else 1
 
 
+def command(arguments: Options) -> str:
+    """What was typed, for those who want to do it again."""
+    return shlex.join(["python", "-m", "harness", *arguments.typed])
+
+
 def folder_of(plan: Plan, arguments: Options) -> Path:
-    """Where the tables of a plan go."""
+    """Where the tables go."""
     return arguments.out or Path("results") / plan.key
 
 

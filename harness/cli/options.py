@@ -1,4 +1,4 @@
-"""Options that several verbs share: their reading into a request, and into a plan."""
+"""Options that several verbs share, and their reading into a plan."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from harness.cli.request import Options
-from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, is_hub_id, no_hub, resolve_model
+from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, is_hub_id, no_hub, require_place, resolve_model
 from harness.data.protocols import (
     PROFILES,
     Calibration,
@@ -23,20 +21,17 @@ from harness.data.protocols import (
     parse_protocol,
     parse_training,
 )
-from harness.data.streams import with_text
 from harness.data.tasks import GROUPS, SOURCES, Task, parse_tasks
 from harness.measure.machine import cores
-from harness.model import PRESETS, Inventory, half_dtype, inventory, read_config, skeleton
-from harness.model.families import known_positions
-from harness.plan.allocation import MODES
-from harness.plan.budgets import Budget
-from harness.plan.cells import Compute, Plan, make_plan
-from harness.plan.earlier import adopt
+from harness.model import PRESETS, Inventory
+from harness.model.described import describe
+from harness.plan.budgets import MODES, Budget
 from harness.progress import Say, first_line
-from kernels.cpu.build import requested_instructions
-from methods import parse_method, split_methods
-from methods.base import Method, Track
-from methods.fp16 import Half
+from methods import METHODS, parse_method, split_methods
+
+if TYPE_CHECKING:
+    from harness.plan.cells import Plan
+    from methods.base import Method
 
 SEEDS = 1 << 32  # what every generator that is seeded takes
 DTYPES = ("float32", "float16", "bfloat16")
@@ -79,9 +74,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", help="folder with wiki.test.raw, or C4's files (default: $HARNESS_DATA, else the hub)"
     )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one, else cpu)")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -110,6 +103,17 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bench-threads", type=int, default=cores(), help="of a measurement (default: all cores, %(default)s)"
+    )
+
+
+def add_volume_options(parser: argparse.ArgumentParser) -> None:
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-q", "--quiet", action="store_true", help="only errors and the final table")
+    volume.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="also versions, where files are, how long every phase of a cell took, and notes for debugging",
     )
 
 
@@ -142,10 +146,13 @@ class Request:
     jobs: int
 
 
-def read_request(arguments: Options) -> Request:
-    methods = [(text, parse_method(text)) for text in split_methods(arguments.methods)]
-    if not methods:
+def read_request(arguments: Options, presets: bool = True) -> Request:
+    """Raises ValueError for what cannot be meant; `presets` says whether a model without weights will do."""
+    texts = split_methods(arguments.methods)
+    if not texts:
         raise ValueError("no method given: write for example --methods reallm,gptq")
+    for text in texts:
+        METHODS.require(text.partition(":")[0])
     budgets = [Budget.parse(text) for text in arguments.bits.split(",") if text.strip()]
     if not budgets:
         raise ValueError("no budget given: write for example --bits 3.25")
@@ -161,14 +168,21 @@ def read_request(arguments: Options) -> Request:
     tasks = parse_tasks(arguments.tasks, arguments.task_source, arguments.few_shot, arguments.limit)
     calibration = parse_calibration(arguments.calibration) if arguments.calibration else profile.calibration
     training = parse_training(arguments.training) if arguments.training else profile.training
-    arguments.device = _device(arguments.device)
-    requested_instructions()
-    jobs = arguments.jobs if arguments.jobs is not None else (2 if arguments.device == "cpu" and cores() >= 2 else 1)
-    if jobs < 1:
+    seeds = _read_seeds(arguments.seeds)
+    if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError("--jobs must be at least 1")
     if arguments.bench_threads < 1:
         raise ValueError("--bench-threads must be at least 1")
-    return Request(methods, budgets, protocols, tasks, calibration, training, _read_seeds(arguments.seeds), jobs)
+    if not arguments.shapes:  # which are models of their own
+        require_place(arguments.model, PRESETS if presets else ())
+    # What needs no torch to be refused was refused above; from here on it is imported.
+    methods = [(text, parse_method(text)) for text in texts]
+    arguments.device = _device(arguments.device)
+    from kernels.cpu.build import requested_instructions
+
+    requested_instructions()
+    jobs = arguments.jobs or (2 if arguments.device == "cpu" and cores() >= 2 else 1)
+    return Request(methods, budgets, protocols, tasks, calibration, training, seeds, jobs)
 
 
 def _read_seeds(text: str) -> list[int]:
@@ -185,18 +199,22 @@ def build_plan(
     arguments: Options, request: Request, say: Say, from_config: bool = False
 ) -> tuple[Plan, Inventory, ResolvedModel]:
     """Resolve the model and lay the plan out; `from_config` takes presets and folders without weights too."""
+    from harness.data.streams import with_text
+    from harness.plan.cells import Compute, make_plan
+    from harness.plan.earlier import adopt
+    from methods.base import Track
+    from methods.fp16 import Half
+
     if from_config and (arguments.model in PRESETS or not _has_weights(arguments.model)):
         model = ResolvedModel(arguments.model, Path(arguments.model), "")  # shapes are enough; its cells have no keys
     else:
         if is_hub_id(arguments.model):
-            skeleton(_hub_config(arguments.model, arguments.revision))  # gigabytes are not fetched to be refused
+            _require_from_hub(arguments.model, arguments.revision)  # gigabytes are not fetched to be refused
         model = resolve_model(arguments.model, arguments.revision, say)
-    config = read_config(model.path, arguments.revision)
-    stock = inventory(skeleton(config))
-    if arguments.model not in PRESETS:  # which say nothing of positions
-        _require_positions(known_positions(config), request)
+    known = describe(model.path, arguments.revision)
+    stock, half = known.stock, known.half
+    _require_positions(known.positions, request)
     model = replace(model, note="; ".join(filter(None, (model.note, stock.uncovered_note))))
-    half = half_dtype(config)
     for _, method in request.methods:
         if isinstance(method, Half) and method.dtype != Half().dtype:
             raise ValueError(
@@ -206,7 +224,7 @@ def build_plan(
     others = [(text, method) for text, method in request.methods if method.name != "fp16"]
     others = [(text, replace(method, dtype=half) if isinstance(method, Half) else method) for text, method in others]
     methods = [("fp16", Half(dtype=half)), *others]
-    bos = bos_policy(config.model_type)
+    bos = bos_policy(known.model_type)
     protocols: list[Protocol] = [parse_protocol(text, bos) for text in request.protocols]
     calibration, training = request.calibration, request.training
     if model.fingerprint:
@@ -248,6 +266,8 @@ def build_plan(
 def _require_positions(known: int | None, request: Request) -> None:
     """Raises ValueError where a window would be longer than what the model knows: past that it looks up no position, or
     one it was never trained on."""
+    from methods.base import Track
+
     calibrates = any(method.track != Track.DATA_FREE for _, method in request.methods)
     trains = any(method.adaptation for _, method in request.methods)
     used = [("--protocols", ",".join(request.protocols))]
@@ -261,9 +281,10 @@ def _require_positions(known: int | None, request: Request) -> None:
         raise ValueError(f"this model knows {known} positions, fewer than a window would have: write {' '.join(wrong)}")
 
 
-def _hub_config(name: str, revision: str | None) -> PretrainedConfig:
+def _require_from_hub(name: str, revision: str | None) -> None:
+    """Raises ValueError for a model that the hub does not give, or that cannot be run here."""
     try:
-        return read_config(name, revision)
+        describe(name, revision)
     except ValueError as error:
         if not isinstance(error.__cause__, OSError):
             raise
@@ -274,8 +295,11 @@ def _has_weights(name: str) -> bool:
     return name in MODELS or any(Path(name).expanduser().glob("*.safetensors"))
 
 
-def _device(name: str) -> str:
+def _device(name: str | None) -> str:
     """The device by its plain name: a CPU has no number. Raises ValueError when it is not usable."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

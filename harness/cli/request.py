@@ -43,8 +43,14 @@ class Options:
     timeout: float | None = None
     strict: bool = False
     log: str = ""
+    shapes: str = ""
     bench_seconds: float = 3.0
     bench_threads: int = 1
+    quiet: bool = False
+    verbose: bool = False
+    wide: bool = False
+    json: bool = False
+    typed: Sequence[str] = ()  # the words that were typed
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Self:
@@ -79,6 +85,8 @@ class Given(TypedDict, total=False):
     log: Texts
     bench_seconds: float
     bench_threads: int
+    quiet: bool
+    verbose: bool
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,7 +98,7 @@ class Parser(argparse.ArgumentParser):
 
 def words(given: dict[str, Any]) -> list[str]:
     """The command line's words for options given in Python. Raises ValueError for a name that is no option's."""
-    known = [field.name for field in fields(Options)]
+    known = ["model", "methods", "bits", *Given.__annotations__]
     found = []
     for name, value in given.items():
         if name not in known:

@@ -4,52 +4,46 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from harness.cli.leaderboard import (
-    folder_of,
-    identity,
-    keeps_what_is_there,
-    measure_stored,
-    open_console,
-    report,
-    say_waiting,
-    writable,
+from harness.cli.options import (
+    add_bench_options,
+    add_plan_options,
+    add_volume_options,
+    build_plan,
+    positive_seconds,
+    read_request,
 )
-from harness.cli.options import add_bench_options, add_plan_options, build_plan, positive_seconds, read_request
-from harness.cli.progress import Display
 from harness.cli.request import Options
-from harness.cli.sheets import print_sheet
-from harness.data.assets import ResolvedModel
+from harness.cli.sheets import add_table_options
 from harness.data.protocols import protocol_key
-from harness.data.streams import calibration_stream, evaluation_stream
-from harness.data.texts import c4_documents
-from harness.engine.local import Interrupted, run_cells
-from harness.engine.process import Ended, Message
-from harness.evaluate.zero_shot import prepare
-from harness.model import read_config
-from harness.plan.cells import Cell, Plan
-from harness.progress import Say
-from harness.report import latency
-from harness.report.rows import report_of
-from harness.report.sheet import Sheet, Value
-from harness.report.sinks import Entry, Sinks, open_sinks
+from harness.model.described import describe
+from harness.report.sinks import Sinks, open_sinks
 from harness.store.cells import CellStore
 from harness.store.records import Ending, Outcome
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from harness.cli.leaderboard import Show
+    from harness.data.assets import ResolvedModel
+    from harness.plan.cells import Cell, Plan
+    from harness.progress import Say
+
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("run", help="compress, score and rank", description=__doc__)
+    parser = verbs.add_parser("run", description=__doc__)
     add_options(parser)
+    add_table_options(parser)
     parser.set_defaults(main=main)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of a run, whoever asks for it."""
     add_plan_options(parser)
     parser.add_argument("--out", type=Path, help="folder of the leaderboard (default: results/<plan hash>)")
     parser.add_argument("--fresh", action="store_true", help="ignore finished work of these cells")
@@ -77,32 +71,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="comma list of tensorboard:DIR, mlflow:URI, wandb:PROJECT: every cell is logged there when it ends",
     )
     add_bench_options(parser)
+    add_volume_options(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    return run(Options.of(arguments), open_console()).code
+    return run(Options.of(arguments))[0]
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a run left."""
-
-    code: int  # 0 if every row is good
-    folder: Path  # of its tables
-
-
-def run(arguments: Options, console: Console, show: Callable[[Sheet], None] = print_sheet) -> Finished:
-    """All of it: compress, score, measure, write the tables, `show` the short ones. Raises ValueError for what was
-    asked for wrongly, and Interrupted once the tables of what is finished are written."""
+def run(arguments: Options, console: Console | None = None, show: Show | None = None) -> tuple[int, Path]:
+    """All of it: compress, score, measure, write the tables, print the short one or `show` its rows; returns the exit
+    status and the folder. Raises ValueError for what was asked for wrongly, and Interrupted once the tables of what is
+    finished are written."""
     start = time.perf_counter()
-    request = read_request(arguments)
+    request = read_request(arguments, presets=False)
     sinks = open_sinks(arguments.log)
+    from harness.cli.leaderboard import folder_of, keeps_what_is_there, measure_stored, report, say_where, writable
+    from harness.cli.progress import open_console
+    from harness.engine.local import Interrupted
+    from harness.evaluate.zero_shot import prepare
+
+    console = console or open_console(arguments.quiet)
     if arguments.out:
         writable(arguments.out)
     say = partial(console.print, style="dim")
     plan, stock, model = build_plan(arguments, request, say)
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
+    if arguments.verbose:
+        say_where(plan, folder_of(plan, arguments), console)
     if stock.uncovered:
         console.print(f"{model.name}: {stock.uncovered_note}", style="yellow")
     runnable = [cell for cell in plan.cells if not cell.refusal]
@@ -112,7 +108,7 @@ def run(arguments: Options, console: Console, show: Callable[[Sheet], None] = pr
     if len(runnable) < len(plan.cells) and all(cell.budget is None for cell in runnable):
         runnable = []  # everything asked for was refused: the reference is not loaded for nothing
     if runnable:
-        _prepare_texts(plan, model, read_config(model.path).get_text_config().vocab_size, arguments.data, say)
+        _prepare_texts(plan, model, describe(model.path).vocabulary, arguments.data, say)
         prepare(plan.tasks, say)
         if not arguments.out:
             writable(Path("results") / plan.key)
@@ -136,9 +132,11 @@ def run(arguments: Options, console: Console, show: Callable[[Sheet], None] = pr
         # What is finished is in the table; what is not says so.
         done, timed = (outcomes, stop.outcomes) if measuring else (stop.outcomes, {})
         report(plan, done, timed, arguments, console, start, show)
+        finished = len(runnable) - len(_unfinished(plan, runnable))
+        stop.kept = f"{finished} of {len(runnable)} cells are finished and kept"
         raise
     code = report(plan, outcomes, measured, arguments, console, start, show)
-    return Finished(code, folder_of(plan, arguments))
+    return code, folder_of(plan, arguments)
 
 
 def strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
@@ -158,13 +156,12 @@ def strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, Ou
 def finish(
     plan: Plan, runnable: list[Cell], arguments: Options, jobs: int, console: Console, sinks: Sinks
 ) -> dict[str, Outcome]:
-    """Do what these cells still lack; the outcomes of those that lacked anything, by key."""
-    keys, tasks = [protocol_key(p) for p in plan.protocols], [task.key for task in plan.tasks]
-    todo = [
-        cell
-        for cell in runnable
-        if not CellStore(cell.key).finished(keys, tasks, is_reference=cell.key == plan.reference.key)
-    ]
+    """Do what these cells still lack; how the work ended, by the cells that lacked anything."""
+    from harness.cli.progress import Display, say_waiting
+    from harness.engine.local import run_cells
+    from harness.engine.process import Ended, Message
+
+    todo = _unfinished(plan, runnable)
     for cell in runnable:
         if cell not in todo:
             console.print(f"{cell.label}: found, not repeated", style="dim")
@@ -173,14 +170,15 @@ def finish(
     if not todo:
         return {}
     by_key = {cell.key: cell for cell in todo}
-    with Display(console, {cell.key: cell.label for cell in todo}) as display:
+    labels = {cell.key: cell.label for cell in todo}
+    specs = [cell.spec(plan.protocols, arguments.data, plan.reference.key, plan.tasks) for cell in todo]
+    with Display(console, labels, specs, done=len(runnable) - len(todo), verbose=arguments.verbose) as display:
 
         def watch(key: str, message: Message) -> None:
             display.message(key, message)
             if isinstance(message, Ended):
                 _log(by_key[key], plan, arguments, Outcome(key, message.error, message.ending), sinks)
 
-        specs = [cell.spec(plan.protocols, arguments.data, plan.reference.key, plan.tasks) for cell in todo]
         return run_cells(specs, jobs, watch, arguments.timeout, partial(say_waiting, console))
 
 
@@ -195,19 +193,36 @@ def _log(
     """The row of a cell that has ended, with this machine's measurement where there is one, to the sinks of the run."""
     if not sinks:
         return
+    from harness.cli.leaderboard import identity
+    from harness.report.latency import best_bandwidth
+    from harness.report.rows import report_of
+    from harness.report.sinks import Entry
+
     here = identity(plan, arguments)
     benches = {other.key: CellStore(other.key).bench(here) for other in plan.cells}
-    bench, bandwidth = benches[cell.key], latency.best_bandwidth(benches.values())
-    row = report_of(cell, plan, outcome, bench, bandwidth, measured).row
-    config: dict[str, Value] = {name: str(value) for name, value in asdict(cell.method).items()}
-    config |= {"method_version": cell.method.version, "dtype": cell.compute.dtype, "seed": cell.seed}
+    report = report_of(cell, plan, outcome, benches[cell.key], measured).filled(best_bandwidth(benches.values()))
+    config = {name: str(value) for name, value in asdict(cell.method).items()}
+    config |= {"method_version": str(cell.method.version), "dtype": cell.compute.dtype}
     if cell.calibration:
         config["calibration"] = cell.calibration.name
-    sinks.put(Entry.of(row, config))
+    sinks.put(Entry.of(report.row, config))
+
+
+def _unfinished(plan: Plan, cells: list[Cell]) -> list[Cell]:
+    """Those that lack something that this plan asks for."""
+    keys, tasks = [protocol_key(p) for p in plan.protocols], [task.key for task in plan.tasks]
+    return [
+        cell
+        for cell in cells
+        if not CellStore(cell.key).finished(keys, tasks, is_reference=cell.key == plan.reference.key)
+    ]
 
 
 def _prepare_texts(plan: Plan, model: ResolvedModel, vocabulary: int, data: str | None, say: Say) -> None:
     """Cut every text before any cell starts: a missing or short one should cost seconds, not a finished compression."""
+    from harness.data.streams import calibration_stream, evaluation_stream
+    from harness.data.texts import c4_documents
+
     streams = [evaluation_stream(protocol, model, data, say) for protocol in plan.protocols]
     calibrated = {
         (cell.calibration, cell.seed, cell.bos) for cell in plan.cells if cell.calibration and not cell.refusal

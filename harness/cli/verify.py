@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.cli.sheets import add_json_option, print_json
 from harness.data.assets import MANIFEST
 from harness.data.files import cache_dir, file_sha256
 from harness.data.record import Record
 from harness.data.sealed import Damaged, check_tensors, damaged_files, read_object, read_sealed, unsealed
+from harness.progress import say_nothing
 from harness.store.records import AllocationRecord, Artifact, CellSpec
 from harness.store.results import Bench, Score, TaskResult
 
@@ -26,21 +28,26 @@ RECORDS: dict[str, type[Record]] = {  # by what the names of their files begin w
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("verify", help="re-hash the cache and name what is damaged", description=__doc__)
+    parser = verbs.add_parser("verify", description=__doc__)
+    add_json_option(parser)
     parser.set_defaults(main=main)
 
 
 def main(arguments: argparse.Namespace) -> int:
+    say = say_nothing if arguments.json else print
     root = cache_dir()
-    files, problems = 0, 0
+    files, problems = 0, []
     for path in sorted(_files(root)):
         for problem in _problems(path):
-            print(f"{problem}; the next run that needs it makes it again")
-            problems += 1
+            say(f"{problem}; the next run that needs it makes it again")
+            problems.append(problem)
         files += 1
-    for line in _unsealed_cells():
-        print(line)
-    print(f"{files} files in {root}, {problems} damaged")
+    unsealed = list(_unsealed_cells())
+    for line in unsealed:
+        say(line)
+    if arguments.json:
+        print_json({"folder": root, "files": files, "damaged": problems, "without_checksums": unsealed})
+    say(f"{files} files in {root}, {len(problems)} damaged")
     return 1 if problems else 0
 
 

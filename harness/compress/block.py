@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from harness.compress.forward import BATCH_TOKENS, PausedForward, abandon, advanced
 from harness.compress.statistics import add_gram, completed
@@ -17,6 +17,9 @@ from harness.model.linear_layers import is_expert
 from kernels.formats.layer import LayerSpec
 from kernels.formats.tables import Table
 from methods.base import Compressed, Sensitivity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Slot(nn.Module):

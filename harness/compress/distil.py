@@ -14,14 +14,18 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from harness.data.sealed import believed, check_tensors, load_tensors, save_tensors
 from harness.model.head import head_of, hidden_states
 from harness.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 SLICE_LOGITS = 1 << 24  # of a model, held at once (64 MiB in fp32)
 

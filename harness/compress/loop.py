@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from harness.compress.block import BlockRun
 from harness.compress.forward import BlockInputs
@@ -31,7 +31,12 @@ from kernels.formats.tables import Table
 from methods.base import Compressed, LayerData, Method, Needs, Sensitivity, layer_seed
 from methods.codecs.error_feedback import Indefinite, NotFinite
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
 FALLBACK = "fallback"  # in the report of a layer that could not be packed as asked for
+ERROR_ROWS = 256  # of a matrix whose outputs' error is measured: all of them would cost as much as GPTQ itself
 log = logging.getLogger(__name__)
 
 
@@ -112,6 +117,8 @@ def pack_block(block: BlockRun, method: Method, configs: Mapping[str, LayerConfi
             )
             compressed = _compressed(method, data, block.layers[name], configs[name])
             block.install(name, compressed)
+            errors = _errors(compressed.packed, data)
+            block.reports[name] = compressed.report | errors
             packed[name] = compressed.packed
     if needs.outputs:
         tuning = method.tune_block(block, packed, seed)
@@ -137,6 +144,25 @@ def _compressed(method: Method, data: LayerData, layer: LayerSpec, config: Layer
         )
         compressed = method.compress(plain, layer, config)
         return replace(compressed, report=compressed.report | {FALLBACK: 1})
+
+
+@torch.no_grad()
+def _errors(packed: PackedLinear, data: LayerData) -> dict[str, float]:
+    """What share of the squared weights was lost and, where there is a Hessian, of the squared outputs on the
+    calibration tokens (of at most ERROR_ROWS rows); in front of any tuning of the block."""
+    error_OI = packed.decode() - data.weight_OI
+    found = {"weight_error": _share(error_OI, error_OI, data.weight_OI, data.weight_OI)}
+    if data.hessian_II is not None:
+        some = slice(None, None, -(-len(error_OI) // ERROR_ROWS))
+        error_RI, weight_RI = error_OI[some], data.weight_OI[some]
+        found["output_error"] = _share(error_RI, error_RI @ data.hessian_II, weight_RI, weight_RI @ data.hessian_II)
+    return found
+
+
+def _share(lost: Tensor, lost_turned: Tensor, whole: Tensor, whole_turned: Tensor) -> float:
+    """<lost, lost_turned> / <whole, whole_turned>; 0 where there was nothing to lose."""
+    total = (whole * whole_turned).sum().item()
+    return (lost * lost_turned).sum().item() / total if total > 0 else 0.0
 
 
 def _statistics(block: BlockRun, needs: Needs, name: str) -> tuple[Tensor | None, Tensor | None]:

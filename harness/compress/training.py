@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from harness.compress.distil import backward_from_divergence, backward_from_next_token, states_file
 from harness.compressed import CompressedModel
@@ -41,6 +40,10 @@ from kernels.formats.lowrank import quantise_lowrank
 from kernels.formats.packed import PackedLinear
 from methods.base import Adaptation
 from methods.schedule import warm_cosine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 BETAS = (0.9, 0.99)  # of AdamW; a second moment over a thousand steps would not outlive its own warm-up here
 CLIP = 1.0  # norm of a step's gradient

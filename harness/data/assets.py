@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,15 +188,23 @@ def resolve_model(name: str, revision: str | None = None, say: Say = say_nothing
             raise ValueError(f"--revision is for hub ids; '{name}' is pinned by its sha256")
         path = _converted(MODELS[name], name, say)
         return ResolvedModel(name, path, fingerprint(path), MODELS[name].note)
+    require_place(name)
     path = Path(name).expanduser()
-    if any("\ud800" <= c <= "\udfff" for c in name):  # bytes that are no text
-        raise ValueError(f"the name of the folder {name!r} is no text in UTF-8: rename it, or give a link to it")
     if path.is_dir():
         return ResolvedModel(printable(path.resolve().name), path, fingerprint(path))
-    if not is_hub_id(name):
-        raise ValueError(f"no folder {name}: give a folder, a hub id (owner/name) or one of {', '.join(MODELS)}")
     path = _from_hub(name, revision)
     return ResolvedModel(name, path, fingerprint(path))
+
+
+def require_place(name: str, presets: Collection[str] = ()) -> None:
+    """Raises ValueError for a name that is no pinned model, folder or hub id, and none of the `presets`."""
+    if any("\ud800" <= c <= "\udfff" for c in name):  # bytes that are no text
+        raise ValueError(f"the name of the folder {name!r} is no text in UTF-8: rename it, or give a link to it")
+    if name in MODELS or name in presets or Path(name).expanduser().is_dir() or is_hub_id(name):
+        return
+    raise ValueError(
+        f"no folder {name}: give a folder, a hub id (owner/name) or one of {', '.join([*MODELS, *presets])}"
+    )
 
 
 def is_hub_id(name: str) -> bool:

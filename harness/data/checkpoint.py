@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from harness.data.files import cache_dir, digest, file_sha256
 from harness.data.sealed import believed, read_sealed, write_sealed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -76,6 +78,8 @@ def view(path: Path, expected: str = "") -> Iterator[Path]:
 
 def load_tokenizer(path: Path, expected: str = "") -> PreTrainedTokenizerBase:
     """Raises ValueError where there is none, and as `view` does."""
+    from transformers import AutoTokenizer
+
     with view(path, expected) as files:
         try:
             return AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)

@@ -13,13 +13,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from harness.data.files import atomic_path, digest, file_sha256, json_text, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEAL = "sha256"
 BLANK = "0" * 64
@@ -110,6 +111,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """safetensors' own file. Raises OSError for what the system refuses, as every other writer does."""
+    from safetensors.torch import save_file
+
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
@@ -121,6 +124,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
 
 def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata). Raises Damaged."""
+    from safetensors.torch import load_file
+
     check_tensors(path)
     try:
         tensors = load_file(path, device=device)

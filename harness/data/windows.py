@@ -18,15 +18,19 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from harness.data.files import digest
 from harness.data.protocols import PINNED_STREAMS, Calibration, Protocol
 from harness.data.texts import c4_documents, mini_documents, wikitext2_pages, wikitext2_test
 from harness.progress import Say, say_nothing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 C4_NEW_DOCUMENTS = 1100
 C4_SEED = 0

@@ -224,7 +224,8 @@ def _allocate(
         costs = expected_costs(method, model, stock, budget, measured, seed, speak, CostCache(path))
     found = mixed(stock, budget, costs)
     assert found.predicted is not None and found.bound is not None and found.gap is not None
-    return AllocationRecord(found.predicted, found.bound, found.gap, time.perf_counter() - start, found.layers)
+    seconds = time.perf_counter() - start
+    return AllocationRecord(found.predicted, found.bound, found.gap, seconds, found.layers, costs=found.costs)
 
 
 def _measured(

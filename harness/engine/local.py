@@ -4,6 +4,7 @@ of them."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,16 @@ from harness.store.records import CellSpec, Ending, Outcome
 # Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an
 # accelerator may not survive a fork, so there every cell starts from nothing.
 START = {"cpu": "forkserver"}
+# What it imports: a cell's work, and what that would import on its way to a loaded model.
+PRELOADED = (
+    "harness.engine.cell",
+    "harness.model.handed",
+    "safetensors.torch",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.pytorch_utils",
+)
 LONGEST_POLL_S = 86400.0  # some weeks at once are more than the system takes
 GRACE_S = 1.0  # in which a run that is told to end together with its processes learns of it too
 LONGEST = 70  # bytes of the temporary folder's name: the server's socket lies there, and its whole name may have 108
@@ -40,6 +51,8 @@ Watch = Callable[[str, Message], None]  # (cell key, message of the cell's proce
 
 class Interrupted(KeyboardInterrupt):
     """The run was told to end. What is finished is kept; `outcomes` says what was not."""
+
+    kept = ""  # what is finished, for the person who stopped it
 
     def __init__(self, outcomes: dict[str, Outcome]) -> None:
         super().__init__()
@@ -140,7 +153,8 @@ class _Processes:
         receiver, sender = context.Pipe(duplex=False)
         alive, ours = context.Pipe(duplex=False)
         log, variables = str(store.log), dict(os.environ)
-        child = context.Process(target=process.main, args=(work, sender, alive, log, variables))
+        level = min(logging.INFO, logging.getLogger("harness").getEffectiveLevel())  # a cell's log is never shorter
+        child = context.Process(target=process.main, args=(work, sender, alive, log, variables, level))
         victims = _memory_victims()
         child.start()
         self._running.append(child)
@@ -239,7 +253,7 @@ def _prepare(device_type: str) -> None:
     """Start the server of the forks, if there is to be one. Ctrl-C is for this process: it ends the others itself."""
     context = _context(device_type)
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([cell.__name__])
+        context.set_forkserver_preload(list(PRELOADED))
         main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
         try:

@@ -15,14 +15,11 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-
 import harness
 import kernels
 import methods
 from harness.progress import printable
 from harness.store.records import Ending
-from methods.codecs.error_feedback import NotFinite
 
 OURS = tuple(Path(package.__path__[0]) for package in (harness, kernels, methods))
 
@@ -78,8 +75,8 @@ class Speaker:
 class _Notes(logging.Handler):
     """What is logged, as notes to the parent."""
 
-    def __init__(self, speak: Speaker) -> None:
-        super().__init__(logging.INFO)
+    def __init__(self, speak: Speaker, level: int) -> None:
+        super().__init__(level)
         self.speak = speak
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -89,9 +86,12 @@ class _Notes(logging.Handler):
 Work = Callable[[Speaker], None]
 
 
-def main(work: Work, messages: Connection, alive: Connection, log: str, variables: Mapping[str, str]) -> None:
+def main(
+    work: Work, messages: Connection, alive: Connection, log: str, variables: Mapping[str, str], level: int
+) -> None:
     """Entry of the process, whose environment may be older than its orders: the server of the forks started once. A
-    parent that is gone (`alive` ends) ends the process at once: nobody will read the rest."""
+    parent that is gone (`alive` ends) ends the process at once: nobody will read the rest. What is logged at `level`
+    and above is noted."""
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
     speak = Speaker(messages)
     try:
@@ -101,8 +101,8 @@ def main(work: Work, messages: Connection, alive: Connection, log: str, variable
             for descriptor in (1, 2):  # stdout, stderr
                 os.dup2(out.fileno(), descriptor)
         logger = logging.getLogger("harness")
-        logger.setLevel(logging.INFO)
-        logger.handlers = [_Notes(speak), logging.StreamHandler()]
+        logger.setLevel(level)
+        logger.handlers = [_Notes(speak, level), logging.StreamHandler()]
         work(speak)
         speak.say(Ended())
     except BrokenPipeError:
@@ -127,6 +127,10 @@ def ended(error: BaseException) -> Ended:
 
 
 def _ended(error: BaseException) -> Ended:
+    import torch
+
+    from methods.codecs.error_feedback import NotFinite
+
     lines = str(error).strip().splitlines()
     first = lines[0][:300] if lines else ""
     if isinstance(error, KeyboardInterrupt):  # Ctrl-C, which a terminal sends to all processes

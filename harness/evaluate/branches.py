@@ -12,15 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from harness.evaluate.score import HEAD_LOGITS
 from harness.model import decoder
 from harness.model.head import head_of
 from harness.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 BATCH_TOKENS = 4096  # through the decoder at once, padding included
 FULL_TOKENS = 512  # a batch of as many may end early, where the next row would be padding for more than an eighth

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.evaluate.branches import Scored, Text, follows_branches, log_likelihoods, longest_tree, plant
 from harness.model.families import known_positions
 from harness.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 Tokenized = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation), and the token ids of both
 

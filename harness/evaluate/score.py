@@ -14,12 +14,11 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from harness.data.sealed import save_tensors
 from harness.data.windows import Articles
@@ -27,6 +26,10 @@ from harness.model import decoder_blocks, in_place_of_states, states_of
 from harness.model.head import head_of, hidden_states
 from harness.progress import Progress, silent
 from harness.store.results import KLD_EDGES, POSITIONS, Divergence, Losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 BODY_TOKENS = 8192  # tokens through the decoder at once
 HEAD_LOGITS = 1 << 25  # logits held at once (128 MiB in fp32), for the model and once more for the reference

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from harness.data.assets import ResolvedModel
 from harness.data.checkpoint import load_tokenizer
 from harness.data.files import canonical
@@ -24,6 +22,7 @@ from harness.store.results import Accuracy, TaskResult
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from harness.evaluate.lm import BranchingLM
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from harness.compressed import CompressedModel, attach_tables
 from harness.model import empty_model, half_dtype, inventory
-from kernels.formats.codebook import table_spec
+from kernels.formats.bits import table_spec
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.packed import PackedLinear

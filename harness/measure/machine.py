@@ -16,13 +16,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO
 
-import torch
-
 import kernels
 from harness.data.files import digest
 from harness.progress import wait_in_silence
 from harness.store.results import Machine
-from kernels.timing import bandwidth as bandwidth
 
 CODE = (Path(kernels.__path__[0]), Path(__file__).parent)  # a latency measured on other code than this is not shown
 CODE_SUFFIXES = (".py", ".cpp", ".h", ".json")
@@ -85,6 +82,8 @@ def cores() -> int:
 
 def identity(device: str, threads: int) -> Machine:
     """The machine that a latency belongs to: the same one, the same numbers up to noise."""
+    import torch
+
     found = Machine(_processor(), cores(), torch.__version__, threads)
     if torch.device(device).type != "cuda":
         return found
@@ -95,6 +94,8 @@ def identity(device: str, threads: int) -> Machine:
 
 def describe(device: str, threads: int) -> Machine:
     """The machine with its clocks as they are now."""
+    import torch
+
     cpu_mhz, gpu_mhz = None, None
     with suppress(OSError, ValueError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

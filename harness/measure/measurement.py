@@ -37,7 +37,7 @@ from harness.store.cells import CellStore
 from harness.store.records import CellSpec
 from harness.store.results import Bench, Memory, ProductTime, PromptTiming, Spread, Timing
 from kernels.dispatch import fused, linear
-from kernels.timing import Call, interleaved, speed_up, spread
+from kernels.timing import Call, bandwidth, interleaved, speed_up, spread
 
 # Relative norms. Products of a CPU make 16-bit integers of their inputs (kernels/cpu/README.md).
 PRODUCT_LIMITS = {torch.float32: 2e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -109,7 +109,7 @@ def measure(
     memory = _memory(model, before, device)
     decode_on_load_s = loaded.decode_seconds
     progress("bandwidth", 0, 1)
-    bandwidth = machine.bandwidth(device)
+    readable = bandwidth(device)
     read = bytes_per_token(loaded)
     reference = None if load_reference is None else timed_model(load_reference())
     decode = _decode(runners, None if reference is None else _runners(reference), device, seconds, progress)
@@ -127,7 +127,7 @@ def measure(
         decode_gap=gap,
         memory=memory,
         decode_on_load_s=decode_on_load_s,
-        bandwidth=max(bandwidth, machine.bandwidth(device)),  # others may have used the memory a moment ago
+        bandwidth=max(readable, bandwidth(device)),  # others may have used the memory a moment ago
         bytes_per_token=read,
         decode=decode,
         prefill=prefill,

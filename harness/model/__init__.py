@@ -2,270 +2,51 @@
 
 Works from a configuration alone (modules on the meta device) as well as on a loaded model. Bits per weight are counted
 over every parameter of two or more dimensions inside the decoder blocks; embeddings, head, norms and biases are "the
-rest" and stay at 16 bits for every method."""
+rest" and stay at 16 bits for every method.
+
+What is counted is in `shapes`, and needs no torch; `network` has the modules, and is imported with the first name that
+is asked for of it."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from harness.model.shapes import PRESETS, BlockSpec, Inventory, laid_out
+from kernels.registry import on_demand
 
-from harness.data.checkpoint import view
-from harness.model.families import require_supported
-from harness.model.linear_layers import with_linear_layers
-from harness.progress import first_line
-from kernels.formats.layer import LayerSpec
+__all__ = [
+    "PRESETS",
+    "BlockSpec",
+    "Inventory",
+    "decoder",
+    "decoder_blocks",
+    "decoder_name",
+    "empty_model",
+    "half_dtype",
+    "in_place_of_states",
+    "inventory",
+    "laid_out",
+    "load_reference",
+    "read_config",
+    "skeleton",
+    "states_of",
+    "swapped_module",
+]
 
-
-def _llama(
-    hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, model_type: str = "llama", **more: Any
-) -> dict[str, Any]:
-    return dict(
-        model_type=model_type,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocab,
-        tie_word_embeddings=False,
-        **more,
+if TYPE_CHECKING:
+    from harness.model.network import (
+        decoder,
+        decoder_blocks,
+        decoder_name,
+        empty_model,
+        half_dtype,
+        in_place_of_states,
+        inventory,
+        load_reference,
+        read_config,
+        skeleton,
+        states_of,
+        swapped_module,
     )
-
-
-# Configurations of published models, so that `plan` can count their bits without a download: of each config.json what
-# decides shapes.
-PRESETS: dict[str, dict[str, Any]] = {
-    "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
-    "llama2-13b": _llama(5120, 13824, 40, 40, 40, 32000),
-    "llama2-70b": _llama(8192, 28672, 80, 64, 8, 32000),
-    "llama3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256) | {"tie_word_embeddings": True},
-    "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
-    "llama3-70b": _llama(8192, 28672, 80, 64, 8, 128256),
-    "mistral-7b": _llama(4096, 14336, 32, 32, 8, 32000, "mistral"),
-    "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152) | {"tie_word_embeddings": True},
-    "qwen2.5-0.5b": _llama(896, 4864, 24, 14, 2, 151936, "qwen2") | {"tie_word_embeddings": True},
-    "qwen2.5-7b": _llama(3584, 18944, 28, 28, 4, 152064, "qwen2"),
-}
-
-
-MOST_BLOCKS = 10_000  # whose layers are laid out one by one, if without weights
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    name: str
-    layers: tuple[LayerSpec, ...]
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """Every weight of a model, by shape alone."""
-
-    blocks: tuple[BlockSpec, ...]
-    # Block weights that are no linear layer -> count; 16 bits each.
-    uncovered: dict[str, int] = field(default_factory=dict)
-    rest_weights: int = 0
-
-    @property
-    def layers(self) -> list[LayerSpec]:
-        return [layer for block in self.blocks for layer in block.layers]
-
-    @property
-    def weights(self) -> int:
-        """The denominator of bits per weight."""
-        return sum(layer.weights for layer in self.layers) + sum(self.uncovered.values())
-
-    @property
-    def uncovered_bits(self) -> int:
-        return 16 * sum(self.uncovered.values())
-
-    @property
-    def uncovered_note(self) -> str:
-        """What a reader must know of them; "" where there are none."""
-        if not self.uncovered:
-            return ""
-        roles = dict.fromkeys(_role(name, block.name) for name in self.uncovered for block in self.blocks)
-        share = sum(self.uncovered.values()) / self.weights
-        names = ", ".join(filter(None, roles))
-        return f"{100 * share:.2g} % of the block weights are in no linear layer and count at 16 bits ({names})"
-
-
-def _role(name: str, block: str) -> str:
-    """A name inside a block, less the number of an expert; "" for a name outside."""
-    prefix, _, role = name.partition(f"{block}.")
-    head, _, last = role.rpartition(".")
-    return "" if prefix else head if last.isdecimal() else role
-
-
-def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """(dotted name, list) of the decoder blocks. Raises ValueError for a model that has none."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise ValueError(
-        f"{type(model).__name__} has no list of {count} decoder blocks; only decoder-only language models are supported"
-    )
-
-
-def states_of(out: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The hidden states a block gives, alone or in front of others."""
-    return out if isinstance(out, Tensor) else out[0]
-
-
-def in_place_of_states(out: Tensor | tuple[Tensor, ...], hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """What a block gives, with these hidden states."""
-    return hidden if isinstance(out, Tensor) else (hidden, *out[1:])
-
-
-def decoder_name(model: PreTrainedModel) -> str:
-    """Dotted name of the module that owns the blocks: what it gives is what the head gets."""
-    return decoder_blocks(model)[0].rpartition(".")[0]
-
-
-def decoder(model: PreTrainedModel) -> nn.Module:
-    return model.get_submodule(decoder_name(model))
-
-
-def inventory(model: PreTrainedModel) -> Inventory:
-    """Raises ValueError when no block has a linear layer to compress."""
-    prefix, modules = decoder_blocks(model)
-    blocks, covered = [], set()
-    for index, module in enumerate(modules):
-        layers = []
-        for inside, layer in module.named_modules():
-            if isinstance(layer, nn.Linear):
-                name = f"{prefix}.{index}.{inside}"
-                covered.add(f"{name}.weight")
-                role, bias = _role(name, f"{prefix}.{index}"), layer.bias is not None
-                layers.append(LayerSpec(name, role, layer.out_features, layer.in_features, bias))
-        blocks.append(BlockSpec(f"{prefix}.{index}", tuple(layers)))
-    if not covered:
-        raise ValueError(
-            f"{type(model).__name__} keeps no nn.Linear in its decoder blocks; nothing here can compress it"
-        )
-    uncovered, rest = {}, 0
-    for name, parameter in model.named_parameters():  # tied parameters appear once
-        if name in covered:
-            continue
-        if name.startswith(f"{prefix}.") and parameter.ndim >= 2:
-            uncovered[name] = parameter.numel()
-        else:
-            rest += parameter.numel()
-    return Inventory(tuple(blocks), uncovered, rest)
-
-
-def read_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """A preset name, or the config.json of a folder or hub id."""
-    if str(source) in PRESETS:
-        values = dict(PRESETS[str(source)])
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    try:
-        config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
-    except Exception as error:  # a configuration's own checks raise what they like
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"'{source}' brings code of its own, which is never run here: only architectures of transformers are"
-            ) from None
-        raise ValueError(
-            f"no configuration of '{source}' can be read ({first_line(error)}): "
-            f"give a local folder or a hub id; presets are {', '.join(PRESETS)}"
-        ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{source} is already quantised (its config.json says how): give the unquantised model")
-    return config
-
-
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model with shapes only. Raises ValueError for a type of model that cannot be run here, or of such sizes."""
-    require_supported(config)
-    count = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if not isinstance(count, int) or count > MOST_BLOCKS:
-        raise ValueError(f"config.json asks for {str(count)[:20]} decoder blocks: more than any model has")
-    try:
-        with torch.device("meta"):
-            return with_linear_layers(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    except Exception as error:  # a layer's constructor raises what it likes
-        raise ValueError(
-            f"config.json describes no causal language model that can be built ({first_line(error)}): check its sizes"
-        ) from error
-
-
-def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights, but with the buffers that no checkpoint holds (rotary frequencies)."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        return with_linear_layers(AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
-
-
-def half_dtype(config: PretrainedConfig) -> str:
-    """The 16-bit type the uncompressed tensors are kept in: the checkpoint's own, fp16 for an fp32 one.
-
-    `config` must be the file's (read_config): a loaded model's says what it was loaded as.
-    """
-    return "bfloat16" if config.dtype == torch.bfloat16 else "float16"
-
-
-def load_reference(path: Path, device: str, dtype: torch.dtype, fingerprint: str = "") -> PreTrainedModel:
-    """The model of a folder, of the `fingerprint` if one is given. Raises ValueError when it has another, or when its
-    weights and its configuration are not each other's, or are no numbers: transformers would go on with random ones in
-    place of what is missing."""
-    read_config(path)
-    try:
-        with view(path, fingerprint) as files:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                files,
-                dtype=dtype,
-                output_loading_info=True,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,
-            )
-    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
-        raise ValueError(f"the weights of {path} cannot be read ({first_line(error)}): copy them again") from error
-    _require_own(path, "lacks", "that its config.json asks for: its weights are incomplete", found["missing_keys"])
-    _require_own(
-        path, "holds", "that its config.json has no place for: it is another model's", found["unexpected_keys"]
-    )
-    mismatched = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
-    _require_own(path, "holds", "of other sizes than its config.json says: it is another model's", mismatched)
-    broken = [name for name, tensor in model.state_dict().items() if not _finite(tensor)]
-    _require_own(path, "holds", "with weights that are no finite numbers: download or train it again", broken)
-    if not any(bool(p.any()) for p in decoder_blocks(model)[1].parameters() if p.ndim >= 2):
-        raise ValueError(f"every matrix of {path} is zero: it was saved before it had weights")
-    model.config.name_or_path = str(path)  # not the view's
-    return with_linear_layers(model).to(device).eval()
-
-
-def _require_own(path: Path, verb: str, problem: str, names: Iterable[str]) -> None:
-    if found := sorted(names):
-        raise ValueError(f"{path} {verb} {len(found)} tensors {problem} ({found[0]} first)")
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-@contextlib.contextmanager
-def swapped_module(model: nn.Module, name: str, replacement: nn.Module) -> Iterator[None]:
-    original = model.get_submodule(name)
-    model.set_submodule(name, replacement)
-    try:
-        yield
-    finally:
-        model.set_submodule(name, original)
+else:
+    __getattr__ = on_demand("harness.model.network", __all__)

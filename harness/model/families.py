@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def require_supported(config: PretrainedConfig) -> None:
@@ -14,6 +16,8 @@ def require_supported(config: PretrainedConfig) -> None:
 
 
 def _obstacle(config: PretrainedConfig) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
     if getattr(config, "is_encoder_decoder", False):
         return "have an encoder and a decoder"
     sort = type(config)

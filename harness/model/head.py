@@ -5,42 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from torch import Tensor
 
 from harness.model import decoder, decoder_name, swapped_module
 
-
-@dataclass
-class _Handed(BaseModelOutputWithPast):
-    """A decoder's output that holds states and nothing else a head may ask for (logits of routers, say)."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-class _Given(nn.Module):
-    """Stands in for the decoder: hands out hidden states computed before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> _Handed:
-        return _Handed(last_hidden_state=self.hidden)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextmanager
 def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
     """hidden [N, H] -> logits [N, V] in fp32 through the model's own forward, so that whatever an architecture does to
     its logits (soft caps, scales) is done."""
-    given = _Given()
+    from harness.model.handed import Given
+
+    given = Given()
 
     def head(hidden_NH: Tensor) -> Tensor:
         given.hidden = hidden_NH[None]

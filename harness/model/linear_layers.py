@@ -6,18 +6,21 @@ projection of all experts. Both become `nn.Linear`s when a model is made, before
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from kernels.formats.packed import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def with_linear_layers(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself, such weights in place replaced by linear layers of the same values."""
+    from transformers.pytorch_utils import Conv1D
+
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             model.set_submodule(name, linear_of(module.weight.detach().t().contiguous(), module.bias.detach()))

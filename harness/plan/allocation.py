@@ -7,19 +7,21 @@ charge."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness.ledger import Ledger, planned
+from harness.ledger import Ledger, counted, planned
 from harness.model import Inventory
 from harness.plan.knapsack import choose, lagrangian, require_finite
 from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
-from methods.base import Method
 
-MODES = ("ilp", "uniform")
+if TYPE_CHECKING:
+    from methods.base import Method
 
 
 class BudgetError(ValueError):
@@ -34,6 +36,7 @@ class Allocation:
     ledger: Ledger
     predicted: float | None = None  # cost of the whole: nats per token for a calibrated method
     bound: float | None = None  # no allocation of the considered configurations costs less under the budget
+    costs: dict[str, float] = field(default_factory=dict)  # of every layer; they add up to `predicted`
 
     @property
     def gap(self) -> float | None:
@@ -51,11 +54,17 @@ def common_candidates(method: Method, stock: Inventory) -> list[tuple[dict[str, 
         key: {method.family(config): config for config in method.candidates(layer)}
         for key, layer in representatives.items()
     }
+    sorts = {layer.name: sort_of(layer) for layer in stock.layers}
+    counts, uncovered_bits, weights = Counter(sorts.values()), stock.uncovered_bits, stock.weights
     found = []
     for family in next(iter(own.values())):
-        if all(family in of_sort for of_sort in own.values()):
-            configs = {layer.name: own[sort_of(layer)][family] for layer in stock.layers}
-            found.append((configs, planned(configs, stock.layers, stock.uncovered_bits, stock.weights)))
+        if all(family in offered for offered in own.values()):
+            of_sort = {sort: own[sort][family] for sort in counts}
+            layers: Counter[tuple[LayerConfig, int, int]] = Counter()
+            for (role, rows, columns), config in of_sort.items():
+                layers[config, rows, columns] += counts[role, rows, columns]
+            configs = {name: of_sort[sort] for name, sort in sorts.items()}
+            found.append((configs, counted(layers, uncovered_bits, weights)))
     return found
 
 
@@ -109,9 +118,9 @@ def mixed(stock: Inventory, budget: Fraction, costs: Mapping[str, Mapping[LayerC
     offer_costs = [[costs[name][config] for config in own] for name, own in zip(names, offers, strict=True)]
     picks, bound = choose(bits, offer_costs, room)
     configs = {name: own[pick] for name, own, pick in zip(names, offers, picks, strict=True)}
-    predicted = math.fsum(costs[name][config] for name, config in configs.items())
+    chosen = {name: costs[name][config] for name, config in configs.items()}
     ledger = planned(configs, stock.layers, stock.uncovered_bits, stock.weights)
-    return Allocation(configs, ledger, predicted, bound if floor is None else floor)
+    return Allocation(configs, ledger, math.fsum(chosen.values()), bound if floor is None else floor, chosen)
 
 
 def _without_idle_tables(

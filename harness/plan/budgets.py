@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+MODES = ("ilp", "uniform")  # of allocation: a configuration for every layer, or one for all
+
 
 @dataclass(frozen=True)
 class Budget:

@@ -51,7 +51,7 @@ class Cell:
     compute: Compute
     bos: str
     half: str = "float16"  # 16-bit type of everything that is not packed
-    allocate: str = "uniform"  # harness.plan.allocation.MODES
+    allocate: str = "uniform"  # harness.plan.budgets.MODES
     allocation: Allocation | None = None  # None: refused, or made by the cell itself, which has the weights ("ilp")
     refusal: str = ""
 

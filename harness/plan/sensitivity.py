@@ -27,11 +27,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from harness.compress.forward import BlockInputs, stubbed_blocks
 from harness.compress.statistics import add_gram, completed
@@ -45,6 +44,10 @@ from harness.plan.unfinished import Unfinished, prefixed, under
 from harness.progress import Progress, silent
 from methods.base import Sensitivity
 from methods.codecs.error_feedback import Indefinite, NotFinite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 # Of the calibration's, in whole windows, as far as it has them; more for pivots of wide layers.
 HESSIAN_TOKENS, GRADIENT_TOKENS = (4096, 1024)

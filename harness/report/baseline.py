@@ -12,6 +12,7 @@ from pathlib import Path
 from harness.ledger import FILL_TOLERANCE
 from harness.report.latency import COLUMNS
 from harness.report.sheet import GOOD, label
+from harness.report.table import read_csv, write_csv
 
 Rows = dict[str, dict[str, str]]
 # The reference has no choices to make. A quantiser's roundings may fall differently in another CPU's arithmetic, and
@@ -28,10 +29,7 @@ def read_rows(path: Path) -> Rows:
     path = path / "leaderboard.csv" if path.is_dir() else path
     if not path.exists():
         raise ValueError(f"no {path}: give a leaderboard.csv, or the folder a run wrote")
-    from harness.report.typed_table import read_text  # and pandas with it
-
-    table = read_text(path)
-    rows: list[dict[str, str]] = [dict(zip(table.columns, line, strict=True)) for line in table.itertuples(index=False)]
+    rows = read_csv(path)
     needed = {"method", "variant", "budget_bpw", "seed", "stored_bpw"}
     if not rows or not needed <= rows[0].keys() or not perplexity_columns(rows[0]):
         raise ValueError(f"{path} is no leaderboard: it needs rows with {', '.join(sorted(needed))} and perplexities")
@@ -88,12 +86,10 @@ def write_baseline(rows: Rows, path: Path) -> int:
         "stored_bpw",
         *perplexity_columns(next(iter(rows.values()))),
     ]
-    from harness.report.typed_table import write_table
-
     kept = [row for row in rows.values() if row.get("status", "ok") in GOOD]
     if not kept:
         raise ValueError(f"no row of this leaderboard has numbers: {path} stays as it was; run again, then --update")
-    write_table(path, columns, [{name: row.get(name, "") for name in columns} for row in kept])
+    write_csv(path, columns, kept)
     return len(kept)
 
 

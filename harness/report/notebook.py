@@ -11,7 +11,7 @@ import pandas as pd
 
 from harness.report.baseline import perplexity_columns
 from harness.report.sheet import GOOD, Row, Value, leaderboard_sheet
-from harness.report.typed_table import read_text, typed
+from harness.report.table import frame
 
 
 class Leaderboard(pd.DataFrame):
@@ -33,10 +33,10 @@ class Leaderboard(pd.DataFrame):
         file = path / "leaderboard.csv" if path.is_dir() else path
         if not file.exists():
             raise ValueError(f"no {file}: give the folder a run wrote, or its leaderboard.csv")
-        text = read_text(file)
-        if not len(text) or not {"method", "variant", "budget_bpw", "status", "seed"} <= set(text.columns):
+        table = frame(file)
+        if not len(table) or not {"method", "variant", "budget_bpw", "status", "seed"} <= set(table.columns):
             raise ValueError(f"{file} is no leaderboard: give the folder a run wrote, or its leaderboard.csv")
-        board = cls(typed(text))
+        board = cls(table)
         board.folder = file.parent
         return board
 

@@ -1,14 +1,18 @@
 """The row of one cell, from what is stored of it: columns, values, status.
 
 Columns of a protocol P: `ppl_P` with its 95 % interval `ppl_P_lo`, `ppl_P_hi`; `rank_P` within budget, track and seed,
-shared by rows that cannot be told apart; `kld_P`, `kld_P_p90`, `top1_P` against the reference, whose own row shows the
-noise floor. Columns of memory and latency are in harness.report.latency, of tasks in harness.report.task_pages."""
+shared by rows that cannot be told apart; `kld_P` with interval and percentiles, `reverse_kld_P`, `top1_P` against the
+reference, whose own row shows the noise floor. Columns of memory and latency are in harness.report.latency, of tasks in
+harness.report.task_pages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
 
 from harness import __version__
 from harness.data.files import Json
@@ -17,10 +21,10 @@ from harness.ledger import underspent
 from harness.plan.cells import Cell, Plan
 from harness.report import latency
 from harness.report.sheet import Row
-from harness.report.stats import perplexity_interval
-from harness.report.task_pages import TIME_COLUMN, task_columns
+from harness.report.stats import MIN_WINDOWS, interval, perplexity_interval, resampled_means
+from harness.report.task_pages import TIME_COLUMN
 from harness.store.cells import CellStore
-from harness.store.records import Artifact, Ending, Outcome
+from harness.store.records import Artifact, Ending, LayerRecord, Outcome
 from harness.store.results import Bench, Score, TaskResult
 
 COLUMNS_BEFORE = (
@@ -85,6 +89,8 @@ def protocol_columns(names: Sequence[str]) -> list[str]:
             ("rank", ""),
             ("tie", ""),
             ("kld", ""),
+            ("kld", "_lo"),
+            ("kld", "_hi"),
             ("kld", "_p90"),
             ("kld", "_p99"),
             ("kld", "_p999"),
@@ -95,17 +101,28 @@ def protocol_columns(names: Sequence[str]) -> list[str]:
     return [f"ppl_{name}" for name in names] + more
 
 
-def all_columns(plan: Plan) -> list[str]:
-    """The columns of a plan's rows, in order."""
-    names = [protocol.name for protocol in plan.protocols]
-    return [*COLUMNS_BEFORE, *protocol_columns(names), *task_columns(plan.tasks), *COLUMNS_AFTER]
+def role_columns(reports: Iterable[CellReport]) -> list[str]:
+    """`bpw_<role>` of every role of matrix that a packed model of these has; experts count as one role."""
+    found = (name for report in reports if report.artifact for name in role_bits(report.artifact))
+    return list(dict.fromkeys(f"bpw_{name}" for name in found))
+
+
+def role_bits(artifact: Artifact) -> dict[str, float]:
+    """Stored bits per weight of each role of matrix: the mean over its matrices."""
+    found: dict[str, list[float]] = {}
+    for layer in artifact.layers.values():
+        found.setdefault(_EXPERT.sub(".*", layer.role), []).append(layer.stored_bpw)
+    return {role: fmean(bits) for role, bits in found.items()}
+
+
+_EXPERT = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
 class CellReport:
     """All that a leaderboard says of one cell; what is not stored is None."""
 
-    row: Row
+    row: Row  # not every column: those of ranks are a table's, and some are of other protocols
     seeded: bool  # whether a seed can change it
     artifact: Artifact | None
     scores: dict[str, Score | None]  # by protocol
@@ -115,6 +132,11 @@ class CellReport:
     @property
     def done(self) -> dict[str, Score]:
         return {name: score for name, score in self.scores.items() if score}
+
+    @property
+    def mixed_layers(self) -> dict[str, LayerRecord]:
+        """The layers, where each one's configuration was decided by itself."""
+        return self.artifact.layers if self.artifact and self.row["allocate"] == "ilp" else {}
 
     def to_json(self) -> dict[str, Json]:
         """What `cells/<key>.json` holds: likelihoods of single answers stay in the store."""
@@ -131,12 +153,53 @@ class CellReport:
             "bench": self.bench.to_json() if self.bench else None,
         }
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> CellReport:
+        """What `to_json` of this or an earlier version wrote. Raises ValueError, naming `where`."""
+        parts = [data.get(name) for name in ("row", "scores", "tasks")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError(f"{where} is no cell of a run: the run's own command writes it again")
+        row, scores, tasks = parts
+        assert row and scores is not None and tasks is not None
+        artifact, bench = data.get("artifact"), data.get("bench")
+        return cls(
+            row,
+            data.get("seeded", True),
+            Artifact.from_json(artifact, f"{where}: artifact") if artifact else None,
+            {name: Score.from_json(part, f"{where}: {name}") if part else None for name, part in scores.items()},
+            {name: TaskResult.from_json(part, f"{where}: {name}") if part else None for name, part in tasks.items()},
+            Bench.from_json(bench, f"{where}: bench") if bench else None,
+        )
+
+    def filled(self, bandwidth: float) -> CellReport:
+        """The report with all that its row says of what is stored. `bandwidth`: bytes that this machine reads in a
+        second."""
+        row, done = dict(self.row), list(self.done.values())
+        if self.artifact:
+            row |= _artifact_values(self.artifact)
+            peaks = [self.artifact.peak_ram_gib, *(score.peak_ram_gib for score in done)]
+            answered = [result for result in self.tasks.values() if result]
+            row["peak_ram_gib"] = max([*peaks, *(result.peak_ram_gib or 0.0 for result in answered)])
+        if done:
+            row |= {
+                "kind": done[0].kind,
+                "resident_bpw": done[0].resident_bpw,
+                "eval_s": sum(score.seconds for score in done),
+            }
+            if any(seconds := [score.decode_s for score in done]):
+                row["decode_s_on_load"] = max(seconds)
+        if self.bench:
+            row |= latency.bench_values(self.bench, bandwidth)
+        for name, score in self.done.items():
+            row |= _protocol_values(name, score)
+        return replace(self, row=row)
+
 
 def report_of(
-    cell: Cell, plan: Plan, outcome: Outcome | None, bench: Bench | None, bandwidth: float, measured: Outcome | None
+    cell: Cell, plan: Plan, outcome: Outcome | None, bench: Bench | None, measured: Outcome | None
 ) -> CellReport:
-    """The report of a cell from what is stored; `bench` is this machine's measurement of it, if there is one,
-    `bandwidth` the bytes that this machine reads in a second, `measured` how measuring ended."""
+    """The report of a cell from what is stored, not `filled` yet; `bench` is this machine's measurement of it, if there
+    is one, `measured` how measuring ended."""
     store = CellStore(cell.key)
     artifact = store.artifact() if not cell.refusal else None
     scores = {p.name: store.score(protocol_key(p)) for p in plan.protocols} if artifact else {}
@@ -149,15 +212,12 @@ def report_of(
     ):
         outcome = None  # another run has finished what this one was taken away from
     error = cell.refusal or (outcome.error if outcome else "")
-    bench = bench if artifact else None  # of an artifact that is there
-    row: Row = dict.fromkeys(all_columns(plan), "")
-    status = str(_status(cell, artifact, scores, tasks, outcome))
-    row |= {
+    row: Row = {
         "model": cell.model.name,
         "method": cell.method.name,
         "variant": cell.method.variant or cell.method_text.partition(":")[2],
         "track": str(cell.method.track),
-        "status": status,
+        "status": str(_status(cell, artifact, scores, tasks, outcome)),
         "budget_bpw": cell.budget.text if cell.budget else "",
         "seed": cell.seed,
         "device": cell.compute.device,
@@ -167,25 +227,7 @@ def report_of(
         "model_note": cell.model.note,
         "reason": error or (measured.error if measured else "") or _overflow(scores) or _no_divergence(scores),
     }
-    report = CellReport(row, cell.method.seeded, artifact, scores, tasks, bench)
-    done, answered = list(report.done.values()), [result for result in tasks.values() if result]
-    if artifact:
-        row |= _artifact_values(artifact)
-        peaks = [artifact.peak_ram_gib, *(score.peak_ram_gib for score in done)]
-        row["peak_ram_gib"] = max([*peaks, *(result.peak_ram_gib or 0.0 for result in answered)])
-    if done:
-        row |= {
-            "kind": done[0].kind,
-            "resident_bpw": done[0].resident_bpw,
-            "eval_s": sum(score.seconds for score in done),
-        }
-        if any(seconds := [score.decode_s for score in done]):
-            row["decode_s_on_load"] = max(seconds)
-    if bench:
-        row |= latency.bench_values(bench, bandwidth)
-    for name, score in report.done.items():
-        row |= _protocol_values(name, score)
-    return report
+    return CellReport(row, cell.method.seeded, artifact, scores, tasks, bench if artifact else None)
 
 
 def _overflow(scores: Mapping[str, Score | None]) -> str:
@@ -214,6 +256,7 @@ def _artifact_values(artifact: Artifact) -> Row:
         row |= {"plan_cost": found.predicted, "plan_gap": found.gap, "plan_s": found.seconds}
     for name in ("tuning_steps", "tuning_tokens"):  # the same for every block
         row[name] = max((layer.report[name] for layer in artifact.layers.values() if name in layer.report), default="")
+    row |= {f"bpw_{role}": bits for role, bits in role_bits(artifact).items()}
     if training := artifact.training:
         row |= {
             "training_steps": training.steps,
@@ -236,6 +279,9 @@ def _protocol_values(name: str, score: Score) -> Row:
             f"kld_{name}_p99": divergence.kld_p99,
             f"top1_{name}": divergence.top1,
         }
+        if len(divergence.window_kld) >= MIN_WINDOWS and score.window_weight is None and math.isfinite(divergence.kld):
+            low, high = interval(resampled_means(divergence.window_kld))
+            values |= {f"kld_{name}_lo": low, f"kld_{name}_hi": high}
         if divergence.reverse_kld is not None and divergence.kld_p999 is not None:
             values |= {f"kld_{name}_p999": divergence.kld_p999, f"reverse_kld_{name}": divergence.reverse_kld}
     return values

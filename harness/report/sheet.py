@@ -35,6 +35,21 @@ FORMATS = {
     "compress_s": "{:.0f}",
 }
 GOOD = ("ok", "underspent")  # statuses of rows whose numbers count
+WIDTH = 100  # characters of a terminal's line that the columns that decide may take
+SHORTEST = 12  # characters of a method's name, before the table is left as wide as it is
+LARGE = 10_000.0  # perplexities from here on have a power of ten
+SHORT = {  # on a terminal
+    "decode-per-call": "call",
+    "decode-on-load": "load",
+    "data-free": "free",
+    "calibrated": "calib",
+    "fine-tuned": "tuned",
+    "out-of-memory": "memory",
+}
+SHORT_SOURCES = {"wiki-mini": "wiki", "c4-mini": "c4", "wikitext2": "wiki2", "wikitext2-words": "words"}
+
+
+SEPARATOR = "  "  # between columns of plain lines
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,15 @@ class Sheet:
         text = ["| " + " | ".join(self.header) + " |", "|" + "|".join(" --- " for _ in self.header) + "|"]
         text += ["| " + " | ".join(map(escaped, line)) + " |" for line in self.lines]
         return "\n".join(text) + "\n"
+
+    def plain(self) -> str:
+        """Lines of columns padded to one width."""
+        lines = [self.header, *self.lines]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        padded = (
+            SEPARATOR.join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in lines
+        )
+        return "\n".join(line.rstrip() for line in padded) + "\n"
 
 
 def escaped(value: str) -> str:
@@ -84,6 +108,70 @@ def leaderboard_sheet(
         middle = [*(PER_PROTOCOL[what](row, name) for what, name in protocols), *(text(row) for text in more.values())]
         lines.append([*(_text(row, column) for column in HEAD), *middle, *(_text(row, column) for column in tail)])
     return Sheet([*HEAD.values(), *titles, *more, *tail.values()], lines)
+
+
+def decisive_sheet(rows: Sequence[Row], names: Sequence[str], width: int = WIDTH) -> Sheet:
+    """The columns that decide, in `width` characters: what a method stores, perplexity with its rank (#1, #1= for a
+    tie) and divergence under every protocol, accuracy, latency, how it ran and how it ended.
+
+    Where they would be wider, the least telling are left out, then names of methods are cut."""
+    short = short_names(names)
+    columns = [
+        ("method", [_text(row, "method") for row in rows]),
+        ("bits", [_text(row, "budget_bpw") for row in rows]),
+        ("stored", [_text(row, "stored_bpw") for row in rows]),
+    ]
+    for name in names:
+        columns.append((f"ppl {short[name]}", [_ranked(_brief(row, f"ppl_{name}"), row, name) for row in rows]))
+        columns.append((f"kld {short[name]}", [_divergence(row, name) for row in rows]))
+    if "acc_average" in rows[0]:
+        accuracies = [f"{v:.3f}" if isinstance(v := row["acc_average"], float) else str(v) for row in rows]
+        columns.append(("acc", [_ranked(text, row, "average") for text, row in zip(accuracies, rows, strict=True)]))
+    columns.append(("ms/tok", [_text(row, "decode_ms_b1") for row in rows]))
+    for title in ("kind", "track", "status"):
+        columns.append((title, [SHORT.get(str(row[title]), str(row[title])) for row in rows]))
+    spare = [*(f"kld {short[name]}" for name in reversed(names[1:])), "kind", "track", "ms/tok"]
+    while spare and _width(columns) > width:
+        columns = [column for column in columns if column[0] != spare[0]]
+        del spare[0]
+    (title, methods), *others = columns
+    room = max(SHORTEST, width - _width(others) - len(SEPARATOR))
+    columns = [(title, [text if len(text) <= room else text[: room - 1] + "…" for text in methods]), *others]
+    return Sheet([title for title, _ in columns], list(zip(*(texts for _, texts in columns), strict=True)))
+
+
+def _brief(row: Row, column: str) -> str:
+    """A number in as many digits as decide."""
+    value = row.get(column, "")
+    return f"{value:.2e}" if isinstance(value, float) and LARGE <= value < math.inf else _text(row, column)
+
+
+def _width(columns: Sequence[tuple[str, Sequence[str]]]) -> int:
+    """Of a line, in characters."""
+    return sum(max(map(len, (title, *texts))) + len(SEPARATOR) for title, texts in columns) - len(SEPARATOR)
+
+
+def _ranked(text: str, row: Row, name: str) -> str:
+    rank = row.get(f"rank_{name}", "")
+    return f"{text} #{rank}{'=' if row.get(f'tie_{name}') else ''}" if rank != "" else text
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """A short name for every protocol, no two alike: of its text, with its context where that is not enough, or its
+    own."""
+    texts = {name: name.partition("@") for name in names}
+    brief = {name: SHORT_SOURCES.get(text, text) for name, (text, _, _) in texts.items()}
+    longer = {name: f"{brief[name]}@{rest.partition('/')[0]}" for name, (_, _, rest) in texts.items()}
+    own = {name: name for name in names}
+    return next((found for found in (brief, longer) if len(set(found.values())) == len(names)), own)
+
+
+def notes_below(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """What stands under that table: whole names of protocols, and why rows have no numbers."""
+    short = short_names(names)
+    legend = ", ".join(f"{short[name]}: {name}" for name in names if short[name] != name)
+    reasons = [f"{label(row)}: {row['status']}: {row['reason']}" for row in rows if row["reason"]]
+    return [legend, *reasons] if legend else reasons
 
 
 def _perplexity(row: Row, name: str) -> str:

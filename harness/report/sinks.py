@@ -21,7 +21,7 @@ from harness.report.sheet import GOOD, Row, Value, label
 EXPERIMENT = "ptq-harness"  # of MLflow, whose runs stand in one
 WHERE = {"tensorboard": "DIR", "mlflow": "URI", "wandb": "PROJECT"}
 EXAMPLE = "--log tensorboard:runs"
-NOT_NUMBERS = ("seed", "bench_threads", "harness_version")  # of a configuration, not of a result
+CONFIG = ("model", "method", "variant", "track", "budget_bpw", "seed", "allocate", "device")  # columns that say what
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,10 @@ class Entry:
         numbers = {
             column: float(value)
             for column, value in row.items()
-            if isinstance(value, int | float) and math.isfinite(value) and column not in NOT_NUMBERS
+            if isinstance(value, int | float) and math.isfinite(value) and column not in CONFIG
         }
-        told = {column: value for column, value in row.items() if column not in numbers and value != ""}
-        told = {column: value for column, value in told.items() if column not in ("cell", "status", "reason")}
-        name = f"{label(row)}"
-        return cls(name, str(row["cell"]), {**config, **told}, numbers, str(row["status"]), str(row["reason"]))
+        told = {column: row[column] for column in CONFIG if row.get(column, "") != ""}
+        return cls(label(row), str(row["cell"]), {**config, **told}, numbers, str(row["status"]), str(row["reason"]))
 
 
 Callback = Callable[[Entry], None]

@@ -26,8 +26,9 @@ def add_ranks(
     first."""
     for group in ranked_together(rows, unseeded):
         for name in names:
-            ranks = shared_ranks([losses[str(row["cell"])][name] for row in group], weights.get(name))
-            for row, rank in zip(group, ranks, strict=True):
+            scored = [row for row in group if name in losses[str(row["cell"])]]
+            ranks = shared_ranks([losses[str(row["cell"])][name] for row in scored], weights.get(name))
+            for row, rank in zip(scored, ranks, strict=True):
                 row[f"rank_{name}"] = rank
                 row[f"tie_{name}"] = "tie" if ranks.count(rank) > 1 else ""
 
@@ -59,13 +60,17 @@ def summarise(rows: Sequence[Row], losses: WindowLosses, names: Sequence[str], w
         row["status"] = max(str(member["status"]) for member in group)  # "underspent" if any is
         cells = [str(member["cell"]) for member in group]
         row |= {"seeds": len(group), "cell": "|".join(cells), "reason": "", "seed": 0}
-        averaged["|".join(cells)] = {name: _average([losses[cell][name] for cell in cells]) for name in names}
+        averaged["|".join(cells)] = {
+            name: _average([losses[cell][name] for cell in cells])
+            for name in names
+            if all(name in losses[cell] for cell in cells)
+        }
         for name in names:
             for column in (f"ppl_{name}", f"kld_{name}", f"top1_{name}"):
                 values = [number(member, column) for member in group if member[column] != ""]
                 row[column] = statistics.fmean(values) if values else ""
-            perplexities = [number(member, f"ppl_{name}") for member in group]
-            row[f"ppl_{name}_sd"] = statistics.stdev(perplexities) if len(group) > 1 else ""
+            perplexities = [number(member, f"ppl_{name}") for member in group if member[f"ppl_{name}"] != ""]
+            row[f"ppl_{name}_sd"] = statistics.stdev(perplexities) if len(perplexities) > 1 else ""
             row[f"rank_{name}"] = row[f"tie_{name}"] = ""
         summary.append(row)
     add_ranks(summary, averaged, names, weights)

@@ -4,8 +4,8 @@ ranks.
 Columns of a task T: `acc_T` and, where T has it, `acc_norm_T`, each with `_stderr` and its 95 % interval `_lo`, `_hi`;
 then, of the headline metric (acc_norm where there is one), `rank_T` and `tie_T` within budget, track and seed, and
 `flips_T`: the share of items that are right in one of row and reference and wrong in the other (Dutta et al. 2024,
-"Accuracy is Not All You Need"). `acc_average` is the mean of the headline metrics. All differences are paired: every
-row answered the same items."""
+"Accuracy is Not All You Need"); `retention_T`: its accuracy over the reference's. `acc_average` is the mean of the
+headline metrics. All differences are paired: every row answered the same items."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def task_columns(tasks: Sequence[Task]) -> list[str]:
     """Average first, then task by task; none when no tasks were asked for."""
     if not tasks:
         return []
-    columns = [AVERAGE, f"{AVERAGE}_lo", f"{AVERAGE}_hi", "rank_average", "tie_average"]
+    columns = [AVERAGE, f"{AVERAGE}_lo", f"{AVERAGE}_hi", "rank_average", "tie_average", "retention_average"]
     for task in tasks:
         columns += [f"{metric}_{task.name}{end}" for metric in task.metrics for end in ("", "_stderr", "_lo", "_hi")]
-        columns += [f"{what}_{task.name}" for what in ("rank", "tie", "flips")]
+        columns += [f"{what}_{task.name}" for what in ("rank", "tie", "flips", "retention")]
     return [*columns, "provisional", TIME_COLUMN]
 
 
@@ -57,8 +57,9 @@ def fill_tasks(
         row |= _row_values(str(row["cell"]), results, tasks, reference)
     for group in ranked_together(rows, unseeded):
         for name, some in [*((task.name, [task]) for task in tasks), ("average", tasks)]:
-            ranks = accuracy_ranks([_marks(results[str(row["cell"])], some) for row in group])
-            for row, rank in zip(group, ranks, strict=True):
+            answered = [row for row in group if all(results[str(row["cell"])].get(task.name) for task in some)]
+            ranks = accuracy_ranks([_marks(results[str(row["cell"])], some) for row in answered])
+            for row, rank in zip(answered, ranks, strict=True):
                 row[f"rank_{name}"], row[f"tie_{name}"] = rank, "tie" if ranks.count(rank) > 1 else ""
 
 
@@ -74,15 +75,24 @@ def _row_values(cell: str, results: Mapping[str, Results], tasks: Sequence[Task]
             if base and cell != reference:
                 lost, gained, _ = flips(result, base, task.headline)
                 values[f"flips_{task.name}"] = (lost + gained) / result.items
+            if base and (whole := base.metrics[task.headline].value):
+                values[f"retention_{task.name}"] = result.metrics[task.headline].value / whole
     if done:
         values["provisional"] = provisional(tasks)
         values[TIME_COLUMN] = sum(result.seconds for result in done)
     if len(done) == len(tasks):
         marks = _marks(of_cell, tasks)
         low, high = accuracy_interval(marks)
-        mean = math.fsum(sum(m) / len(m) for m in marks) / len(marks)
+        mean = _mean(marks)
         values |= {AVERAGE: mean, f"{AVERAGE}_lo": low, f"{AVERAGE}_hi": high}
+        of_reference = results.get(reference, {})
+        if all(of_reference.get(task.name) for task in tasks):
+            values["retention_average"] = mean / _mean(_marks(of_reference, tasks))
     return values
+
+
+def _mean(marks: Sequence[Sequence[int]]) -> float:
+    return math.fsum(sum(m) / len(m) for m in marks) / len(marks)
 
 
 def provisional(tasks: Sequence[Task]) -> str:
@@ -101,7 +111,15 @@ def flips(result: TaskResult, base: TaskResult, metric: str) -> tuple[int, int, 
 def task_means(summary: Sequence[Row], rows: Sequence[Row], tasks: Sequence[Task]) -> None:
     """Set the accuracies and flips of rows over several seeds to the means of theirs."""
     by_cell = {row["cell"]: row for row in rows}
-    names = [AVERAGE, *(f"{what}_{task.name}" for task in tasks for what in (*task.metrics, "flips"))] if tasks else []
+    names = (
+        [
+            AVERAGE,
+            "retention_average",
+            *(f"{what}_{task.name}" for task in tasks for what in (*task.metrics, "flips", "retention")),
+        ]
+        if tasks
+        else []
+    )
     for mean in summary:
         members = [by_cell[cell] for cell in str(mean["cell"]).split("|")]
         for name in names:
@@ -190,7 +208,7 @@ def _values(task: Task, result: TaskResult) -> Row:
 
 
 def _marks(results: Results, tasks: Sequence[Task]) -> list[list[int]]:
-    return [result.marks(task.headline) for task in tasks if (result := results[task.name])]
+    return [result.marks(task.headline) for task in tasks if (result := results.get(task.name))]
 
 
 def _rank(row: Row, name: str) -> str:

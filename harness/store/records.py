@@ -6,7 +6,7 @@ file of an earlier one is brought up to date when it is read."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
@@ -17,8 +17,8 @@ from harness.data.protocols import Calibration, Protocol, Training
 from harness.data.record import Record
 from harness.data.tasks import Task
 from harness.ledger import Ledger
+from kernels.formats.bits import Scalar
 from kernels.formats.layer import LayerConfig
-from kernels.formats.stored import Scalar
 
 
 def _layer_config(data: Any) -> LayerConfig:
@@ -87,6 +87,7 @@ class Prediction(Record):
     bound: float  # no allocation of the considered configurations costs less under the budget
     gap: float  # share of the cost by which the best possible one may be better
     seconds: float  # it took to find
+    costs: dict[str, float] = field(default_factory=dict, kw_only=True)  # of every layer; none from before there were
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class AllocationRecord(Prediction):
 
     @property
     def prediction(self) -> Prediction:
-        return Prediction(self.predicted, self.bound, self.gap, self.seconds)
+        return Prediction(self.predicted, self.bound, self.gap, self.seconds, costs=self.costs)
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,10 @@ class TaskResult(Record):
     correct: dict[str, str]  # by metric: "1" for an item that is right, "0" for one that is wrong
     answers: dict[str, tuple[int, ...]]  # by metric: index of the chosen answer; of lambada whether it says the word
     nonfinite_items: int
-    loglikelihoods: tuple[tuple[float, ...], ...]  # of every answer, in nats
     branching: bool  # whether the answers to one question were scored together
     seconds: float
     peak_ram_gib: float | None = None
+    loglikelihoods: tuple[tuple[float, ...], ...] = ()  # of every answer, in nats; not in the files of a leaderboard
 
     def marks(self, metric: str) -> list[int]:
         """1 for every item that is right, else 0."""

@@ -23,24 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from kernels.formats.bitpack import pack, packed_words, unpack
+from kernels.formats.bits import table_key
 from kernels.formats.normal_float import nf_levels
 from kernels.formats.order import BandOrder
 from kernels.formats.packed import PackedLinear
 from kernels.formats.scales import BlockScales, ScaleForm, per_column
-from kernels.formats.stored import Scalar, Spec
 from kernels.formats.tables import TABLES, Table
 
 OWN = ("learnt", "nf")  # tables of a layer's own; others stand in TABLES, and layers refer to them
-
-
-def table_key(spec: Mapping[str, Scalar]) -> str:
-    """Name of the shared table that a layer of this spec decodes from; "" for none."""
-    return f"{spec['share']}:{spec['table']}{spec['dim']}x{spec['index_bits']}" if spec.get("share") else ""
-
-
-def table_spec(spec: Mapping[str, Scalar]) -> Spec:
-    """What kernels.formats.tables.Table.from_spec lays that table out from."""
-    return {"form": spec["table"], "dim": spec["dim"], "index_bits": spec["index_bits"]}
 
 
 class CodebookLinear(PackedLinear):

@@ -6,14 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
+from kernels.formats.bits import Spec, StoredBits, table_key, table_spec
 
-from kernels.formats.codebook import table_key, table_spec
-from kernels.formats.packed import PackedLinear
-from kernels.formats.stored import Spec, StoredBits
-from kernels.formats.tables import Table
+if TYPE_CHECKING:
+    import torch
+
+    from kernels.formats.packed import PackedLinear
+    from kernels.formats.tables import Table
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class LayerConfig:
 
     def layout(self, layer: LayerSpec, device: str | torch.device = "meta") -> PackedLinear:
         """The empty module this configuration stores for `layer`."""
+        from kernels.formats.packed import PackedLinear
+
         shape = dict(in_features=layer.in_features, out_features=layer.out_features, bias=layer.bias)
         return PackedLinear.from_spec({"format": self.format, **shape, **dict(self.hyper)}, device)
 
@@ -62,6 +65,8 @@ class LayerConfig:
 
     def table(self, device: str | torch.device = "meta") -> Table:
         """That table, empty."""
+        from kernels.formats.tables import Table
+
         return Table.from_spec(table_spec(dict(self.hyper)), device)
 
     def to_json(self) -> Spec:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dispatch import linear
+from kernels.formats.bits import Scalar, Spec
 from kernels.formats.lowrank import LowRank
 from kernels.formats.rotation import Rotation
-from kernels.formats.stored import Scalar, Spec, StoredModule
+from kernels.formats.stored import StoredModule
 from kernels.registry import Registry
 
 

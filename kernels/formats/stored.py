@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-Scalar = str | int | float | bool
-Spec = dict[str, Scalar]  # shapes and enums from which an empty module is laid out: JSON, and never a learnt number
-
-PARTS = ("codes", "scales", "tables", "adapters")
-
-
-@dataclass(frozen=True)
-class StoredBits:
-    """A number of bits for each use of the stored tensors. Padding is counted where it is stored."""
-
-    codes: int = 0  # indices of weights, nothing else
-    scales: int = 0  # scales, zero points, minima, per-row factors
-    tables: int = 0  # codebooks, decoders, permutations
-    adapters: int = 0  # low-rank factors and their scales
-
-    @property
-    def total(self) -> int:
-        return self.codes + self.scales + self.tables + self.adapters
-
-    def __add__(self, other: StoredBits) -> StoredBits:
-        return StoredBits(*(getattr(self, part) + getattr(other, part) for part in PARTS))
+from kernels.formats.bits import PARTS, StoredBits
 
 
 class StoredModule(nn.Module):

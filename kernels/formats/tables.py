@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels.formats.stored import Scalar, Spec, StoredModule
+from kernels.formats.bits import Scalar, Spec
+from kernels.formats.stored import StoredModule
 from kernels.registry import Registry
 
 

@@ -21,8 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kernels.formats.bits import StoredBits
 from kernels.formats.codebook import CodebookLinear
-from kernels.formats.stored import StoredBits
 from kernels.formats.trellis import WINDOWS, TrellisLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Sensitivity, Track
 from methods.codecs.basis import turned

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_a_cell_that_takes_too_long_is_one_row(tiny, cache, tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_told_to_end_a_run_keeps_what_is_finished_and_says_how_to_go_on(number, code, two_blocks, cache, tmp_path):
     typed = [sys.executable, "-m", "harness", "run", "--model", str(two_blocks.path), "--methods", "gptq,gptvq", *SHORT]
-    process = subprocess.Popen([*typed, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*typed, "--out", str(tmp_path / "my out")], stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not list(cache.glob("cells/*/artifact.json")) and time.time() < deadline:
         time.sleep(0.02)  # the reference is stored, the others are at work
@@ -91,8 +92,10 @@ def test_told_to_end_a_run_keeps_what_is_finished_and_says_how_to_go_on(number, 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "the same command goes on from here" in errors and "Traceback" not in errors
+    assert re.search(r"stopped; \d of 3 cells are finished and kept", errors)
+    assert errors.splitlines()[-1].strip() == shlex.join(["python", *typed[1:], "--out", str(tmp_path / "my out")])
     assert "SIGKILL" not in errors and "interrupted" in errors
-    rows = {row["status"] for row in read_rows(tmp_path).values()}
+    rows = {row["status"] for row in read_rows(tmp_path / "my out").values()}
     assert "interrupted" in rows and rows <= {"ok", "interrupted"}
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and _is_cell(p)]
     assert list(cache.glob("cells/*/artifact.json"))

@@ -50,7 +50,7 @@ def _caught(raise_it) -> Ended:
 def _serialise() -> None:
     """The writer of tensor files has errors of its own."""
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    with mock.patch.object(sealed, "save_file", side_effect=full):
+    with mock.patch("safetensors.torch.save_file", side_effect=full):
         sealed.write_tensors({"a": torch.zeros(9)}, Path("/x/y"))
 
 

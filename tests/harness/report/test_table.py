@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from harness.report.notebook import Leaderboard
-from harness.report.typed_table import read_text, typed, write_table
+from harness.report.table import frame, read_csv, write_csv
 
 ROOT = Path(__file__).parents[3]
 OURS = [path for path in ROOT.glob("results/**/*.csv") if "llama-cpp" not in str(path)]
@@ -19,15 +19,15 @@ OURS = [path for path in ROOT.glob("results/**/*.csv") if "llama-cpp" not in str
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT / "results")))
 def test_committed_tables_are_written_again_byte_for_byte(path, tmp_path):
-    text = read_text(path)
-    write_table(tmp_path / "again.csv", list(text.columns), text.to_dict("records"))
+    rows = read_csv(path)
+    write_csv(tmp_path / "again.csv", list(rows[0]), rows)
     assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
-    assert typed(text).to_csv(index=False, lineterminator="\n").encode() == path.read_bytes()
+    assert frame(path).to_csv(index=False, lineterminator="\n").encode() == path.read_bytes()
 
 
 def test_numbers_are_written_as_python_writes_them(tmp_path):
     values = [0.1 + 0.2, 1e-7, 1.0, 3, math.inf, math.nan, "", 2**60, "a,b", 'a"b', "a\nb", "=1+1", "-x", "nan"]
-    write_table(tmp_path / "t.csv", ["n", "value"], [{"n": n, "value": value} for n, value in enumerate(values)])
+    write_csv(tmp_path / "t.csv", ["n", "value"], [{"n": n, "value": value} for n, value in enumerate(values)])
     plain = io.StringIO()
     writer = csv.writer(plain, lineterminator="\n")
     writer.writerow(["n", "value"])
@@ -39,12 +39,12 @@ def test_dtypes_follow_from_names_and_missing_is_not_nan(tmp_path):
     columns = ["method", "variant", "budget_bpw", "stored_bpw", "seed", "rank_w@8", "tie_w@8", "ppl_w@8", "reason"]
     lines = ["fp16,,,16.0,0,,,20.0,", "nf,,13/4,3.25,0,1,tie,nan,too 'far'", "nf,,3,3.0,1,,,,"]
     (tmp_path / "t.csv").write_text("\n".join([",".join(columns), *lines]) + "\n")
-    frame = typed(read_text(tmp_path / "t.csv"))
+    table = frame(tmp_path / "t.csv")
     kinds = ["category", "category", "Float64", "Float64", "Int64", "Int64", "category", "Float64", "string"]
-    assert [str(frame[name].dtype) for name in columns] == kinds
-    assert frame["budget_bpw"].iloc[1] == 3.25 and frame["variant"].tolist() == [""] * 3
-    assert math.isnan(frame["ppl_w@8"].iloc[1]) and frame["ppl_w@8"].isna().tolist() == [False, False, True]
-    assert frame["reason"].isna().tolist() == [True, False, True] and frame["rank_w@8"].iloc[0] is pd.NA
+    assert [str(table[name].dtype) for name in columns] == kinds
+    assert table["budget_bpw"].iloc[1] == 3.25 and table["variant"].tolist() == [""] * 3
+    assert math.isnan(table["ppl_w@8"].iloc[1]) and table["ppl_w@8"].isna().tolist() == [False, False, True]
+    assert table["reason"].isna().tolist() == [True, False, True] and table["rank_w@8"].iloc[0] is pd.NA
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2,3\n", b"\xff\xfe\x00", "a,b\n1,2\n"])
