@@ -106,7 +106,7 @@ def words(given: dict[str, Any]) -> list[str]:
             raise ValueError(
                 f"there is no option '{name}': write {close[0]}=..."
                 if close
-                else f"there is no option '{name}': those there are are {', '.join(known)}"
+                else f"there is no option '{name}': there are {', '.join(known)}"
             )
         option = name.replace("_", "-")
         if value is None:  # as if it were not there
