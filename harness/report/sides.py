@@ -43,6 +43,7 @@ class Pair:
 @dataclass(frozen=True)
 class Sides:
     folders: tuple[Path, Path]
+    models: tuple[str, str]
     protocols: tuple[str, ...]  # that both were scored by
     pairs: tuple[Pair, ...]
     only: tuple[tuple[str, ...], tuple[str, ...]]  # labels of rows that the other has not
@@ -62,7 +63,13 @@ class Sides:
     def notes(self) -> list[str]:
         """What is in no line of the sheet."""
         without = [f"{p.label} ({p.statuses[0]}, {p.statuses[1]})" for p in self.pairs if not p.perplexity]
-        found = [("without numbers in A or B", without), ("only in A", self.only[0]), ("only in B", self.only[1])]
+        models = (f"{self.models[0]} in A, {self.models[1]} in B",) if self.models[0] != self.models[1] else ()
+        found = [
+            ("different models", models),
+            ("without numbers in A or B", without),
+            ("only in A", self.only[0]),
+            ("only in B", self.only[1]),
+        ]
         legend = (
             f"A is {self.folders[0]}, B is {self.folders[1]}; ratios are paired, window by window, with 95 % intervals"
         )
@@ -79,7 +86,8 @@ class Sides:
             }
             for pair in self.pairs
         ]
-        names = {"a": self.folders[0], "b": self.folders[1], "protocols": list(self.protocols)}
+        names = {"a": self.folders[0], "b": self.folders[1], "models": list(self.models)}
+        names |= {"protocols": list(self.protocols)}
         return {**names, "rows": rows, "only_a": list(self.only[0]), "only_b": list(self.only[1])}
 
 
@@ -97,7 +105,8 @@ def side_by_side(first: Path, second: Path) -> Sides:
     _require_equal_tokens(protocols, (first, second), (here, there))
     pairs = [_pair(label, here[label], there[label], protocols) for label in here if label in there]
     only = (tuple(n for n in here if n not in there), tuple(n for n in there if n not in here))
-    return Sides((first, second), tuple(protocols), tuple(pairs), only)
+    models = tuple(str(next(iter(side.values())).row.get("model", "")) for side in (here, there))
+    return Sides((first, second), (models[0], models[1]), tuple(protocols), tuple(pairs), only)
 
 
 def read_reports(folder: Path) -> dict[str, CellReport]:
@@ -106,7 +115,7 @@ def read_reports(folder: Path) -> dict[str, CellReport]:
         raise ValueError(f"no folder {folder}: give the one a run wrote")
     found = {}
     for label, row in read_rows(folder).items():
-        path = folder / "cells" / f"{row['cell']}.json"
+        path = folder / "cells" / f"{row.get('cell', '')}.json"
         if not path.exists():
             raise ValueError(
                 f"no {path}: the run's own command writes it again, in seconds where its cells are still cached"

@@ -12,16 +12,26 @@ from rich.console import Console
 
 import harness
 from harness import api
+from harness.cli import run as runs
 from harness.cli.options import read_request
 from harness.cli.request import Given, Options, words
 from harness.data.checkpoint import load_tokenizer
+from harness.report.sinks import Entry, Sinks
 from harness.store.cells import CellStore
 from tests.helpers import SMALL, run_harness
 
 PLANNED = dict(calibration="c4-mini@128x4", protocols=["wiki-mini@128/4", "c4-mini@128/4"], bench=False)
 
 
-def test_it_is_the_leaderboard_of_the_command_line(truncated, finished, finished_cache, tmp_path):
+@pytest.fixture
+def logged(monkeypatch) -> list[Entry]:
+    """What a run's sinks are given."""
+    entries: list[Entry] = []
+    monkeypatch.setattr(runs, "open_sinks", lambda text: Sinks({text: entries.append}))
+    return entries
+
+
+def test_it_is_the_leaderboard_of_the_command_line(truncated, finished, finished_cache, logged, tmp_path):
     board = harness.compare(truncated.path, ["rtn", "gptq"], [2.25, 3.25], out=tmp_path / "out", **PLANNED)
     written = (finished / "out" / "leaderboard.csv").read_bytes()
     assert (tmp_path / "out" / "leaderboard.csv").read_bytes() == written
@@ -29,6 +39,12 @@ def test_it_is_the_leaderboard_of_the_command_line(truncated, finished, finished
     pd.testing.assert_frame_equal(board, harness.load_results(finished / "out"))
     assert board.to_csv(index=False, lineterminator="\n").encode() == written
     assert "<td>gptq</td><td>2.25</td>" in board._repr_html_()
+    # What was found is logged too, with the numbers of its row.
+    assert {entry.key for entry in logged} == set(board["cell"]) and len(logged) == 5
+    for entry in logged:
+        row = board.set_index("cell").loc[entry.key]
+        assert entry.numbers["ppl_wiki-mini@128/4"] == row["ppl_wiki-mini@128/4"]
+        assert entry.config["method"] == row["method"] and entry.status == "ok"
 
 
 def test_a_compressed_model_is_the_stored_cell_and_generates(truncated, finished_cache, capsys):
@@ -41,7 +57,7 @@ def test_a_compressed_model_is_the_stored_cell_and_generates(truncated, finished
     assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, tokens.shape[1] + 3)
 
 
-def test_a_model_that_is_not_there_yet_is_compressed_once_and_not_scored(two_blocks, cache, tmp_path, capsys):
+def test_a_model_that_is_not_there_yet_is_compressed_once_and_not_scored(two_blocks, cache, logged, tmp_path, capsys):
     harness.compress(str(two_blocks.path), "rtn", bits="3.25")
     (cell,) = (folder.name for folder in (cache / "cells").iterdir() if folder.is_dir())
     assert CellStore(cell).artifact() is not None and not list((cache / "cells" / cell).glob("score_*"))
@@ -50,6 +66,8 @@ def test_a_model_that_is_not_there_yet_is_compressed_once_and_not_scored(two_blo
     assert "not repeated" in capsys.readouterr().err
     done = run_harness("run", "--model", str(two_blocks.path), "--methods", "rtn", *SMALL, "--out", str(tmp_path / "o"))
     assert done.returncode == 0 and cell in (tmp_path / "o" / "leaderboard.csv").read_text()
+    assert {entry.name for entry in logged} == {"fp16", "rtn 3.25"}  # when they ended
+    assert all("ppl_wiki-mini@128/4" in entry.numbers for entry in logged)
 
 
 def test_a_script_needs_no_guard(two_blocks, cache, tmp_path):
@@ -114,7 +132,7 @@ def test_every_option_of_a_run_can_be_given_in_python():
 
 def test_in_a_notebook_the_bars_move(monkeypatch):
     pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
-    monkeypatch.setattr(api, "open_console", lambda: Console(force_jupyter=True))
+    monkeypatch.setattr(api, "open_console", lambda quiet: Console(force_jupyter=True))
     assert api._console().is_terminal
 
 
