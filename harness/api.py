@@ -25,7 +25,7 @@ from harness.cli.progress import open_console
 from harness.cli.request import Given, Options, Parser, Texts, words
 from harness.compressed import CompressedModel
 from harness.data.assets import DEFAULT_MODEL
-from harness.report.notebook import Leaderboard
+from harness.report.frame import Leaderboard
 from harness.report.sheet import Row
 from harness.report.sinks import Sinks
 from harness.store.cells import CellStore

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from harness.report.notebook import Leaderboard
+from harness.report.frame import Leaderboard
 from harness.report.table import frame, read_csv, write_csv
 
 ROOT = Path(__file__).parents[3]
