@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from harness.cli.options import add_bench_options, add_plan_options, add_volume_options, build_plan, read_request
+from harness.cli.request import Options
 from harness.cli.sheets import add_table_options
 from harness.model import PRESETS
 from harness.store.cells import CellStore
@@ -25,6 +26,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--shapes",
+        default="",
         metavar="MODELS",
         help=f"comma list of presets, folders or hub ids: random stored bits ({', '.join(PRESETS)})",
     )
@@ -36,9 +38,10 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.set_defaults(main=main)
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(typed: argparse.Namespace) -> int:
+    arguments = Options.of(typed)
     start = time.perf_counter()
-    if arguments.end_to_end and not arguments.shapes:
+    if typed.end_to_end and not arguments.shapes:
         raise ValueError("--end-to-end builds random models: say of which shapes (--shapes llama3.2-1b)")
     request = read_request(arguments, presets=False)
     from harness.cli.leaderboard import folder_of, keeps_what_is_there, measure_stored, report, say_where, writable
@@ -52,7 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
         from harness.cli.shapes import models_of, time_models, time_products
 
         models = models_of(arguments)  # before anything is waited for
-        return (time_models if arguments.end_to_end else time_products)(models, arguments, request, console)
+        return (time_models if typed.end_to_end else time_products)(models, arguments, request, console)
     plan, _, _ = build_plan(arguments, request, partial(console.print, style="dim"))
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)

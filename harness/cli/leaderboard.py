@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shlex
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from harness import __version__
 from harness.cli.progress import Display, say_waiting
+from harness.cli.request import Options
 from harness.cli.sheets import json_rows, print_decisive, print_json, print_sheet
 from harness.data.files import cache_dir
 from harness.engine.local import measure_cells
@@ -26,32 +26,30 @@ from harness.plan.cells import Plan
 from harness.report.baseline import perplexity_columns, read_rows
 from harness.report.board import planned_board
 from harness.report.leaderboard import write_leaderboard
-from harness.report.sheet import GOOD
+from harness.report.sheet import GOOD, Row
 from harness.report.task_pages import task_columns
 from harness.store.cells import CellStore
 from harness.store.records import Outcome
 
+Show = Callable[[Sequence[Row]], None]
 
-def measure_stored(
-    plan: Plan, arguments: argparse.Namespace, console: Console, again: bool = False
-) -> dict[str, Outcome]:
+
+def measure_stored(plan: Plan, arguments: Options, console: Console, again: bool = False) -> dict[str, Outcome]:
     """Measure what is stored and has not been measured on this machine (with `again`, all of it), the reference
     first."""
-    identity = _identity(plan, arguments)
+    here = identity(plan, arguments)
     if CellStore(plan.reference.key).artifact() is None:
         return {}  # nothing to compare with
     stored = [cell for cell in plan.cells if not cell.refusal and CellStore(cell.key).artifact()]
-    todo = [cell for cell in stored if again or not CellStore(cell.key).bench(identity)]
+    todo = [cell for cell in stored if again or not CellStore(cell.key).bench(here)]
     if not todo:
         return {}
 
     labels = {cell.key: f"{cell.label}, memory and latency" for cell in todo}
     specs = [cell.spec(plan.protocols, None, plan.reference.key) for cell in todo]
     with Display(console, labels, specs, "measured", len(stored) - len(todo), arguments.verbose) as display:
-        conditions = Conditions(identity, arguments.bench_seconds, arguments.bench_threads)
-        return measure_cells(
-            specs, conditions, display.message, partial(say_waiting, console), getattr(arguments, "timeout", None)
-        )
+        conditions = Conditions(here, arguments.bench_seconds, arguments.bench_threads)
+        return measure_cells(specs, conditions, display.message, partial(say_waiting, console), arguments.timeout)
 
 
 def writable(folder: Path) -> None:
@@ -96,18 +94,21 @@ def report(
     plan: Plan,
     outcomes: Mapping[str, Outcome],
     measured: Mapping[str, Outcome],
-    arguments: argparse.Namespace,
+    arguments: Options,
     console: Console,
     start: float,
+    show: Show | None = None,
 ) -> int:
-    """Write and print the leaderboard; returns the exit status. Raises ValueError when another run has put its own
-    there meanwhile."""
+    """Write and print the leaderboard, or `show` its rows; returns the exit status. Raises ValueError when another run
+    has put its own there meanwhile."""
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
     folder = folder_of(plan, arguments)
-    board = planned_board(plan, outcomes, _identity(plan, arguments), measured, [command(arguments)])
+    board = planned_board(plan, outcomes, identity(plan, arguments), measured, [command(arguments)])
     rows, sheets = write_leaderboard(board, folder)
-    if arguments.json:
+    if show:
+        show(rows)
+    elif arguments.json:
         print_json({"folder": folder, "rows": json_rows(rows)})
     elif arguments.wide:
         for sheet in sheets:
@@ -119,15 +120,16 @@ def report(
     return 0 if good else 1
 
 
-def command(arguments: argparse.Namespace) -> str:
+def command(arguments: Options) -> str:
     """What was typed, for those who want to do it again."""
     return shlex.join(["python", "-m", "harness", *arguments.typed])
 
 
-def folder_of(plan: Plan, arguments: argparse.Namespace) -> Path:
+def folder_of(plan: Plan, arguments: Options) -> Path:
     """Where the tables go."""
     return arguments.out or Path("results") / plan.key
 
 
-def _identity(plan: Plan, arguments: argparse.Namespace) -> str:
+def identity(plan: Plan, arguments: Options) -> str:
+    """Of this machine's measurements of the plan's cells."""
     return identity_key(plan.reference.compute.device, arguments.bench_threads, plan.reference.key)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.cli.request import Options
 from harness.data.assets import DEFAULT_MODEL, MODELS, ResolvedModel, is_hub_id, no_hub, require_place, resolve_model
 from harness.data.protocols import (
     PROFILES,
@@ -145,7 +146,7 @@ class Request:
     jobs: int
 
 
-def read_request(arguments: argparse.Namespace, presets: bool = True) -> Request:
+def read_request(arguments: Options, presets: bool = True) -> Request:
     """Raises ValueError for what cannot be meant; `presets` says whether a model without weights will do."""
     texts = split_methods(arguments.methods)
     if not texts:
@@ -170,9 +171,9 @@ def read_request(arguments: argparse.Namespace, presets: bool = True) -> Request
     seeds = _read_seeds(arguments.seeds)
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError("--jobs must be at least 1")
-    if getattr(arguments, "bench_threads", 1) < 1:
+    if arguments.bench_threads < 1:
         raise ValueError("--bench-threads must be at least 1")
-    if not getattr(arguments, "shapes", None):  # which are models of their own
+    if not arguments.shapes:  # which are models of their own
         require_place(arguments.model, PRESETS if presets else ())
     # What needs no torch to be refused was refused above; from here on it is imported.
     methods = [(text, parse_method(text)) for text in texts]
@@ -195,7 +196,7 @@ def _read_seeds(text: str) -> list[int]:
 
 
 def build_plan(
-    arguments: argparse.Namespace, request: Request, say: Say, from_config: bool = False
+    arguments: Options, request: Request, say: Say, from_config: bool = False
 ) -> tuple[Plan, Inventory, ResolvedModel]:
     """Resolve the model and lay the plan out; `from_config` takes presets and folders without weights too."""
     from harness.data.streams import with_text
@@ -257,7 +258,7 @@ def build_plan(
         half,
         arguments.allocate,
     )
-    if not from_config and not getattr(arguments, "fresh", False):
+    if not from_config and not arguments.fresh:
         adopt(plan.cells, say)
     return replace(plan, tasks=request.tasks), stock, model
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from harness.cli.options import add_plan_options, build_plan, read_request
+from harness.cli.request import Options
 from harness.cli.sheets import add_json_option, print_json
 from harness.ledger import Ledger
 from harness.model import PRESETS, Inventory
@@ -46,9 +47,10 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    request = read_request(arguments)
+    options = Options.of(arguments)
+    request = read_request(options)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    plan, stock, model = build_plan(arguments, request, partial(console.print, style="dim"), from_config=True)
+    plan, stock, model = build_plan(options, request, partial(console.print, style="dim"), from_config=True)
     from harness.plan.memory import predicted_peak_gib
 
     known = describe(model.path, arguments.revision)

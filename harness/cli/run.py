@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +18,18 @@ from harness.cli.options import (
     positive_seconds,
     read_request,
 )
+from harness.cli.request import Options
 from harness.cli.sheets import add_table_options
 from harness.data.protocols import protocol_key
 from harness.model.described import describe
+from harness.report.sinks import Sinks, open_sinks
 from harness.store.cells import CellStore
 from harness.store.records import Ending, Outcome
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from harness.cli.leaderboard import Show
     from harness.data.assets import ResolvedModel
     from harness.plan.cells import Cell, Plan
     from harness.progress import Say
@@ -33,6 +37,13 @@ if TYPE_CHECKING:
 
 def register(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("run", description=__doc__)
+    add_options(parser)
+    add_table_options(parser)
+    parser.set_defaults(main=main)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of a run, whoever asks for it."""
     add_plan_options(parser)
     parser.add_argument("--out", type=Path, help="folder of the leaderboard (default: results/<plan hash>)")
     parser.add_argument("--fresh", action="store_true", help="ignore finished work of these cells")
@@ -53,21 +64,33 @@ def register(verbs: argparse._SubParsersAction) -> None:
         action="store_true",
         help="a row with layers that the numbers did not allow to be packed as asked for (fallback_layers) fails",
     )
+    parser.add_argument(
+        "--log",
+        default="",
+        metavar="SINKS",
+        help="comma list of tensorboard:DIR, mlflow:URI, wandb:PROJECT: every cell is logged there when it ends",
+    )
     add_bench_options(parser)
     add_volume_options(parser)
-    add_table_options(parser)
-    parser.set_defaults(main=main)
 
 
 def main(arguments: argparse.Namespace) -> int:
+    return run(Options.of(arguments))[0]
+
+
+def run(arguments: Options, console: Console | None = None, show: Show | None = None) -> tuple[int, Path]:
+    """All of it: compress, score, measure, write the tables, print the short one or `show` its rows; returns the exit
+    status and the folder. Raises ValueError for what was asked for wrongly, and Interrupted once the tables of what is
+    finished are written."""
     start = time.perf_counter()
     request = read_request(arguments, presets=False)
+    sinks = open_sinks(arguments.log)
     from harness.cli.leaderboard import folder_of, keeps_what_is_there, measure_stored, report, say_where, writable
     from harness.cli.progress import open_console
     from harness.engine.local import Interrupted
     from harness.evaluate.zero_shot import prepare
 
-    console = open_console(arguments.quiet)
+    console = console or open_console(arguments.quiet)
     if arguments.out:
         writable(arguments.out)
     say = partial(console.print, style="dim")
@@ -95,25 +118,28 @@ def main(arguments: argparse.Namespace) -> int:
     outcomes: dict[str, Outcome] = {}
     measuring = False
     try:
-        outcomes = _run(plan, runnable, arguments, request.jobs, console)
+        outcomes = finish(plan, runnable, arguments, request.jobs, console, sinks)
         if not runnable:
             skipped = Outcome(plan.reference.key, "everything else was refused", Ending.SKIPPED)
             outcomes = {plan.reference.key: skipped}
         if arguments.strict:
-            outcomes |= _strictly(runnable, outcomes)
+            outcomes |= strictly(runnable, outcomes)
         measuring = True
         measured = measure_stored(plan, arguments, console) if arguments.bench else {}
+        for cell in runnable if sinks and measured else ():
+            _log(cell, plan, arguments, outcomes.get(cell.key), sinks, measured.get(cell.key))
     except Interrupted as stop:
         # What is finished is in the table; what is not says so.
         done, timed = (outcomes, stop.outcomes) if measuring else (stop.outcomes, {})
-        report(plan, done, timed, arguments, console, start)
+        report(plan, done, timed, arguments, console, start, show)
         finished = len(runnable) - len(_unfinished(plan, runnable))
         stop.kept = f"{finished} of {len(runnable)} cells are finished and kept"
         raise
-    return report(plan, outcomes, measured, arguments, console, start)
+    code = report(plan, outcomes, measured, arguments, console, start, show)
+    return code, folder_of(plan, arguments)
 
 
-def _strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+def strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
     """Cells with layers that could not be packed as asked for, as failures; those that failed anyway keep their
     reason."""
     found = {}
@@ -127,23 +153,59 @@ def _strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, O
     return found
 
 
-def _run(
-    plan: Plan, runnable: list[Cell], arguments: argparse.Namespace, jobs: int, console: Console
+def finish(
+    plan: Plan, runnable: list[Cell], arguments: Options, jobs: int, console: Console, sinks: Sinks
 ) -> dict[str, Outcome]:
+    """Do what these cells still lack; how the work ended, by the cells that lacked anything."""
     from harness.cli.progress import Display, say_waiting
     from harness.engine.local import run_cells
+    from harness.engine.process import Ended, Message
 
     todo = _unfinished(plan, runnable)
     for cell in runnable:
         if cell not in todo:
             console.print(f"{cell.label}: found, not repeated", style="dim")
             CellStore(cell.key).asked_for()
+            _log(cell, plan, arguments, None, sinks)
     if not todo:
         return {}
+    by_key = {cell.key: cell for cell in todo}
     labels = {cell.key: cell.label for cell in todo}
     specs = [cell.spec(plan.protocols, arguments.data, plan.reference.key, plan.tasks) for cell in todo]
     with Display(console, labels, specs, done=len(runnable) - len(todo), verbose=arguments.verbose) as display:
-        return run_cells(specs, jobs, display.message, arguments.timeout, partial(say_waiting, console))
+
+        def watch(key: str, message: Message) -> None:
+            display.message(key, message)
+            if isinstance(message, Ended):
+                _log(by_key[key], plan, arguments, Outcome(key, message.error, message.ending), sinks)
+
+        return run_cells(specs, jobs, watch, arguments.timeout, partial(say_waiting, console))
+
+
+def _log(
+    cell: Cell,
+    plan: Plan,
+    arguments: Options,
+    outcome: Outcome | None,
+    sinks: Sinks,
+    measured: Outcome | None = None,
+) -> None:
+    """The row of a cell that has ended, with this machine's measurement where there is one, to the sinks of the run."""
+    if not sinks:
+        return
+    from harness.cli.leaderboard import identity
+    from harness.report.latency import best_bandwidth
+    from harness.report.rows import report_of
+    from harness.report.sinks import Entry
+
+    here = identity(plan, arguments)
+    benches = {other.key: CellStore(other.key).bench(here) for other in plan.cells}
+    report = report_of(cell, plan, outcome, benches[cell.key], measured).filled(best_bandwidth(benches.values()))
+    config = {name: str(value) for name, value in asdict(cell.method).items()}
+    config |= {"method_version": str(cell.method.version), "dtype": cell.compute.dtype}
+    if cell.calibration:
+        config["calibration"] = cell.calibration.name
+    sinks.put(Entry.of(report.row, config))
 
 
 def _unfinished(plan: Plan, cells: list[Cell]) -> list[Cell]:

@@ -3,7 +3,6 @@ models."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,6 +14,7 @@ from transformers import PretrainedConfig
 
 from harness.cli.options import Request
 from harness.cli.progress import say_waiting
+from harness.cli.request import Options
 from harness.cli.sheets import json_rows, print_json, print_sheet
 from harness.data.files import write_json
 from harness.measure import machine
@@ -49,7 +49,7 @@ class Shapes:
     stock: Inventory
 
 
-def time_products(models: Sequence[Shapes], arguments: argparse.Namespace, request: Request, console: Console) -> int:
+def time_products(models: Sequence[Shapes], arguments: Options, request: Request, console: Console) -> int:
     """Every distinct matrix of the models, packed by every method with the one configuration for all matrices that fits
     the budget."""
     device = arguments.device
@@ -78,7 +78,7 @@ def time_products(models: Sequence[Shapes], arguments: argparse.Namespace, reque
     return 0
 
 
-def time_models(models: Sequence[Shapes], arguments: argparse.Namespace, request: Request, console: Console) -> int:
+def time_models(models: Sequence[Shapes], arguments: Options, request: Request, console: Console) -> int:
     """Whole models of the shapes, packed by every method with one configuration for all matrices: a row each, and one
     of the uncompressed model, which all others take turns with."""
     device = arguments.device
@@ -133,7 +133,7 @@ def _print(rows: Sequence[Row], sheet: Sheet, folder: Path, as_json: bool) -> No
         print_sheet(sheet)
 
 
-def models_of(arguments: argparse.Namespace) -> list[Shapes]:
+def models_of(arguments: Options) -> list[Shapes]:
     """Raises ValueError when there is none, or one that no model can be laid out of."""
     names = [part.strip() for part in arguments.shapes.split(",") if part.strip()]
     if not names:

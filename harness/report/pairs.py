@@ -6,18 +6,15 @@ Seeds are averaged window by window first, so the interval is that of the texts 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import torch
-
 from harness.data.sealed import read_object
 from harness.report.baseline import read_rows
+from harness.report.ratios import divergence_ratio, perplexity_ratio
 from harness.report.sheet import GOOD, Row, Sheet, label, number
-from harness.report.stats import MIN_WINDOWS, interval, resampled_means
 from harness.store.results import Score
 
 Windows = dict[str, list[float]]  # protocol -> one number per window
@@ -83,15 +80,10 @@ def _ratios(entry: Entry, base: Entry | None, protocol: str) -> tuple[str, str]:
     if entry is base:
         return "1", "1"
     weight = entry.weight[protocol]
-    difference = [a - b for a, b in zip(entry.nll[protocol], base.nll[protocol], strict=True)]
-    perplexity = _ratio(math.exp(fmean(difference, weight)), resampled_means(difference, weight).exp(), len(difference))
+    perplexity = str(perplexity_ratio(entry.nll[protocol], base.nll[protocol], weight))
     if protocol not in entry.kld or protocol not in base.kld:
         return perplexity, ""
-    here, there = entry.kld[protocol], base.kld[protocol]
-    if len(here) != len(there):  # the reference's own is a noise floor, of a few windows
-        return perplexity, ""
-    resampled_Q = resampled_means(here, weight) / resampled_means(there, weight)
-    return perplexity, _ratio(fmean(here, weight) / fmean(there, weight), resampled_Q, len(here))
+    return perplexity, str(divergence_ratio(entry.kld[protocol], base.kld[protocol], weight) or "")
 
 
 def read_entries(folder: Path, to: str = "") -> list[Entry]:
@@ -150,10 +142,3 @@ def _entry(name: str, budget: str, cells: Sequence[_Cell], seeds: frozenset[str]
 def _averaged(values: Sequence[Sequence[float]]) -> list[float]:
     """Window by window."""
     return [fmean(window) for window in zip(*values, strict=True)]
-
-
-def _ratio(value: float, resampled_Q: torch.Tensor, windows: int) -> str:
-    if windows < MIN_WINDOWS:
-        return f"{value:.3f}"
-    low, high = interval(resampled_Q)
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]" + (" tie" if low <= 1 <= high else "")

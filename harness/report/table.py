@@ -5,9 +5,13 @@ in `frame`. pandas is imported where it is used, for it takes as long to start a
 
 from __future__ import annotations
 
+import math
+import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.data.files import write_text
 from harness.report.sheet import Value
@@ -15,29 +19,12 @@ from harness.report.sheet import Value
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-# Columns of names, few of them many times; of text; and how the names of whole numbers begin. All others are numbers.
-CATEGORIES = (
-    "model",
-    "method",
-    "variant",
-    "track",
-    "kind",
-    "status",
-    "allocate",
-    "device",
-    "runner",
-    "harness_version",
-)
-TEXT = ("cell", "reason", "model_note", "provisional", "training_loss")
+# Columns of names, few of them many times; of text; and of whole numbers. All others are numbers. They are patterns.
+CATEGORIES = "model method variant track kind status allocate device runner harness_version processor tie_.*"
+TEXT = "cell reason model_note provisional training_loss row config"
 COUNTS = (
-    "seed",
-    "rank_",
-    "checkpoint_bytes",
-    "fallback_layers",
-    "bench_threads",
-    "tuning_",
-    "training_steps",
-    "training_tokens",
+    "seed seeds rank_.* checkpoint_bytes tuning_steps tuning_tokens training_steps training_tokens fallback_layers "
+    "bench_threads rows columns layers batch threads rounds"
 )
 
 
@@ -55,36 +42,54 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     import pandas
 
     try:
-        table = pandas.read_csv(path, dtype=object, keep_default_na=False, index_col=False, encoding="utf-8")
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)  # a line with more values than columns
+            table = pandas.read_csv(path, dtype=object, keep_default_na=False, index_col=False, encoding="utf-8")
+    except (pandas.errors.ParserError, pandas.errors.ParserWarning, pandas.errors.EmptyDataError, UnicodeDecodeError):
         raise ValueError(f"{path} is no table of text: give a leaderboard.csv, or the folder a run wrote") from None
     return [{str(name): str(value) for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def frame(path: Path) -> DataFrame:
-    """A CSV with types: names as categories, whole numbers as Int64, other numbers as float64, text as strings; what is
-    empty is missing. Raises ValueError when it is no table of text."""
+    """A CSV to compute with: names as categories, text as strings, whole numbers as Int64, other numbers as Float64,
+    whatever rows there are; what is empty is NA. Raises ValueError when it is no table of text.
+
+    A perplexity that is no number (of a row `nonfinite`) stays NaN, which is not NA. An empty `variant` stays empty: it
+    is the method as it is. A budget is its number, also where it was given as a fraction."""
     import pandas
 
     rows = read_csv(path)
-    table = pandas.DataFrame(rows, columns=list(rows[0]) if rows else None).replace("", None)
-    for name in table.columns:
-        table[name] = _typed(str(name), table[name])
-    return table
+    columns = list(rows[0]) if rows else []
+    return pandas.DataFrame({name: _typed(name, [row[name] for row in rows]) for name in columns})
 
 
-def _typed(name: str, values: Series) -> Series:
+def _typed(name: str, texts: Sequence[str]) -> Series[Any]:
+    import numpy
     import pandas
 
-    if name in CATEGORIES or name.startswith("tie_"):
-        return values.astype("category")
-    if name in TEXT:
-        return values.astype("string")
+    present = pandas.Series([text if text or name == "variant" else None for text in texts], dtype="string")
+    if _is(name, CATEGORIES):
+        return present.astype(object).astype("category")
+    if _is(name, TEXT):
+        return present
+    missing = numpy.array([not text for text in texts])
     try:
-        numbers = pandas.to_numeric(values)
+        numbers = numpy.array([_number(text) if text else math.nan for text in texts])
     except ValueError:  # a column of another program's
-        return values.astype("string")
-    return numbers.astype("Int64" if name.startswith(COUNTS) else "float64")
+        return present
+    if _is(name, COUNTS) and numpy.all((numbers % 1 == 0) | missing):
+        whole = numpy.array([int(text) if text else 0 for text in texts], dtype=numpy.int64)
+        return pandas.Series(pandas.arrays.IntegerArray(whole, missing))
+    # Built of its parts, for a conversion would take NaN for missing.
+    return pandas.Series(pandas.arrays.FloatingArray(numbers, missing))
+
+
+def _number(text: str) -> float:
+    return float(Fraction(text)) if "/" in text else float(text)
+
+
+def _is(name: str, patterns: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns.split())
 
 
 def _plain(value: Value) -> Value:

@@ -23,8 +23,8 @@ from tests.helpers import linked_cache, run_harness
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARKS = ("needs a GPU", "needs the hub")  # in a line's comment: why it is not run
-LANGUAGES = ("sh", "python", "toml")  # of code blocks; lines of the first are run
+MARKS = ("needs a GPU", "needs the hub", "needs a server")  # in a line's comment: why it is not run
+LANGUAGES = ("sh", "python", "toml")  # of code blocks; those of the first two are run (test_python_blocks.py)
 SMALL = shlex.split(
     "--calibration c4-mini@128x4 --training c4-mini@128x4/1 --protocols wiki-mini@128/2 --bits 3.25 --seeds 0 --limit 5"
 )

@@ -39,7 +39,10 @@ def imported(*arguments, cache):
     [
         ["--help"],
         ["--version"],
-        *([verb, "--help"] for verb in ("run", "plan", "bench", "check", "compare", "ls", "verify", "clean")),
+        *(
+            [verb, "--help"]
+            for verb in ("run", "plan", "bench", "check", "compare", "recommend", "ls", "verify", "clean")
+        ),
         *(["ls", what] for what in ("runs", "models", "protocols", "tasks")),
         ["verify"],
     ],
@@ -68,6 +71,8 @@ def test_help_and_lists_import_nothing_heavy(arguments, tmp_path):
         ["bench", "--end-to-end"],
         ["bench", "--bench-seconds", "0"],
         ["check", "./nowhere", "./nowhere"],
+        ["compare", "./nowhere"],
+        ["recommend", "--memory", "4"],
         ["clean"],
         ["clean", "--older-than", "x"],
     ],

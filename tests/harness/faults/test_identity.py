@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.cli.options import add_plan_options, build_plan, read_request
+from harness.cli.request import Options
 from harness.data import checkpoint
 from harness.data.assets import resolve_model
 from harness.engine import cell
@@ -85,7 +86,8 @@ def test_a_checkpoint_that_is_replaced_during_a_cell_is_not_stored(folder, cache
     parser = argparse.ArgumentParser()
     add_plan_options(parser)
     planned = [argument for argument in SMALL if argument != "--no-bench"]
-    arguments = parser.parse_args(["--model", str(folder), "--methods", "fp16", "--device", "cpu", *planned])
+    asked_for = ["--model", str(folder), "--methods", "fp16", "--device", "cpu", *planned]
+    arguments = Options.of(parser.parse_args(asked_for))
     plan, _, model = build_plan(arguments, read_request(arguments), say_nothing)
     spec = plan.reference.spec(plan.protocols, None, plan.reference.key)
     compress = cell.compress_model
