@@ -254,7 +254,8 @@ def _train(
         speak,
         states=store.teacher if spec.training.loss == DISTIL else None,
     )
-    save_adapter(compressed, method.adaptation, store.adapter)
+    if not method.adaptation.whole:
+        save_adapter(compressed, method.adaptation, store.adapter)
     return TrainingRecord(text=spec.training, tokens_sha256=windows.sha256, **vars(report))
 
 

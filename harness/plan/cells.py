@@ -166,7 +166,7 @@ def make_plan(
                     allocation = uniform(method, stock, budget.bpw if budget else None)
             except BudgetError as error:
                 refusal = str(error)
-            if trains and find_spec("peft") is None:
+            if method.adaptation and not method.adaptation.whole and find_spec("peft") is None:
                 refusal = "training adapters needs peft: pip install 'peft>=0.19'"
             for seed in seeds if method.seeded else (0,):
                 cell = Cell(
