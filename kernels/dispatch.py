@@ -2,9 +2,9 @@
 
 A device without a backend, or a layer that its backend does not serve, takes the reference path: decode the whole
 weight, multiply, forget it (or keep it, in a format whose decoder is too slow to run for every product). A layer whose
-weight is itself a product (factors, cores) takes its parts one after the other, on any device, where its shapes say that
-this is less work. What runs decides the *kind* a leaderboard row carries, so a latency can never be attributed to a kernel that did not run. A
-product that gradients must pass through takes the reference path as well.
+weight is itself a product (factors, cores) takes its parts one after the other, on any device, where its shapes say
+that this is less work. What runs decides the *kind* a leaderboard row carries, so a latency can never be attributed to
+a kernel that did not run. A product that gradients must pass through takes the reference path as well.
 
 This module imports neither formats nor backends: every format calls `linear`, and every backend reads formats.
 """

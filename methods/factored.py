@@ -1,5 +1,5 @@
-"""The base of methods that store two factors in a matrix's place (`svd`, `bolaco`): their common options, candidates and
-estimates."""
+"""The base of methods that store two factors in a matrix's place (`svd`, `bolaco`): their common options, candidates
+and estimates."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Factored(Method):
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
     ) -> list[float]:
-        """One factorisation, with a diagonal Hessian or covariance where one is asked for. A component is rounded by itself: the sums
-        of the first 8, 16, ... rounded ones are what each candidate would decode to."""
+        """One factorisation, with a diagonal Hessian or covariance where one is asked for. A component is rounded by
+        itself: the sums of the first 8, 16, ... rounded ones are what each candidate would decode to."""
         diagonal_II = sensitivity.column_I.diag()
         data = LayerData(
             weight_OI,
@@ -74,8 +74,8 @@ class Factored(Method):
         costs = {DENSE: sensitivity.cost(weight_OI - weight_OI.half())}
         factored = [config for config in configs if config != DENSE]
         for bits in {config["bits"] for config in factored}:
-            left_RO = Numbers(*left_OR.t().shape, bits).rounded(left_OR.t())
-            rounded_RI = Numbers(*right_RI.shape, bits).rounded(right_RI)
+            left_RO = _rounded(left_OR.t(), bits)
+            rounded_RI = _rounded(right_RI, bits)
             rest_OI, done = weight_OI.clone(), 0
             alike = [config for config in factored if config["bits"] == bits]
             for config in sorted(alike, key=lambda config: config["components"]):
@@ -94,6 +94,11 @@ class Factored(Method):
             packed.refill(**packed.tensors(left_OR[:, : packed.components], right_RI[: packed.components]))
             packed.refill(**self.shift(data, packed.decode()))
         return Compressed(packed, {"relative_error": relative_error(data.weight_OI, packed.decode())})
+
+
+def _rounded(values_RN: Tensor, bits: int) -> Tensor:
+    rows, columns = values_RN.shape
+    return Numbers(rows, columns, bits).rounded(values_RN)
 
 
 def ranks(layer: LayerSpec, most: int) -> list[int]:

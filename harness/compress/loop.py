@@ -141,8 +141,8 @@ def _compressed(method: Method, data: LayerData, layer: LayerSpec, config: Layer
 
 
 def _statistics(block: BlockRun, needs: Needs, name: str) -> tuple[Tensor | None, Tensor | None, Pooled | None]:
-    """(Hessian, drift, mean and covariance) of the input of the layer `name`, which the layers of its stage share; None for what is not
-    needed."""
+    """(Hessian, drift, mean and covariance) of the input of the layer `name`, which the layers of its stage share; None
+    for what is not needed."""
     return (
         block.hessian(name) if needs.hessian else None,
         block.drift(name) if needs.drift else None,

@@ -98,9 +98,9 @@ def finetune(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     states: Path | None = None,
 ) -> TrainingReport:
-    """Train the low-rank parts (and row scales) of the packed layers in place, or their own numbers. `folder` keeps the checkpoint, to go on
-    from; `states` holds those of the uncompressed model (`distil.remember_states`) to diverge from, None for the loss
-    of the next token.
+    """Train the low-rank parts (and row scales) of the packed layers, or their own numbers, in place. `folder` keeps
+    the checkpoint, to go on from; `states` holds those of the uncompressed model (`distil.remember_states`) to diverge
+    from, None for the loss of the next token.
 
     Raises ValueError when there is nothing to train, or when the loss is no longer a number."""
     start = time.perf_counter()

@@ -36,8 +36,8 @@ class LearntLinear(nn.Module):
 
 @contextlib.contextmanager
 def learning(compressed: CompressedModel) -> Iterator[nn.Module]:
-    """The model with a `LearntLinear` for every layer that can be one, and nothing else to train; on leaving, the packed
-    layers are back in their places.
+    """The model with a `LearntLinear` for every layer that can be one, and nothing else to train; on leaving, the
+    packed layers are back in their places.
 
     Raises ValueError when there is none."""
     model = compressed.model

@@ -82,12 +82,12 @@ class MpoLinear(PackedLinear):
         return work < self.in_features * self.out_features and self.is_plain
 
     def contracted(self, x: Tensor) -> Tensor:
-        """Site by site: digit k of the inputs and the bond in front of it go, digit k of the outputs and the bond behind
-        it come."""
+        """Site by site: a digit of the inputs and the bond in front of it go, a digit of the outputs and the bond
+        behind it come."""
         batch = x.shape[:-1]
         rest, outputs = self.in_features, 1
         state = x.reshape(-1, 1, 1, rest)  # inputs, output digits so far, bond, input digits to come
-        for k, core in enumerate(self.cores()):
+        for core in self.cores():
             left, row, column, right = core.shape
             rest //= column
             state = state.reshape(-1, outputs, left, column, rest).permute(0, 1, 4, 2, 3)

@@ -1,19 +1,13 @@
 """Matrix product operators (CompactifAI: Tomut et al., arXiv 2401.14109): every matrix cut into small tensors, with
 bonds of at most chi between them.
 
-    sec. II, fig. 1-2   a matrix as a chain of tensors, by sequential SVDs       methods.codecs.mpo, kernels.formats.mpo
-    sec. II             bond dimension chi says how much is kept                 `candidates`
-    sec. II             layers are chosen by how sensitive they are              the plan: chi, or 16 bits as it was, for
-                                                                                 every matrix (harness.plan.allocation)
-    sec. II             healing: less than an epoch of training                  `mpo:healed`, the one training loop
-    sec. III            16 bits for the tensors' numbers                         16 bits, or 8 with a scale per component
+    sec. II, fig. 1-2   a matrix as a chain of tensors, by sequential SVDs     methods.codecs.mpo, kernels.formats.mpo
+    sec. II             bond dimension chi says how much is kept               `candidates`
+    sec. II             layers are chosen by how sensitive they are            the plan: chi, or 16 bits as it was
+    sec. II             healing: less than an epoch of training                `mpo:healed`, the one training loop
+    sec. III            16 bits for the tensors' numbers                       16 bits, or 8 with a scale per component
 
-Divergences: the paper gives one example of shapes, 216 x 216 on three sites of 6 x 6; here any size is cut into three
-factors as even as they go (`kernels.formats.mpo.site_shapes`). It profiles sensitivity by compressing one layer after
-another and asking a benchmark; here costs are predicted, like every method's, and one integer programme gives every
-matrix its own chi where the paper has one for all. It heals on chat texts for most of an epoch, on eight GPUs, all
-parameters; here the cores alone, on the run's tokens and steps. Its smaller model rounds what is no tensor to 4 bits;
-here that stays at 16, for every method. `mpo` itself looks at no text."""
+Where it departs from the paper: README.md. `mpo` itself looks at no text."""
 
 from __future__ import annotations
 
