@@ -13,7 +13,7 @@ from rich.console import Console
 from harness.cli.options import add_plan_options, build_plan, read_request
 from harness.ledger import Ledger
 from harness.model import PRESETS, Inventory, read_config
-from harness.plan.allocation import common_candidates
+from harness.plan.allocation import MIXED, common_candidates
 from harness.plan.cells import Cell
 from harness.plan.memory import predicted_peak_gib
 from harness.store.cells import CellStore
@@ -99,7 +99,7 @@ def _print_cell(cell: Cell, stock: Inventory, everything: bool) -> None:
         + ":"
     )
     _print_candidates(shown, stock, chosen)
-    if cell.allocate == "ilp" and not cell.refusal:
+    if cell.allocate in MIXED and not cell.refusal:
         _print_mix(CellStore(cell.key).allocation(), stock)
 
 

@@ -19,7 +19,8 @@ from harness.plan.knapsack import choose, lagrangian, require_finite
 from kernels.formats.layer import LayerConfig, LayerSpec, shared_bits
 from methods.base import Method
 
-MODES = ("ilp", "uniform")
+MODES = ("ilp", "bayes", "uniform")
+MIXED = ("ilp", "bayes")  # give every matrix its own configuration, from estimates that need the weights
 
 
 class BudgetError(ValueError):

@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from harness.data.files import write_json, write_text
+from harness.plan.allocation import MIXED
 from harness.plan.cells import Plan
 from harness.report import latency
 from harness.report.rows import CellReport, all_columns, report_of
@@ -97,7 +98,7 @@ def _mixed_layers(plan: Plan, reports: Mapping[str, CellReport]) -> dict[str, di
     found = {}
     for cell in plan.cells:
         artifact = reports[cell.key].artifact
-        if cell.allocate == "ilp" and artifact:
+        if cell.allocate in MIXED and artifact:
             found[cell.key] = artifact.layers
     return found
 
