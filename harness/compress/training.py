@@ -69,7 +69,7 @@ class FrozenLinear(nn.Linear):
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        return self.packed.bias
+        return self.packed.constant
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -26,7 +26,8 @@ class LearntLinear(nn.Module):
         self.learnt = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in packed.learnt().items()})
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.packed.bias is None else self.packed.bias.to(x.dtype)
+        constant = self.packed.constant
+        bias = None if constant is None else constant.to(x.dtype)
         return nn.functional.linear(x, self.packed.weight_of(dict(self.learnt)).to(x.dtype), bias)
 
     @torch.no_grad()
