@@ -196,6 +196,9 @@ class Method(ABC):
     seeded: ClassVar[bool] = True
     later: ClassVar[tuple[str, ...]] = ("lora_rate",)  # options that no estimate of a cost depends on
 
+    # Bits per weight from the budget beyond which a configuration is not considered for any layer.
+    reach: ClassVar[float] = 2.0
+
     def __post_init__(self) -> None:  # noqa: B027  nothing to check is the usual case
         """Raises ValueError for a configuration that makes no sense."""
 

@@ -27,6 +27,9 @@ class Factored(Method):
     """Fields and candidates shared by the methods that store `FactorsLinear`s."""
 
     shifted: ClassVar[bool] = False  # whether a number per output is stored beside the factors
+    # Error does not fall with bits alone: all components at 4 bits a number are nearer than a part of them at 8, and a
+    # matrix may be worth next to none. One estimate then serves every budget, too.
+    reach: ClassVar[float] = 64.0
     whole: ClassVar[bool] = False  # whether a matrix may stay as it is, at 16 bits
 
     rank: int | None = None  # of every matrix that has as many

@@ -38,6 +38,7 @@ class MPO(Method):
     version: ClassVar[int] = 1
     track: ClassVar[Track] = Track.DATA_FREE
     seeded: ClassVar[bool] = False
+    reach: ClassVar[float] = 64.0  # as factors (methods.factored)
 
     chi: int | None = None  # bond dimension of every matrix that can use as much; None: the plan's, or 16 bits whole
     bits: int | None = None  # of a number of the cores
