@@ -1,9 +1,10 @@
 """Which product runs on which layer and device: each backend says itself which layouts it serves.
 
 A device without a backend, or a layer that its backend does not serve, takes the reference path: decode the whole
-weight, multiply, forget it (or keep it, in a format whose decoder is too slow to run for every product). What runs
-decides the *kind* a leaderboard row carries, so a latency can never be attributed to a kernel that did not run. A
-product that gradients must pass through takes the reference path as well.
+weight, multiply, forget it (or keep it, in a format whose decoder is too slow to run for every product). A layer whose
+weight is itself a product (factors, cores) takes its parts one after the other, on any device, where its shapes say
+that this is less work. What runs decides the *kind* a leaderboard row carries, so a latency can never be attributed to
+a kernel that did not run. A product that gradients must pass through takes the reference path as well.
 
 This module imports neither formats nor backends: every format calls `linear`, and every backend reads formats.
 """
@@ -27,7 +28,14 @@ class Layer(Protocol):
 
     format: ClassVar[str]
     decode_on_load: ClassVar[bool]
-    bias: Tensor | None
+
+    @property
+    def constant(self) -> Tensor | None: ...
+
+    @property
+    def contracts(self) -> bool: ...
+
+    def contracted(self, x: Tensor) -> Tensor: ...
 
     def decode(self) -> Tensor: ...
 
@@ -82,15 +90,27 @@ def backend(device_type: str) -> Backend | None:
 
 def reference(layer: Layer, x: Tensor) -> Tensor:
     """The oracle: y = x W^T + b with W decoded in fp32 and rounded once to the dtype of x."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    bias = None if layer.constant is None else layer.constant.to(x.dtype)
     weight_OI = layer.loaded(x.dtype) if layer.decode_on_load else layer.decode().to(x.dtype)
     return torch.nn.functional.linear(x, weight_OI, bias)
 
 
+def contraction(layer: Layer, x: Tensor) -> Tensor:
+    """y = x W^T + b of a layer whose weight is a product, by its parts one after the other."""
+    y = layer.contracted(x)
+    return y if layer.constant is None else y + layer.constant.to(x.dtype)
+
+
 def linear(layer: Layer, x: Tensor) -> Tensor:
     """x W^T + bias for x [..., I] in the dtype of x, by the fused product where there is one."""
-    product = None if x.requires_grad and torch.is_grad_enabled() else fused(layer, x.device.type)
-    return (product or reference)(layer, x)
+    if x.requires_grad and torch.is_grad_enabled():
+        return reference(layer, x)
+    product = fused(layer, x.device.type) or (contraction if _contracts(layer) else reference)
+    return product(layer, x)
+
+
+def _contracts(layer: Layer) -> bool:
+    return not _reference_only and layer.contracts
 
 
 _reference_only = False
@@ -120,6 +140,6 @@ def kind(layer: Layer, device_type: str) -> str:
     """Row kind of this layer on this type of device: dense | fused | decode-per-call | decode-on-load."""
     if layer.format == "dense":
         return "dense"
-    if fused(layer, device_type) is not None:
+    if fused(layer, device_type) is not None or _contracts(layer):
         return "fused"
     return "decode-on-load" if layer.decode_on_load else "decode-per-call"

@@ -44,6 +44,7 @@ __all__ = [
     "LayerSpec",
     "Method",
     "Needs",
+    "Pooled",
     "Sensitivity",
     "Track",
     "layer_seed",
@@ -69,6 +70,7 @@ class Needs:
     drift: bool = False
     fisher: bool = False
     fisher_prices: bool = False  # errors are weighed with the Fisher information when an allocation is made, too
+    pooled: bool = False  # mean and covariance of the inputs, windows apart
     outputs: bool = False  # the uncompressed model's outputs of every block, for `Method.tune_block`
     true_sequential: bool = True  # statistics behind the packed earlier layers of the same block, not the original ones
 
@@ -80,12 +82,21 @@ class Needs:
     @property
     def text(self) -> bool:
         """Whether anything is computed from calibration tokens."""
-        return self.hessian or self.fisher or self.fisher_prices or self.original
+        return self.hessian or self.pooled or self.fisher or self.fisher_prices or self.original
 
     @property
     def sensitivity(self) -> str:
         """What an error is weighed with when costs are estimated (harness.plan.sensitivity.MEASURES)."""
-        return "fisher" if self.fisher_prices else "feedback" if self.hessian else "plain"
+        return "fisher" if self.fisher_prices else "feedback" if self.hessian or self.pooled else "plain"
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """How the inputs of a layer are distributed, fp32: the mean over windows of their means [I] and of their
+    covariances [I, I], each about its window's own mean."""
+
+    mean_I: Tensor
+    covariance_II: Tensor
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class LayerData:
     # The sum of x x^T over calibration tokens, fp32; x is the input behind the packed prefix.
     hessian_II: Tensor | None = None
     drift_II: Tensor | None = None  # fp32, sum of (x' - x) x^T; x' is the uncompressed model's input
+    pooled: Pooled | None = None  # of the inputs behind the packed prefix
     fisher: Sensitivity | None = None  # mean squared gradient of the language-modelling loss, as rows x columns
     table: Table | None = None  # the shared table the layer's configuration names
 
@@ -107,6 +119,7 @@ class Adaptation:
     how many steps and in what order is the run's affair, and the same for all."""
 
     rate: float  # of AdamW
+    whole: bool = False  # not factors beside what is packed, but its own numbers (`PackedLinear.learnt`)
     dora: bool = False  # magnitudes of the rows too (Liu et al., arXiv 2402.09353); they are stored as row scales
 
 
@@ -182,6 +195,9 @@ class Method(ABC):
     # Whether the seed can change a byte: through calibration text, or the method's own draws.
     seeded: ClassVar[bool] = True
     later: ClassVar[tuple[str, ...]] = ("lora_rate",)  # options that no estimate of a cost depends on
+
+    # Bits per weight from the budget beyond which a configuration is not considered for any layer.
+    reach: ClassVar[float] = 2.0
 
     def __post_init__(self) -> None:  # noqa: B027  nothing to check is the usual case
         """Raises ValueError for a configuration that makes no sense."""

@@ -85,6 +85,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         default="ilp",
         choices=MODES,
         help="ilp: every matrix gets its own configuration, least predicted divergence under the budget; "
+        "bayes: the same by Bayesian optimisation of a share for every role, as Bolaco does (needs optuna); "
         "uniform: one configuration for all (default: %(default)s)",
     )
     parser.add_argument(

@@ -18,6 +18,7 @@ from harness.ledger import Ledger
 from harness.model import PRESETS, Inventory
 from harness.model.described import describe
 from harness.plan.allocation import common_candidates
+from harness.plan.budgets import MIXED
 from harness.store.cells import CellStore
 from harness.store.records import AllocationRecord
 from kernels.formats.bits import PARTS
@@ -112,7 +113,7 @@ def _planned(cell: Cell, stock: Inventory, everything: bool) -> Found:
 
     near = [item for item in found if distance(item) <= 0.06]
     nearest = sorted(sorted(found, key=distance)[:3], key=lambda item: item[1].stored_bits)
-    mixed = cell.allocate == "ilp" and not cell.refusal
+    mixed = cell.allocate in MIXED and not cell.refusal
     allocation = CellStore(cell.key).allocation() if mixed else None
     return {
         "scope": "stored",

@@ -16,7 +16,7 @@ from harness.model import BlockSpec
 from harness.model.linear_layers import is_expert
 from kernels.formats.layer import LayerSpec
 from kernels.formats.tables import Table
-from methods.base import Compressed, Sensitivity
+from methods.base import Compressed, Pooled, Sensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,6 +113,21 @@ class BlockRun:
                 x_NI, original_NI = (p.stage_input.reshape(-1, size).float() for p in (paused, original))
                 drift_II.addmm_((original_NI - x_NI).t(), x_NI)
         return drift_II
+
+    @torch.no_grad()
+    def pooled(self, name: str) -> Pooled:
+        """Zero for a layer that no calibration token reached; for an expert all of a batch's tokens are one window."""
+        size = self.layers[name].in_features
+        total_II = torch.zeros(size, size, device=self.hidden_NTH.device)
+        mean_I, windows = torch.zeros(size, device=total_II.device), 0
+        if name not in self._uncalled:
+            for paused in self._advance_to(self._stage_of[name]):
+                x = paused.stage_input.float()
+                for x_TI in x.reshape(-1, *x.shape[-2:]):
+                    own_I = x_TI.mean(dim=0)
+                    add_gram(total_II, (x_TI - own_I) / max(1, len(x_TI) - 1) ** 0.5)
+                    mean_I, windows = mean_I + own_I, windows + 1
+        return Pooled(mean_I / max(1, windows), completed(total_II) / max(1, windows))
 
     def fisher(self, name: str) -> Sensitivity:
         """Zero for a layer that no calibration token reached."""

@@ -28,7 +28,7 @@ from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.packed import PackedLinear
 from kernels.formats.tables import Table
-from methods.base import Compressed, LayerData, Method, Needs, Sensitivity, layer_seed
+from methods.base import Compressed, LayerData, Method, Needs, Pooled, Sensitivity, layer_seed
 from methods.codecs.error_feedback import Indefinite, NotFinite
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def compress_model(
     tables = _tables(model, method, configs, stock.layers, seed, folder / "tables.safetensors")
     round_rest(model, stock, HALF_DTYPES[half])
     # A data-free method sees no activation, but runs through the same loop on a single short window of nothing.
-    needs_data = method.needs.hessian or method.needs.original
+    needs_data = method.needs.hessian or method.needs.pooled or method.needs.original
     assert tokens_NT is not None or not needs_data
     inputs = BlockInputs(
         model, tokens_NT if tokens_NT is not None and needs_data else torch.zeros(1, 8, dtype=torch.long)
@@ -105,13 +105,14 @@ def pack_block(block: BlockRun, method: Method, configs: Mapping[str, LayerConfi
     original = {} if needs.true_sequential else {stage[0]: _statistics(block, needs, stage[0]) for stage in stages}
     packed: dict[str, PackedLinear] = {}
     for stage in stages:
-        hessian_II, drift_II = original.get(stage[0]) or _statistics(block, needs, stage[0])
+        hessian_II, drift_II, pooled = original.get(stage[0]) or _statistics(block, needs, stage[0])
         for name in stage:
             data = LayerData(
                 weight_OI=block.weight(name),
                 seed=layer_seed(seed, name),
                 hessian_II=hessian_II,
                 drift_II=drift_II,
+                pooled=pooled,
                 fisher=block.fisher(name) if needs.fisher else None,
                 table=block.tables.get(configs[name].table_key),
             )
@@ -165,10 +166,14 @@ def _share(lost: Tensor, lost_turned: Tensor, whole: Tensor, whole_turned: Tenso
     return (lost * lost_turned).sum().item() / total if total > 0 else 0.0
 
 
-def _statistics(block: BlockRun, needs: Needs, name: str) -> tuple[Tensor | None, Tensor | None]:
-    """(Hessian, drift) of the input of the layer `name`, which the layers of its stage share; None for what is not
-    needed."""
-    return block.hessian(name) if needs.hessian else None, block.drift(name) if needs.drift else None
+def _statistics(block: BlockRun, needs: Needs, name: str) -> tuple[Tensor | None, Tensor | None, Pooled | None]:
+    """(Hessian, drift, mean and covariance) of the input of the layer `name`, which the layers of its stage share; None
+    for what is not needed."""
+    return (
+        block.hessian(name) if needs.hessian else None,
+        block.drift(name) if needs.drift else None,
+        block.pooled(name) if needs.pooled else None,
+    )
 
 
 def _save_block(model: PreTrainedModel, layers: Sequence[LayerSpec], file: Path, done: CompressionReport) -> None:

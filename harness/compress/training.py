@@ -1,4 +1,5 @@
-"""The one training loop of the fine-tuned track: adapters on packed layers, everything else frozen.
+"""The one training loop of the fine-tuned track: adapters on packed layers, everything else frozen (or the layers' own
+numbers, where a method has no adapters: harness.compress.whole).
 
 The loss is the divergence from the uncompressed model, or that of the next token (harness.compress.distil), on windows
 of calibration text, each seen once, in an order drawn by the seed; AdamW, linear warm-up, then a cosine to zero. All of
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.compress.distil import backward_from_divergence, backward_from_next_token, states_file
+from harness.compress.whole import learning, store_learnt
 from harness.compressed import CompressedModel
 from harness.data.files import sync_dir
 from harness.data.sealed import believed, load_tensors, save_tensors
@@ -70,7 +72,7 @@ class FrozenLinear(nn.Linear):
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        return self.packed.bias
+        return self.packed.constant
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -99,16 +101,17 @@ def finetune(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     states: Path | None = None,
 ) -> TrainingReport:
-    """Train the low-rank parts (and row scales) of the packed layers in place. `folder` keeps the checkpoint, to go on
-    from; `states` holds those of the uncompressed model (`distil.remember_states`) to diverge from, None for the loss
-    of the next token.
+    """Train the low-rank parts (and row scales) of the packed layers, or their own numbers, in place. `folder` keeps
+    the checkpoint, to go on from; `states` holds those of the uncompressed model (`distil.remember_states`) to diverge
+    from, None for the loss of the next token.
 
     Raises ValueError when there is nothing to train, or when the loss is no longer a number."""
     start = time.perf_counter()
     file = folder / "training.safetensors"
     order_N = torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(seed))
     steps = order_N.split(batch)
-    with _adapted(compressed, adaptation, seed) as adapted, _for_training(compressed, tokens_NT.shape[1]) as model:
+    trained = learning(compressed) if adaptation.whole else _adapted(compressed, adaptation, seed)
+    with trained as adapted, _for_training(compressed, tokens_NT.shape[1]) as model:
         parameters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         optimiser = torch.optim.AdamW(parameters.values(), lr=adaptation.rate, betas=BETAS, weight_decay=0.0)
         device = next(iter(parameters.values())).device
@@ -130,7 +133,7 @@ def finetune(
                 _checkpoint(file, parameters, optimiser, losses, before + time.perf_counter() - start)
                 saved = time.monotonic()
             progress("train", index + 1, len(steps))
-        _store(adapted)
+        store_learnt(adapted) if adaptation.whole else _store(adapted)
     seconds = before + time.perf_counter() - start
     return TrainingReport(len(steps), tokens_NT.numel(), seconds, tuple(losses))
 

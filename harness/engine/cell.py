@@ -31,7 +31,8 @@ from harness.measure.machine import peak_process_bytes
 from harness.model import Inventory, inventory, load_reference
 from harness.model.families import known_positions
 from harness.plan.allocation import mixed
-from harness.plan.budgets import parse_budget
+from harness.plan.bayes import searched
+from harness.plan.budgets import MIXED, parse_budget
 from harness.plan.cells import ARTIFACT_VERSION
 from harness.plan.costs import CostCache, expected_costs
 from harness.plan.pivots import measure_version
@@ -157,8 +158,8 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         if spec.training.loss == DISTIL:  # while there is a model that nothing was packed of
             remember_states(model, training.tokens_NT, store.teacher, speak)
     stock = inventory(model)
-    allocation = store.allocation() if spec.allocate == "ilp" else None
-    if spec.allocate == "ilp" and allocation is None:
+    allocation = store.allocation() if spec.allocate in MIXED else None
+    if spec.allocate in MIXED and allocation is None:
         allocation = _allocate(spec, method, model, stock, tokens_NT, speak)
         store.put_allocation(allocation)
     configs = allocation.layers if allocation else spec.configs
@@ -222,7 +223,7 @@ def _allocate(
     path = cache_dir("costs", key[:24] + ".json")
     with locked(path, f"estimates of {spec.method}"):
         costs = expected_costs(method, model, stock, budget, measured, seed, speak, CostCache(path))
-    found = mixed(stock, budget, costs)
+    found = searched(stock, budget, costs, spec.seed) if spec.allocate == "bayes" else mixed(stock, budget, costs)
     assert found.predicted is not None and found.bound is not None and found.gap is not None
     seconds = time.perf_counter() - start
     return AllocationRecord(found.predicted, found.bound, found.gap, seconds, found.layers, costs=found.costs)
@@ -255,7 +256,8 @@ def _train(
         speak,
         states=store.teacher if spec.training.loss == DISTIL else None,
     )
-    save_adapter(compressed, method.adaptation, store.adapter)
+    if not method.adaptation.whole:
+        save_adapter(compressed, method.adaptation, store.adapter)
     return TrainingRecord(text=spec.training, tokens_sha256=windows.sha256, **vars(report))
 
 

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-MODES = ("ilp", "uniform")  # of allocation: a configuration for every layer, or one for all
+MODES = ("ilp", "bayes", "uniform")  # of allocation
+MIXED = ("ilp", "bayes")  # give every matrix its own configuration, from estimates that need the weights
 
 
 @dataclass(frozen=True)

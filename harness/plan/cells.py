@@ -16,8 +16,9 @@ from harness.data.files import digest
 from harness.data.protocols import Calibration, Protocol, Training, protocol_key
 from harness.data.tasks import Task
 from harness.model import Inventory
+from harness.plan import bayes
 from harness.plan.allocation import Allocation, BudgetError, require_mixable, uniform
-from harness.plan.budgets import Budget
+from harness.plan.budgets import MIXED, Budget
 from harness.plan.pivots import measure_version
 from harness.store.records import CellSpec
 from methods.base import Method, Track
@@ -63,7 +64,7 @@ class Cell:
         """The key of this cell for a method of that identity."""
         # Absent rather than none: a cell that trains nothing keeps the key it had before anything could be trained.
         training = {"training": self.training.identity} if self.training else {}
-        measure = measure_version(self.method.needs.sensitivity) if self.allocate == "ilp" else {}
+        measure = measure_version(self.method.needs.sensitivity) if self.allocate in MIXED else {}
         return digest(
             {
                 **training,
@@ -156,18 +157,20 @@ def make_plan(
     for text, method in methods:
         for budget in budgets if method.budgeted else (None,):
             mode = allocate if budget else "uniform"
-            looks = calibration if method.track != Track.DATA_FREE and (mode == "ilp" or method.needs.text) else None
+            looks = calibration if method.track != Track.DATA_FREE and (mode in MIXED or method.needs.text) else None
             trains = training if method.adaptation else None
             allocation, refusal = None, ""
             try:
-                if budget and mode == "ilp":
+                if budget and mode in MIXED:
                     require_mixable(method, stock, budget.bpw)
                 else:
                     allocation = uniform(method, stock, budget.bpw if budget else None)
             except BudgetError as error:
                 refusal = str(error)
-            if trains and find_spec("peft") is None:
+            if method.adaptation and not method.adaptation.whole and find_spec("peft") is None:
                 refusal = "training adapters needs peft: pip install 'peft>=0.19'"
+            if mode == "bayes":
+                refusal = refusal or bayes.missing()
             for seed in seeds if method.seeded else (0,):
                 cell = Cell(
                     method, text, model, budget, looks, trains, seed, compute, bos, half, mode, allocation, refusal

@@ -22,20 +22,19 @@ from harness.progress import Progress, silent
 from kernels.formats.layer import LayerConfig, LayerSpec
 from methods.base import Method, Sensitivity, layer_seed
 
-REACH = 2.0  # bits per weight from the budget beyond which a configuration is not considered for any layer
 SAVE_SECONDS = 20.0  # between two writes of a file of costs
 
 
 def considered(method: Method, layer: LayerSpec, room: Fraction) -> list[LayerConfig]:
     """Configurations worth an estimate for layers of this role and shape: near `room` bits per weight, or near the most
-    the method mixes if that is less, and always the smallest."""
+    the method mixes if that is less, and always the smallest. How near, `Method.reach` says."""
     mixable = list(dict.fromkeys(method.mixed_candidates(layer)))
     every = (*mixable, *method.candidates(layer))
     size: dict[LayerConfig, int] = {config: config.stored_bits(layer).total for config in every}
     least = min((config for config in size if not config.table_key), key=size.__getitem__)
     largest = max((size[config] for config in mixable), default=size[least])
     centre = min(room * layer.weights, Fraction(largest))
-    near = [config for config in mixable if abs(size[config] - centre) <= REACH * layer.weights]
+    near = [config for config in mixable if abs(size[config] - centre) <= method.reach * layer.weights]
     return near if least in near else [*near, least]
 
 

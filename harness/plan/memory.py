@@ -9,6 +9,7 @@ from harness.compress.training import KEPT_BYTES, kept_bytes
 from harness.data.protocols import DISTIL
 from harness.evaluate.score import BODY_TOKENS, HEAD_LOGITS
 from harness.model import Inventory
+from harness.plan.budgets import MIXED
 from harness.plan.cells import Cell
 from harness.plan.sensitivity import (
     FISHER_TOKENS,
@@ -44,7 +45,7 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
     # A Hessian with its copies and factors; or a matrix being packed, and what is made of it.
     working = (7 if calibration else 3) * 4 * wide * wide
     measuring = 0
-    if cell.allocate == "ilp":
+    if cell.allocate in MIXED:
         context = calibration.context if calibration else RANDOM_CONTEXT
         followed = FISHER_TOKENS if cell.method.needs.fisher else GRADIENT_TOKENS
         measured = hessian_tokens(stock) if calibration else HESSIAN_TOKENS

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from harness.ledger import FILL_TOLERANCE
+from harness.plan.budgets import MIXED
 from harness.report.latency import COLUMNS
 from harness.report.sheet import GOOD, label
 from harness.report.table import read_csv, write_csv
@@ -54,7 +55,7 @@ def compare(rows: Rows, baseline: Rows, tolerance: float = TOLERANCE) -> list[st
             continue
         # A mixed allocation rests on a measurement, and may fall differently in another CPU's arithmetic too; both fill
         # the budget.
-        exact = before.get("allocate") != "ilp"
+        exact = before.get("allocate") not in MIXED
         if not _close(
             now["stored_bpw"], before["stored_bpw"], STORED_TOLERANCE, 0.0 if exact else float(FILL_TOLERANCE)
         ):

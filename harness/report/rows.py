@@ -18,6 +18,7 @@ from harness import __version__
 from harness.data.files import Json
 from harness.data.protocols import protocol_key
 from harness.ledger import underspent
+from harness.plan.budgets import MIXED
 from harness.plan.cells import Cell, Plan
 from harness.report import latency
 from harness.report.sheet import Row
@@ -136,7 +137,7 @@ class CellReport:
     @property
     def mixed_layers(self) -> dict[str, LayerRecord]:
         """The layers, where each one's configuration was decided by itself."""
-        return self.artifact.layers if self.artifact and self.row["allocate"] == "ilp" else {}
+        return self.artifact.layers if self.artifact and self.row["allocate"] in MIXED else {}
 
     def to_json(self) -> dict[str, Json]:
         """What `cells/<key>.json` holds: likelihoods of single answers stay in the store."""

@@ -95,6 +95,11 @@ class PackedLinear(StoredModule):
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, value.contiguous())
 
+    @property
+    def constant(self) -> Tensor | None:
+        """What is added to every output [O]; None: nothing."""
+        return self.bias
+
     def set_bias(self, bias_O: Tensor | None) -> None:
         """Store a bias [O], rounded to 16 bits; None for a layer laid out without."""
         assert (bias_O is None) == (self.bias is None)
@@ -136,6 +141,32 @@ class PackedLinear(StoredModule):
         weight_OI = base_OI if factors is None else base_OI + factors[0] @ factors[1]
         return weight_OI if self.row_scale is None else weight_OI * self.row_scale.float()[:, None]
 
+    def learnt(self) -> dict[str, Tensor]:
+        """Numbers of the base that training may move, fp32, by name; none where there are codes."""
+        return {}
+
+    def weight_of(self, learnt: dict[str, Tensor]) -> Tensor:
+        """The weight [O, I] with these in the place of `learnt`; differentiable."""
+        raise AssertionError(f"{type(self).__name__} has nothing to train but its low-rank part")
+
+    def relearn(self, learnt: dict[str, Tensor]) -> None:
+        """Store them, rounded."""
+        raise AssertionError(f"{type(self).__name__} has nothing to train but its low-rank part")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is what the codes decode to, with nothing added to it."""
+        return self.lowrank is None and self.row_scale is None and self.rotation is None
+
+    @property
+    def contracts(self) -> bool:
+        """Whether `contracted` is less work than a product with the weight."""
+        return False
+
+    def contracted(self, x: Tensor) -> Tensor:
+        """x [..., I] times the weight, of a layer that never forms it; without bias."""
+        raise AssertionError(f"{type(self).__name__} has no product but that with its weight")
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] times the weight, plus bias: [..., O] in the dtype of x."""
         return linear(self, x)
@@ -153,6 +184,8 @@ FORMATS: Registry[type[PackedLinear]] = Registry(
         "codebook": "kernels.formats.codebook:CodebookLinear",
         "trellis": "kernels.formats.trellis:TrellisLinear",
         "conv": "kernels.formats.conv:ConvLinear",
+        "factors": "kernels.formats.factors:FactorsLinear",
+        "mpo": "kernels.formats.mpo:MpoLinear",
     },
     group="ptq_harness.formats",
 )

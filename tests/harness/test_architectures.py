@@ -27,11 +27,10 @@ from harness.ledger import underspent
 from harness.measure.native import token_decoder
 from harness.model import inventory, load_reference, read_config, skeleton
 from harness.model.head import head_of, hidden_states
-from harness.plan import costs as costs_module
 from harness.plan.allocation import BudgetError, mixed, require_mixable, uniform
 from harness.plan.costs import expected_costs
 from harness.plan.sensitivity import measure_fisher, measure_sensitivities, random_tokens
-from methods import parse_method
+from methods import Method, parse_method
 
 VOCABULARY, POSITIONS = 256, 64
 TINY = dict(
@@ -166,7 +165,7 @@ def prepared(made):
 @pytest.mark.parametrize("text", METHODS)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt-oss"])  # as the two in front of it
 def test_every_family_goes_the_whole_way_with_every_method(family, text, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(costs_module, "REACH", 0.75)  # bits: a third of the estimates
+    monkeypatch.setattr(Method, "reach", 0.75)  # bits: a third of the estimates
     original, _, tokens, measured, states = prepared(family)
     model = copy.deepcopy(original)
     stock, method, budget = inventory(model), parse_method(text), Fraction(17, 4)

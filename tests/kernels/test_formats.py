@@ -37,6 +37,8 @@ def test_packing_is_lossless_and_no_wider_than_it_says(bits: int, count: int):
         CODEBOOK,
         ACROSS,
         BANDED,
+        dict(format="factors", components=1, bits=4, shifted=True),
+        dict(format="mpo", chi=5, bits=8, sites=3),
     ],
 )
 def test_a_layout_on_meta_counts_what_a_real_one_stores(shape: tuple[int, int], base: dict):

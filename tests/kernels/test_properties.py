@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 
 from kernels.formats.bitpack import pack, packed_words, unpack
 from kernels.formats.codebook import CodebookLinear
+from kernels.formats.numbers import NUMBER_BITS
 from kernels.formats.packed import FORMATS, PackedLinear
 from kernels.formats.scales import SCHEMES, STEP_DTYPES
 from kernels.formats.tables import TABLES
@@ -82,7 +83,26 @@ def trellis(draw: st.DrawFn, rows: int, columns: int) -> Spec:
     return dict(bits=bits, dim=dim, window=draw(st.sampled_from(WINDOWS)), scale_bits=draw(st.integers(1, 8)))
 
 
-OF_FORMAT = {"dense": dense, "uniform": uniform, "codebook": codebook, "trellis": trellis, "conv": conv}
+@st.composite
+def factors(draw: st.DrawFn, rows: int, columns: int) -> Spec:
+    components = draw(st.integers(1, min(rows, columns)))
+    return dict(components=components, bits=draw(st.sampled_from(NUMBER_BITS)), shifted=draw(st.booleans()))
+
+
+@st.composite
+def mpo(draw: st.DrawFn, rows: int, columns: int) -> Spec:
+    return dict(chi=draw(st.integers(1, 12)), bits=draw(st.sampled_from(NUMBER_BITS)), sites=draw(st.integers(2, 4)))
+
+
+OF_FORMAT = {
+    "dense": dense,
+    "uniform": uniform,
+    "codebook": codebook,
+    "trellis": trellis,
+    "conv": conv,
+    "factors": factors,
+    "mpo": mpo,
+}
 
 
 @st.composite

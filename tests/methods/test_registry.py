@@ -20,6 +20,14 @@ from methods import METHODS, LayerConfig, LayerSpec, Track, parse_method, split_
         ("reallm:data-free,rounds=0", "rounds must be at least 1"),
         ("rtn:grid=hessian", "needs data"),
         ("reallm:block=0", "block must be at least 1"),
+        ("svd:rank=0", "rank must be at least 1"),
+        ("svd:bits=3", "bits must be one of 16, 8, 4"),
+        ("svd:damp=0.1", "it belongs to svd:whitened"),
+        ("bolaco:rank=-4", "rank must be at least 1"),
+        ("mpo:chi=0", "chi must be at least 1"),
+        ("mpo:bits=4", "bits must be one of 16, 8"),
+        ("mpo:sites=1", "sites must be 2 to 6"),
+        ("mpo:healed,lora_rate=2", "lora_rate must be between 0 and 1"),
     ],
 )
 def test_a_wrong_method_says_what_to_type(text, hint):

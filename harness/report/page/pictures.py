@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.data.files import atomic_path, write_text
+from harness.plan.budgets import MIXED
 from harness.report.board import Board
 from harness.report.page import contents, figures, paretos
 from harness.report.sheet import Row
@@ -51,7 +52,7 @@ def _pictures(board: Board, rows: Sequence[Row]) -> Iterator[tuple[str, figures.
     matrices = contents.layers(board, lines)
     roles = list(dict.fromkeys(line["role"] for line in matrices))
     for cell in dict.fromkeys(line["cell"] for line in matrices):
-        if by_cell[cell].get("allocate") == "ilp":
+        if by_cell[cell].get("allocate") in MIXED:
             of_row = [line for line in matrices if line["cell"] == cell]
             yield _file(f"matrices-{by_cell[cell]['label']}"), figures.heat_map(roles, "bits"), of_row
     for name, make, found in (

@@ -1,5 +1,6 @@
 """The training loop, on the first blocks of the real model and real text."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -23,6 +24,7 @@ from harness.data.windows import calibration_windows
 from harness.model import inventory, load_reference
 from harness.plan.allocation import uniform
 from harness.plan.sensitivity import measure_fisher
+from harness.progress import silent
 from harness.report.baseline import read_rows
 from kernels.dispatch import reference_only
 from methods import parse_method
@@ -110,6 +112,31 @@ def test_training_lowers_the_loss_on_other_text(text, loss, two_blocks, original
         expected = compressed.model(tokens[:1]).logits
         found = PeftModel.from_pretrained(onto, tmp_path / "adapter").eval()(tokens[:1]).logits
     assert torch.allclose(found, expected, atol=2e-3 * expected.abs().max().item())
+
+
+def test_healing_trains_the_numbers_of_the_cores_and_nothing_else(two_blocks, original, tokens, states, tmp_path):
+    """With the one loop, text and loss; a killed training goes on to the same bytes."""
+    ended = []
+    for name, killed_after in (("whole", None), ("part", 3)):
+        compressed, adaptation = packed_model("mpo:healed", two_blocks.path, tokens, tmp_path / name)
+        bits, before = compressed.ledger(), held_out(compressed.model, original, tokens, DISTIL)
+        rest = {n: t.clone() for n, t in compressed.model.state_dict().items() if "core_" not in n}
+        stored = {n: t.clone() for n, t in compressed.model.state_dict().items() if "core_" in n}
+
+        def progress(phase, done, total, killed_after=killed_after):
+            if done == killed_after:
+                raise Killed
+
+        for attempt in (progress, silent):
+            with contextlib.suppress(Killed):
+                report = finetune(compressed, adaptation, tokens[:12], 2, 0, tmp_path / name, attempt, 0.0, states)
+                break
+        assert len(report.losses) == 6 and held_out(compressed.model, original, tokens, DISTIL) < before
+        after = compressed.model.state_dict()
+        assert compressed.ledger() == bits and all(torch.equal(after[n], rest[n]) for n in rest)
+        assert after.keys() == rest.keys() | stored.keys() and any(not torch.equal(after[n], stored[n]) for n in stored)
+        ended.append((report.losses, {n: after[n] for n in stored}))
+    assert ended[0][0] == ended[1][0] and all(torch.equal(t, ended[1][1][n]) for n, t in ended[0][1].items())
 
 
 class Killed(Exception):
