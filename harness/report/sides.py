@@ -123,7 +123,7 @@ def read_reports(folder: Path) -> dict[str, CellReport]:
                 f"no {path}: the run's own command writes it again, in seconds where its cells are still cached"
             )
         data = read_object(path)
-        if not isinstance(data.get("row"), dict) or not NEEDED <= data["row"].keys():
+        if not isinstance(data.get("row"), dict) or not data["row"].keys() >= NEEDED:
             raise ValueError(f"{path} is no cell of a run: the run's own command writes it again")
         found[label] = CellReport.from_json(data, str(path))
     return found
