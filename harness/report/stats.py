@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +24,7 @@ _SEED = 20_260_101  # the resamples are part of the protocol, not of a run
 def resampled_means(window_values: Sequence[float], weights: Sequence[float] | None = None) -> Tensor:
     """Means of RESAMPLES draws with replacement; the same draws for every row with as many windows, so differences
     pair. `weights`: of the windows, if they differ (articles of unequal length)."""
-    count = len(window_values)
-    generator = torch.Generator().manual_seed(_SEED)
-    index_QN = torch.randint(count, (RESAMPLES, count), generator=generator)
+    index_QN = _draws(len(window_values))
     values_N = torch.tensor(window_values, dtype=torch.float64)
     if weights is None:
         return values_N[index_QN].mean(dim=1)
@@ -32,10 +32,16 @@ def resampled_means(window_values: Sequence[float], weights: Sequence[float] | N
     return (values_N * weight_N)[index_QN].sum(dim=1) / weight_N[index_QN].sum(dim=1)
 
 
+@lru_cache(maxsize=4)
+def _draws(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randint(count, (RESAMPLES, count), generator=generator)
+
+
 def interval(means_Q: Tensor) -> tuple[float, float]:
     """Percentile interval of COVERAGE."""
     tail = (1 - COVERAGE) / 2
-    low, high = torch.quantile(means_Q, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = np.quantile(means_Q.numpy(), [tail, 1 - tail]).tolist()  # torch sorts all of them
     return low, high
 
 
@@ -88,17 +94,10 @@ Correct = Sequence[Sequence[int]]  # task -> item -> 1 if right, else 0
 
 def resampled_shares(items: Sequence[int], seed: int = _SEED) -> Tensor:
     """Means of RESAMPLES draws with replacement from items that are -1, 0 or 1 [RESAMPLES]."""
-    generator = torch.Generator().manual_seed(seed)
-    count, plus = len(items), sum(item > 0 for item in items)
-    minus = sum(item < 0 for item in items)
-
-    def draw(total_Q: Tensor, share: float) -> Tensor:
-        return torch.binomial(total_Q, torch.full_like(total_Q, share), generator=generator)
-
-    total_Q = torch.full((RESAMPLES,), float(count), dtype=torch.float64)
-    plus_Q = draw(total_Q, plus / count)
-    minus_Q = draw(total_Q - plus_Q, minus / (count - plus)) if minus else torch.zeros_like(plus_Q)
-    return (plus_Q - minus_Q) / count
+    count = len(items)
+    plus, minus = sum(item > 0 for item in items) / count, sum(item < 0 for item in items) / count
+    drawn_QK = np.random.default_rng(seed).multinomial(count, [plus, minus, max(0.0, 1 - plus - minus)], RESAMPLES)
+    return torch.from_numpy((drawn_QK[:, 0] - drawn_QK[:, 1]) / count)
 
 
 def accuracy_interval(correct: Correct) -> tuple[float, float]:
