@@ -17,6 +17,7 @@ from typing import Any, Unpack
 
 import torch
 from rich.console import Console
+from rich.control import Control
 from transformers import PreTrainedModel
 
 from harness.cli import run as runs
@@ -104,12 +105,28 @@ def _options(model: object, methods: object, bits: object, options: Any) -> Opti
     return replace(Options.of(parser.parse_args(typed)), typed=["run", *typed])
 
 
+class _Notebook(Console):
+    """A notebook whose widgets let progress move as on a terminal; it has no cursor to be moved."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
+            quiet=quiet,
+            force_terminal=True,
+            force_interactive=False,
+        )
+
+    def control(self, *control: Control) -> None:
+        """Nothing."""
+
+
 def _console(quiet: bool = False) -> Console:
     """Notes and progress. In a notebook with ipywidgets the bars move, elsewhere in one it is a line per phase."""
     console = open_console(quiet)
-    if console.is_jupyter and find_spec("ipywidgets"):
-        return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_terminal=True, quiet=quiet)
-    return console
+    return _Notebook(quiet) if console.is_jupyter and find_spec("ipywidgets") else console
 
 
 def _show_nothing(rows: Sequence[Row]) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LONGEST = (
     "test_regression.py",
     "test_shell_lines.py",
+    "test_python_blocks.py",
+    "test_api.py",
     "test_local.py",
     "test_measurement.py",
     "test_training.py",

@@ -119,7 +119,7 @@ def words(given: dict[str, Any]) -> list[str]:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, Sequence | set | frozenset | range) and not isinstance(value, str):
+    if isinstance(value, Iterable) and not isinstance(value, str):
         return ",".join(map(_text, value))
     if isinstance(value, float):
         return repr(float(value)).removesuffix(".0")  # NumPy's, too

@@ -123,7 +123,7 @@ def test_every_option_of_a_run_can_be_given_in_python():
     given = dict(
         protocols=("wiki-mini@64/5",), seeds=range(2), fresh=True, strict=False, bench=True, timeout=9.5, jobs=None
     )
-    typed = api._options("m", ["gptq:group=128,act_order=false", "rtn"], (2.0, "13/4"), given)
+    typed = api._options("smollm2-135m-instruct", ["gptq:group=128,act_order=false", "rtn"], (2.0, "13/4"), given)
     assert (typed.methods, typed.bits, typed.seeds) == ("gptq:group=128,act_order=false,rtn", "2,13/4", "0,1")
     assert (typed.fresh, typed.strict, typed.bench, typed.timeout, typed.jobs) == (True, False, True, 9.5, None)
     assert [text for text, _ in read_request(typed).methods] == ["gptq:group=128,act_order=false", "rtn"]
