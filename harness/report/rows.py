@@ -157,11 +157,9 @@ class CellReport:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> CellReport:
         """What `to_json` of this or an earlier version wrote. Raises ValueError, naming `where`."""
-        parts = [data.get(name) for name in ("row", "scores", "tasks")]
-        if not all(isinstance(part, dict) for part in parts):
+        row, scores, tasks = (data.get(name, {}) for name in ("row", "scores", "tasks"))
+        if not all(isinstance(part, dict) for part in (row, scores, tasks)) or not {"cell", "model"} <= row.keys():
             raise ValueError(f"{where} is no cell of a run: the run's own command writes it again")
-        row, scores, tasks = parts
-        assert row and scores is not None and tasks is not None
         artifact, bench = data.get("artifact"), data.get("bench")
         return cls(
             row,

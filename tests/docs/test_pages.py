@@ -83,6 +83,7 @@ def _explained_columns() -> Iterator[str]:
         for name in (name for name in names if not name.startswith("_")):
             for ending in ("", *endings):
                 pattern = re.escape(name + ending).replace(re.escape("<text>@<context>"), PROTOCOL)
+                pattern = pattern.replace("<role>", r"[\w.*]+")
                 yield pattern.replace("<task>", f"({'|'.join(PINNED_SPLITS)})")
 
 

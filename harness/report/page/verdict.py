@@ -73,8 +73,8 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def headlines(found: Sequence[Verdict]) -> list[str]:
-    """For every track: who is first, or tied with the first, under every protocol at which of its budgets; whoever
-    leads at most of them first, then who leads at those that are left."""
+    """For every track: who is first, or tied with the first, under every protocol at which of its budgets, and with
+    whom; whoever leads at most of them first, then who leads at those that are left."""
     sentences = []
     for track in dict.fromkeys(verdict.track for verdict in found):
         of_track = [verdict for verdict in found if verdict.track == track]
@@ -89,8 +89,10 @@ def headlines(found: Sequence[Verdict]) -> list[str]:
         # Of those that lead equally often, the one with more first places.
         for name, at in sorted(leading.items(), key=lambda item: (-len(item[1]), -wins[item[0]], item[0])):
             if left & set(at):
-                everywhere = len(at) == len(budgets) > 1
-                parts.append(f"{name} leads or ties at {'every budget' if everywhere else f'{_listed(at)} bits'}")
+                where = "every budget" if len(at) == len(budgets) > 1 else f"{_listed(at)} bits"
+                tied = [(other, [b for b in at if b in its]) for other, its in leading.items() if other != name]
+                ties = [f"{other} at {_listed(both)}" for other, both in tied if both]
+                parts.append(f"{name} leads at {where}" + (f", in a tie with {'; '.join(ties)}" if ties else ""))
                 left -= set(at)
         sentences.append(f"{track}: {'; '.join(parts) or 'no row leads under every protocol'}")
     return sentences

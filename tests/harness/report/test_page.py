@@ -59,7 +59,7 @@ def test_a_headline_names_every_budget_once_and_no_loser():
     ]
     rows += [row("x", "4", 2, 3.5)]
     assert headlines(verdicts(rows, ["a"])) == [
-        "calibrated: x leads or ties at 2 and 3 bits; y leads or ties at 3 and 4 bits"
+        "calibrated: x leads at 2 and 3 bits, in a tie with y at 3; y leads at 3 and 4 bits, in a tie with x at 3"
     ]
 
 
