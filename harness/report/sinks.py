@@ -141,6 +141,9 @@ def _wandb(project: str) -> Callback:
     """A run per cell, whose id is its key. Their own variables say where to (WANDB_MODE, WANDB_API_KEY)."""
     import wandb
 
+    if not hasattr(wandb, "init"):  # a folder of runs that it left here, and no package
+        raise ImportError("wandb")
+
     def put(entry: Entry) -> None:
         run: Any = wandb.init(
             project=project,
