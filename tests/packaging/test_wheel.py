@@ -143,7 +143,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 def _sources() -> set[str]:
     """Everything that runs, or is read when something runs, by its path in the checkout."""
-    kinds = {".py", ".cpp", ".h", ".json", ".typed"}
+    kinds = {".py", ".cpp", ".h", ".json", ".html", ".css", ".js", ".typed"}
     paths = [path for name in PACKAGES for path in (ROOT / name).rglob("*")]
     return {str(path.relative_to(ROOT)) for path in paths if path.suffix in kinds}
 
