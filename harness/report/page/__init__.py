@@ -11,6 +11,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from fractions import Fraction
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -160,7 +161,7 @@ def _best(rows: contents.Lines, found: Sequence[Verdict]) -> str:
     """The cell whose matrices are shown first: the winner nearest three bits."""
     if not found:
         return ""
-    verdict = min(found, key=lambda one: (abs(float(one.budget) - 3.25), one.track != "calibrated"))
+    verdict = min(found, key=lambda one: (abs(float(Fraction(one.budget)) - 3.25), one.track != "calibrated"))
     return next((r["cell"] for r in rows if r["series"] == verdict.winner and r["budget_bpw"] == verdict.budget), "")
 
 

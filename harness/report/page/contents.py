@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from statistics import fmean
 from typing import Any
 
@@ -25,7 +26,7 @@ def page_rows(rows: Sequence[Row]) -> Lines:
         more = {
             "label": label(row),
             "series": label({**row, "budget_bpw": "", "seed": ""}),
-            "budget": float(row["budget_bpw"] or 0),
+            "budget": float(Fraction(row["budget_bpw"] or 0)),  # "13/4" is one, too
         }
         found.append({**known, **more})
     return found
