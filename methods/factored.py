@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.formats.dense import DenseLinear
 from kernels.formats.factors import FactorsLinear
 from kernels.formats.numbers import NUMBER_BITS, Numbers
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Pooled, Sensitivity
@@ -38,7 +37,7 @@ class Factored(Method):
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise ValueError("rank must be at least 1")
-        check_number_bits(self.bits)
+        check_bits(self.bits, NUMBER_BITS)
 
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         return self._configs(ranks(layer, FINEST))
@@ -89,14 +88,13 @@ class Factored(Method):
 
     def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
         packed = config.layout(layer, data.weight_OI.device)
-        if isinstance(packed, DenseLinear):
-            packed.fill(weight=data.weight_OI.half())
-        else:
-            assert isinstance(packed, FactorsLinear)
+        if isinstance(packed, FactorsLinear):
             left_OR, right_RI = self.factors(data)
             packed.refill(**packed.tensors(left_OR[:, : packed.components], right_RI[: packed.components]))
             packed.refill(**self.shift(data, packed.decode()))
-        return Compressed(packed, {"relative_error": relative_error(data.weight_OI, packed.decode())})
+        else:
+            packed.fill(weight=data.weight_OI.half())
+        return Compressed(packed)
 
 
 def _rounded(values_RN: Tensor, bits: int) -> Tensor:
@@ -105,18 +103,17 @@ def _rounded(values_RN: Tensor, bits: int) -> Tensor:
 
 
 def ranks(layer: LayerSpec, most: int) -> list[int]:
-    """At most about `most` ranks in even steps of a multiple of STEP, up to the full one."""
-    full = min(layer.in_features, layer.out_features)
-    step = STEP * max(1, round(full / (STEP * most)))
+    """At most about `most` ranks, up to the full one."""
+    return in_steps(min(layer.in_features, layer.out_features), STEP, most)
+
+
+def in_steps(full: int, unit: int, most: int) -> list[int]:
+    """At most about `most` numbers in even steps of a multiple of `unit`, up to `full`."""
+    step = unit * max(1, round(full / (unit * most)))
     return sorted({*range(step, full + 1, step), full})
 
 
-def check_number_bits(bits: int | None) -> None:
+def check_bits(bits: int | None, widths: Sequence[int]) -> None:
     """Raises ValueError."""
-    if bits not in (None, *NUMBER_BITS):
-        raise ValueError(f"bits must be one of {', '.join(map(str, NUMBER_BITS))}")
-
-
-def relative_error(weight_OI: Tensor, decoded_OI: Tensor) -> float:
-    """Of the weight itself, whatever was minimised."""
-    return float(torch.linalg.norm(weight_OI - decoded_OI) / torch.linalg.norm(weight_OI).clamp_min(1e-30))
+    if bits not in (None, *widths):
+        raise ValueError(f"bits must be one of {', '.join(map(str, widths))}")

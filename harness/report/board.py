@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from harness.data.sealed import read_object
@@ -46,6 +47,11 @@ class Board:
         """Bytes per second that the machine of its measurements can read."""
         return latency.best_bandwidth(report.bench for report in self.reports.values())
 
+    @cached_property
+    def filled(self) -> dict[str, CellReport]:
+        """The reports with all that their rows say; resampling takes a while, so once."""
+        return {key: report.filled(self.bandwidth) for key, report in self.reports.items()}
+
     @property
     def losses(self) -> dict[str, dict[str, tuple[float, ...]]]:
         """The loss of every window, by cell and protocol."""
@@ -59,7 +65,7 @@ class Board:
     def rows(self) -> list[Row]:
         """One per cell, with every column; ranks and tasks are left for the table to fill."""
         empty = dict.fromkeys(self.columns, "")
-        filled = (report.filled(self.bandwidth).row for report in self.reports.values())
+        filled = (report.row for report in self.filled.values())
         return [{**empty, **{name: value for name, value in row.items() if name in empty}} for row in filled]
 
     def kernel_rows(self) -> list[Row]:

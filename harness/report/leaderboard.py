@@ -22,8 +22,8 @@ def write_leaderboard(board: Board, folder: Path) -> tuple[list[Row], list[Sheet
     """Write leaderboard.csv, leaderboard.md, run.json, cells/<key>.json and, where there are any, kernels.csv and (with
     several seeds) summary.csv; returns the rows in order, and the sheets people see."""
     reports, names, tasks = board.reports, board.protocols, board.tasks
-    for key, report in reports.items():
-        write_json(folder / "cells" / f"{key}.json", report.filled(board.bandwidth).to_json())
+    for key, report in board.filled.items():
+        write_json(folder / "cells" / f"{key}.json", report.to_json())
     write_json(folder / RUN_FILE, {"commands": list(board.commands)})
     rows = ranked_rows(board)
     losses, weights = board.losses, board.weights
@@ -35,7 +35,8 @@ def write_leaderboard(board: Board, folder: Path) -> tuple[list[Row], list[Sheet
     text = sheets[0].markdown()
     summary = summarise(rows, losses, names, weights)
     task_means(summary, rows, tasks)
-    if any(number(row, "seeds") > 1 for row in summary):
+    seeded = any(number(row, "seeds") > 1 for row in summary)
+    if seeded:
         write_csv(folder / "summary.csv", list(summary[0]), summary)
         means = leaderboard_sheet(summary, names, shown_tasks(tasks, ranks=False)).markdown()
         text = means + "\nMean over seeds, ± standard deviation between them. Every cell:\n\n" + text
@@ -46,7 +47,7 @@ def write_leaderboard(board: Board, folder: Path) -> tuple[list[Row], list[Sheet
         )
         sheets.append(allocation_sheet(mixed))
         text += sheets[1].markdown()
-    write_page(board, rows, summary if any(number(row, "seeds") > 1 for row in summary) else [], folder)
+    write_page(board, rows, summary if seeded else [], folder)
     note = rows[0]["model_note"]
     write_text(
         folder / "leaderboard.md",

@@ -66,6 +66,7 @@ COLUMNS_AFTER = (
     "reason",
     "model_note",
 )
+NEEDED = {"model", "method", "variant", "budget_bpw", "seed", "track", "status", "cell"}  # columns of every row
 # The only ones two identical runs may differ in:
 TIME_COLUMNS = (
     "plan_s",
@@ -158,7 +159,7 @@ class CellReport:
     def from_json(cls, data: Mapping[str, Any], where: str) -> CellReport:
         """What `to_json` of this or an earlier version wrote. Raises ValueError, naming `where`."""
         row, scores, tasks = (data.get(name, {}) for name in ("row", "scores", "tasks"))
-        if not all(isinstance(part, dict) for part in (row, scores, tasks)) or not {"cell", "model"} <= row.keys():
+        if not all(isinstance(part, dict) for part in (row, scores, tasks)) or not row.keys() >= NEEDED:
             raise ValueError(f"{where} is no cell of a run: the run's own command writes it again")
         artifact, bench = data.get("artifact"), data.get("bench")
         return cls(

@@ -17,12 +17,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kernels.formats.dense import DenseLinear
 from kernels.formats.mpo import MpoLinear, full_bond
 from methods.adapted import check_rate
 from methods.base import Adaptation, Compressed, LayerConfig, LayerData, LayerSpec, Method, Sensitivity, Track
 from methods.codecs.mpo import decompose
-from methods.factored import DENSE, relative_error
+from methods.factored import DENSE, check_bits, in_steps
 
 CORE_BITS = (16, 8)
 MAX_SITES = 6
@@ -47,8 +46,7 @@ class MPO(Method):
     def __post_init__(self) -> None:
         if self.chi is not None and self.chi < 1:
             raise ValueError("chi must be at least 1")
-        if self.bits not in (None, *CORE_BITS):
-            raise ValueError(f"bits must be one of {', '.join(map(str, CORE_BITS))}")
+        check_bits(self.bits, CORE_BITS)
         if not 2 <= self.sites <= MAX_SITES:
             raise ValueError(f"sites must be 2 to {MAX_SITES}")
 
@@ -64,8 +62,7 @@ class MPO(Method):
 
     def _configs(self, layer: LayerSpec, most: int) -> list[LayerConfig]:
         full = full_bond(layer.out_features, layer.in_features, self.sites)
-        step = STEP * max(1, round(full / (STEP * most)))
-        chosen = sorted({*range(step, full + 1, step), full}) if self.chi is None else [min(self.chi, full)]
+        chosen = in_steps(full, STEP, most) if self.chi is None else [min(self.chi, full)]
         cores = [
             LayerConfig.of("mpo", chi=chi, bits=bits, sites=self.sites)
             for bits in (CORE_BITS if self.bits is None else (self.bits,))
@@ -91,12 +88,11 @@ class MPO(Method):
 
     def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
         packed = config.layout(layer, data.weight_OI.device)
-        if isinstance(packed, DenseLinear):
-            packed.fill(weight=data.weight_OI.half())
-        else:
-            assert isinstance(packed, MpoLinear)
+        if isinstance(packed, MpoLinear):
             packed.fill(**packed.tensors(decompose(data.weight_OI, packed)))
-        return Compressed(packed, {"relative_error": relative_error(data.weight_OI, packed.decode())})
+        else:
+            packed.fill(weight=data.weight_OI.half())
+        return Compressed(packed)
 
 
 @dataclass(frozen=True, kw_only=True)

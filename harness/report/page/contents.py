@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from statistics import fmean
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from harness.report.board import Board
 from harness.report.rows import CellReport
 from harness.report.sheet import Row, label
-from harness.store.results import KLD_EDGES
+from harness.store.results import KLD_EDGES, Divergence
 
 Lines = list[dict[str, Any]]
 STEPS = 200  # points of a training curve: each the mean of the steps it stands for
@@ -84,28 +84,32 @@ def parts(board: Board, rows: Lines) -> Lines:
 def tokens(board: Board, rows: Lines) -> Lines:
     """Shares of tokens whose divergence lies between two edges."""
     found = []
-    for row, report in _reports(board, rows):
-        for name, score in report.done.items():
-            counts = score.divergence.histogram if score.divergence else ()
-            total = sum(counts)
-            for low, high, count in zip(KLD_EDGES, KLD_EDGES[1:], counts[1:], strict=False):
-                if total and row["budget"]:
-                    line = {"cell": row["cell"], "protocol": name, "from": low, "to": high}
-                    found.append({**line, "share": count / total})
+    for line, _, divergence in _divergences(board, rows):
+        total = sum(divergence.histogram)
+        for low, high, count in zip(KLD_EDGES, KLD_EDGES[1:], divergence.histogram[1:], strict=False):
+            if total:
+                found.append({**line, "from": low, "to": high, "share": count / total})
     return found
 
 
 def positions(board: Board, rows: Lines) -> Lines:
     """Mean divergence of every stretch of the windows, at its middle."""
     found = []
+    for line, context, divergence in _divergences(board, rows):
+        values = divergence.position_kld
+        for index, value in enumerate(values):
+            if math.isfinite(value):
+                middle = (index + 0.5) / len(values) * (context - 1) + 1
+                found.append({**line, "position": middle, "kld": value})
+    return found
+
+
+def _divergences(board: Board, rows: Lines) -> Iterator[tuple[dict[str, Any], int, Divergence]]:
+    """({cell, protocol}, tokens of a window, divergence) of every score of a row with a budget."""
     for row, report in _reports(board, rows):
         for name, score in report.done.items():
-            values = score.divergence.position_kld if score.divergence else ()
-            for index, value in enumerate(values):
-                if row["budget"] and math.isfinite(value):
-                    middle = (index + 0.5) / len(values) * (score.protocol.context - 1) + 1
-                    found.append({"cell": row["cell"], "protocol": name, "position": middle, "kld": value})
-    return found
+            if row["budget"] and score.divergence:
+                yield {"cell": row["cell"], "protocol": name}, score.protocol.context, score.divergence
 
 
 def training(board: Board, rows: Lines) -> Lines:

@@ -107,8 +107,9 @@ def pareto(rows: Sequence[Mapping[str, Any]], quality: Measure, against: Measure
             ),
             ("resident_gib", "resident GiB", "quantitative"),
             ("decode_tok_s_b1", "tokens/s", "quantitative"),
-            ("configuration", "configuration", "nominal"),
+            ("allocate", "allocation", "nominal"),
         )
+        if any(name in row for row in rows)
     ]
     hue = {"field": "series", "scale": colours, "title": None}
     line = {
@@ -243,67 +244,56 @@ def stored_parts(lines: int) -> Spec:
     }
 
 
-def histogram(series: Mapping[str, str]) -> Spec:
-    """How divergences of tokens are spread, one line a row. Data `tokens` of one protocol and budget."""
+def _curves(series: Mapping[str, str], data: str, mark: Spec, x: Spec, y: Spec, tooltip: list[Spec]) -> Spec:
+    """One line a cell, in its series' colour and dash."""
     colours, dashes = _scales(series)
     return {
         "width": "container",
         "height": HEIGHT,
-        "data": {"name": "tokens"},
-        "mark": {"type": "line", "interpolate": "step-after", "strokeWidth": 1.5},
+        "data": {"name": data},
+        "mark": {"type": "line", "strokeWidth": 1.5, **mark},
         "encoding": {
-            "x": {
-                "field": "from",
-                "type": "quantitative",
-                "scale": {"type": "log"},
-                "title": "KL divergence of a token, nats",
-                "axis": {"format": "~g"},
-            },
-            "y": {"field": "share", "type": "quantitative", "title": "share of tokens", "axis": {"format": "%"}},
+            "x": {"type": "quantitative", **x},
+            "y": {"type": "quantitative", **y},
             "color": {"field": "series", "scale": colours, "title": None},
             "strokeDash": {"field": "series", "scale": dashes, "title": None},
             "detail": {"field": "cell"},
-            "tooltip": [
-                {"field": "label", "title": "row"},
-                {"field": "from", "format": ".2g"},
-                {"field": "to", "format": ".2g"},
-                {"field": "share", "format": ".2%", "title": "share of tokens"},
-            ],
+            "tooltip": [{"field": "label", "title": "row"}, *tooltip],
         },
     }
+
+
+def histogram(series: Mapping[str, str]) -> Spec:
+    """How divergences of tokens are spread, one line a row. Data `tokens` of one protocol and budget."""
+    return _curves(
+        series,
+        "tokens",
+        {"interpolate": "step-after"},
+        {
+            "field": "from",
+            "scale": {"type": "log"},
+            "title": "KL divergence of a token, nats",
+            "axis": {"format": "~g"},
+        },
+        {"field": "share", "title": "share of tokens", "axis": {"format": "%"}},
+        [
+            {"field": "from", "format": ".2g"},
+            {"field": "to", "format": ".2g"},
+            {"field": "share", "format": ".2%", "title": "share of tokens"},
+        ],
+    )
 
 
 def over_positions(series: Mapping[str, str]) -> Spec:
     """Mean divergence by place in the window. Data `positions` of one protocol and budget."""
-    colours, dashes = _scales(series)
-    return {
-        "width": "container",
-        "height": HEIGHT,
-        "data": {"name": "positions"},
-        "mark": {"type": "line", "point": {"size": 20}, "strokeWidth": 1.5},
-        "encoding": {
-            "x": {
-                "field": "position",
-                "type": "quantitative",
-                "title": "token of the window",
-                "scale": {"zero": False},
-            },
-            "y": {
-                "field": "kld",
-                "type": "quantitative",
-                "scale": {"type": "log"},
-                "title": "mean KL divergence, nats",
-            },
-            "color": {"field": "series", "scale": colours, "title": None},
-            "strokeDash": {"field": "series", "scale": dashes, "title": None},
-            "detail": {"field": "cell"},
-            "tooltip": [
-                {"field": "label", "title": "row"},
-                {"field": "position", "title": "around token", "format": ".0f"},
-                {"field": "kld", "format": ".3g"},
-            ],
-        },
-    }
+    return _curves(
+        series,
+        "positions",
+        {"point": {"size": 20}},
+        {"field": "position", "title": "token of the window", "scale": {"zero": False}},
+        {"field": "kld", "scale": {"type": "log"}, "title": "mean KL divergence, nats"},
+        [{"field": "position", "title": "around token", "format": ".0f"}, {"field": "kld", "format": ".3g"}],
+    )
 
 
 def roofline(series: Mapping[str, str], bandwidth_gb_s: float) -> Spec:
@@ -347,31 +337,14 @@ def roofline(series: Mapping[str, str], bandwidth_gb_s: float) -> Spec:
 
 def training(series: Mapping[str, str]) -> Spec:
     """Losses step by step of rows that were trained. Data `training`."""
-    colours, dashes = _scales(series)
-    return {
-        "width": "container",
-        "height": HEIGHT,
-        "data": {"name": "training"},
-        "mark": {"type": "line", "strokeWidth": 1.3},
-        "encoding": {
-            "x": {"field": "step", "type": "quantitative", "title": "step"},
-            "y": {
-                "field": "loss",
-                "type": "quantitative",
-                "title": "loss, nats per token",
-                "scale": {"zero": False},
-            },
-            "color": {"field": "series", "scale": colours, "title": None},
-            "strokeDash": {"field": "series", "scale": dashes, "title": None},
-            "detail": {"field": "cell"},
-            "tooltip": [
-                {"field": "label", "title": "row"},
-                {"field": "step"},
-                {"field": "loss", "format": ".4f"},
-                {"field": "of", "title": "loss is"},
-            ],
-        },
-    }
+    return _curves(
+        series,
+        "training",
+        {},
+        {"field": "step", "title": "step"},
+        {"field": "loss", "title": "loss, nats per token", "scale": {"zero": False}},
+        [{"field": "step"}, {"field": "loss", "format": ".4f"}, {"field": "of", "title": "loss is"}],
+    )
 
 
 def accuracies(series: Mapping[str, str], lines: int, reference: float | None) -> Spec:
