@@ -37,7 +37,7 @@ class Adapted(Method):
 
     @property
     def adaptation(self) -> Adaptation:
-        return Adaptation(self.lora_rate, self.dora)
+        return Adaptation(rate=self.lora_rate, dora=self.dora)
 
     def candidates(self, layer: LayerSpec) -> list[LayerConfig]:
         base = super().candidates(layer)  # type: ignore[safe-super]  # the method that this class is combined with

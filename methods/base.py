@@ -113,14 +113,14 @@ class LayerData:
     table: Table | None = None  # the shared table the layer's configuration names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adaptation:
     """How a method's low-rank factors are trained, by the one loop there is (harness.compress.training): what text, for
     how many steps and in what order is the run's affair, and the same for all."""
 
     rate: float  # of AdamW
-    whole: bool = False  # not factors beside what is packed, but its own numbers (`PackedLinear.learnt`)
     dora: bool = False  # magnitudes of the rows too (Liu et al., arXiv 2402.09353); they are stored as row scales
+    whole: bool = False  # not factors beside what is packed, but its own numbers (`PackedLinear.learnt`)
 
 
 @dataclass(frozen=True)

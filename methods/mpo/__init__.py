@@ -111,4 +111,4 @@ class Healed(MPO):
 
     @property
     def adaptation(self) -> Adaptation:
-        return Adaptation(self.lora_rate, whole=True)
+        return Adaptation(rate=self.lora_rate, whole=True)

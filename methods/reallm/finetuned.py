@@ -30,7 +30,7 @@ class Finetuned(Blockwise):
 
     @property
     def adaptation(self) -> Adaptation:
-        return Adaptation(self.lora_rate, dora=self.row_scales)
+        return Adaptation(rate=self.lora_rate, dora=self.row_scales)
 
     def ranks(self, layer: LayerSpec) -> Iterable[int]:
         # With training to come the budget cannot tell what a rank is worth: every matrix gets what other methods give
