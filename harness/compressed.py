@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 
 FILES = ("packed.safetensors", "rest.safetensors", "packed.json", "config.json")
 TABLES = "shared_tables"  # the attribute of the model that holds them
-KINDS = ("dense", "fused", "decode-per-call", "decode-on-load")  # a model is of the last kind any of its layers is
+KINDS = (
+    "dense",
+    "fused",
+    "fused-16",
+    "decode-per-call",
+    "decode-on-load",
+)  # a model is of the last kind any of its layers is
 
 
 @dataclass(frozen=True)

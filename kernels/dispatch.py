@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from kernels.formats.bits import FULL
 from kernels.registry import Registry
 
 
@@ -28,6 +29,7 @@ class Layer(Protocol):
 
     format: ClassVar[str]
     decode_on_load: ClassVar[bool]
+    act_bits: int
 
     @property
     def constant(self) -> Tensor | None: ...
@@ -38,6 +40,8 @@ class Layer(Protocol):
     def contracted(self, x: Tensor) -> Tensor: ...
 
     def decode(self) -> Tensor: ...
+
+    def product_of_rounded(self, x: Tensor) -> Tensor: ...
 
     def loaded(self, dtype: torch.dtype) -> Tensor: ...
 
@@ -91,6 +95,9 @@ def backend(device_type: str) -> Backend | None:
 def reference(layer: Layer, x: Tensor) -> Tensor:
     """The oracle: y = x W^T + b with W decoded in fp32 and rounded once to the dtype of x."""
     bias = None if layer.constant is None else layer.constant.to(x.dtype)
+    if layer.act_bits != FULL:
+        y = layer.product_of_rounded(x)
+        return y if bias is None else y + bias
     weight_OI = layer.loaded(x.dtype) if layer.decode_on_load else layer.decode().to(x.dtype)
     return torch.nn.functional.linear(x, weight_OI, bias)
 
@@ -137,9 +144,11 @@ def fused(layer: Layer, device_type: str) -> Product | None:
 
 
 def kind(layer: Layer, device_type: str) -> str:
-    """Row kind of this layer on this type of device: dense | fused | decode-per-call | decode-on-load."""
+    """Row kind of this layer on this type of device: dense | fused | fused-16 | decode-per-call | decode-on-load."""
     if layer.format == "dense":
         return "dense"
+    if fused(layer, device_type) is not None and layer.act_bits != FULL:
+        return "fused-16"  # inputs of fewer bits are rounded, and multiplied as wider numbers all the same
     if fused(layer, device_type) is not None or _contracts(layer):
         return "fused"
-    return "decode-on-load" if layer.decode_on_load else "decode-per-call"
+    return "decode-on-load" if layer.decode_on_load and layer.act_bits == FULL else "decode-per-call"

@@ -55,6 +55,9 @@ def random_table(spec: Mapping[str, Scalar], seed: int = 0) -> Table:
 def _valid(layer: PackedLinear, generator: torch.Generator) -> dict[str, Tensor]:
     """Buffers in which not any bits would be a layer: packed permutations, and codes of fewer levels than they could
     tell apart."""
+    if layer.reassembly is not None:
+        place_I, copies_I = _reassembly(layer.in_features, generator)
+        return {f"reassembly.{name}": t for name, t in layer.reassembly.tensors(place_I, copies_I).items()}
     if isinstance(layer, CodebookLinear) and layer.order is not None:
         bands = len(layer.order.packed)
         order_ZI = torch.stack([torch.randperm(layer.in_features, generator=generator) for _ in range(bands)])
@@ -71,6 +74,20 @@ def _valid(layer: PackedLinear, generator: torch.Generator) -> dict[str, Tensor]
             order_N = torch.randperm(count, generator=generator)
             stored[name] = pack(order_N[None], index_bits(count))[0]
     return stored
+
+
+def _reassembly(columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Places and copies of channels: a random tenth stands at three places, and as many places fewer have the rest."""
+    copies_I = torch.ones(columns, dtype=torch.long)
+    order_I = torch.randperm(columns, generator=generator)
+    split = columns // 10
+    copies_I[order_I[:split]] = 3
+    merged_I = torch.zeros(columns, dtype=torch.bool)
+    merged_I[order_I[split : 3 * split]] = True  # each with the last channel of all, which is never split
+    last = int(order_I[-1])
+    place_I = torch.where(merged_I, 0, copies_I).cumsum(0) - torch.where(merged_I, 0, copies_I)
+    place_I[merged_I] = place_I[last]
+    return place_I, copies_I
 
 
 def _random(module: StoredModule, generator: torch.Generator) -> dict[str, Tensor]:

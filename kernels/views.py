@@ -63,4 +63,4 @@ def readable_codebook(layer: CodebookLinear) -> bool:
 
 def readable_uniform(layer: UniformLinear) -> bool:
     """Whether the fused kernels read this layout: inputs are turned, or stand in another order, not both."""
-    return layer.order is None or layer.rotation is None
+    return layer.order is None or (layer.rotation is None and layer.reassembly is None)

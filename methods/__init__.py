@@ -58,6 +58,7 @@ METHODS: Registry[type[Method]] = Registry(
         "qlora": "methods.qlora:QLoRA",
         "gptq-lora": "methods.gptq_lora:GPTQLoRA",
         "lq-lora": "methods.lq_lora:LQLoRA",
+        "qllm": "methods.qllm:QLLM",
         "svd": "methods.svd:SVD",
         "mpo": "methods.mpo:MPO",
         "bolaco": "methods.bolaco:Bolaco",

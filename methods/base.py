@@ -30,7 +30,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.formats.bits import StoredBits
+from kernels.formats.bits import FULL, StoredBits
 from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.packed import PackedLinear
 from kernels.formats.tables import Table
@@ -39,6 +39,7 @@ __all__ = [
     "Adaptation",
     "Block",
     "Compressed",
+    "Inputs",
     "LayerConfig",
     "LayerData",
     "LayerSpec",
@@ -71,6 +72,7 @@ class Needs:
     fisher: bool = False
     fisher_prices: bool = False  # errors are weighed with the Fisher information when an allocation is made, too
     pooled: bool = False  # mean and covariance of the inputs, windows apart
+    inputs: bool = False  # their peaks, and some of them as they are
     outputs: bool = False  # the uncompressed model's outputs of every block, for `Method.tune_block`
     true_sequential: bool = True  # statistics behind the packed earlier layers of the same block, not the original ones
 
@@ -82,7 +84,7 @@ class Needs:
     @property
     def text(self) -> bool:
         """Whether anything is computed from calibration tokens."""
-        return self.hessian or self.pooled or self.fisher or self.fisher_prices or self.original
+        return self.hessian or self.pooled or self.inputs or self.fisher or self.fisher_prices or self.original
 
     @property
     def sensitivity(self) -> str:
@@ -100,6 +102,14 @@ class Pooled:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What reaches a layer behind the packed prefix, fp32."""
+
+    peak_I: Tensor  # the largest magnitude over all calibration tokens
+    sample_NI: Tensor  # of some of them, evenly spaced
+
+
+@dataclass(frozen=True)
 class LayerData:
     """Everything measured about one layer: the one argument through which statistics reach a method."""
 
@@ -111,6 +121,8 @@ class LayerData:
     pooled: Pooled | None = None  # of the inputs behind the packed prefix
     fisher: Sensitivity | None = None  # mean squared gradient of the language-modelling loss, as rows x columns
     table: Table | None = None  # the shared table the layer's configuration names
+    inputs: Inputs | None = None
+    act_bits: int = FULL  # what the packed layer will round its inputs to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +172,9 @@ class Block(Protocol):
 
     def restore(self, name: str) -> None:
         """Let `run` use the original layer."""
+
+    def weight(self, name: str) -> Tensor:
+        """The layer's original weight, fp32 [O, I]."""
 
     def run(self, hidden_NTH: Tensor) -> Tensor:
         """The block as it is now on hidden states in front of it, with gradients if they are wanted."""

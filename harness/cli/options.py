@@ -27,6 +27,7 @@ from harness.model import PRESETS, Inventory
 from harness.model.described import describe
 from harness.plan.budgets import MODES, Budget
 from harness.progress import Say, first_line
+from kernels.formats.bits import ACT_BITS, FULL
 from methods import METHODS, parse_method, split_methods
 
 if TYPE_CHECKING:
@@ -91,6 +92,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", default="0", help="comma list; each draws its own calibration text (default: %(default)s)"
     )
+    parser.add_argument(
+        "--act-bits",
+        default=str(FULL),
+        help="bits of the activations that linear layers of the blocks multiply, 2 to 16, comma list; rows of other "
+        "widths are ranked apart (default: %(default)s, none are rounded)",
+    )
     parser.add_argument("--jobs", type=int, help="cells at once (default: 2 on a CPU with 2 cores or more, else 1)")
 
 
@@ -144,6 +151,7 @@ class Request:
     calibration: Calibration
     training: Training
     seeds: list[int]
+    act_bits: list[int]
     jobs: int
 
 
@@ -170,6 +178,7 @@ def read_request(arguments: Options, presets: bool = True) -> Request:
     calibration = parse_calibration(arguments.calibration) if arguments.calibration else profile.calibration
     training = parse_training(arguments.training) if arguments.training else profile.training
     seeds = _read_seeds(arguments.seeds)
+    act_bits = _read_act_bits(arguments.act_bits)
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError("--jobs must be at least 1")
     if arguments.bench_threads < 1:
@@ -183,7 +192,15 @@ def read_request(arguments: Options, presets: bool = True) -> Request:
 
     requested_instructions()
     jobs = arguments.jobs or (2 if arguments.device == "cpu" and cores() >= 2 else 1)
-    return Request(methods, budgets, protocols, tasks, calibration, training, seeds, jobs)
+    return Request(methods, budgets, protocols, tasks, calibration, training, seeds, act_bits, jobs)
+
+
+def _read_act_bits(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isascii() and part.isdecimal() and int(part[:3]) in ACT_BITS for part in parts):
+        first, last = ACT_BITS[0], ACT_BITS[-1]
+        raise ValueError(f"--act-bits {text} is no list of widths from {first} to {last}: write for example 16,8,4")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def _read_seeds(text: str) -> list[int]:
@@ -254,6 +271,7 @@ def build_plan(
         calibration,
         training,
         request.seeds,
+        request.act_bits,
         compute,
         bos,
         half,

@@ -37,6 +37,7 @@ class Options:
     allocate: str
     seeds: str
     jobs: int | None
+    act_bits: str = "16"
     out: Path | None = None
     fresh: bool = False
     bench: bool = True
@@ -76,6 +77,7 @@ class Given(TypedDict, total=False):
     dtype: str
     allocate: str
     seeds: int | Texts
+    act_bits: int | Texts
     jobs: int
     out: str | os.PathLike[str]
     fresh: bool

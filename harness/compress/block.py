@@ -16,10 +16,12 @@ from harness.model import BlockSpec
 from harness.model.linear_layers import is_expert
 from kernels.formats.layer import LayerSpec
 from kernels.formats.tables import Table
-from methods.base import Compressed, Pooled, Sensitivity
+from methods.base import Compressed, Inputs, Pooled, Sensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+SAMPLED = 512  # tokens whose inputs a method sees as they are
 
 
 class _Slot(nn.Module):
@@ -128,6 +130,19 @@ class BlockRun:
                     add_gram(total_II, (x_TI - own_I) / max(1, len(x_TI) - 1) ** 0.5)
                     mean_I, windows = mean_I + own_I, windows + 1
         return Pooled(mean_I / max(1, windows), completed(total_II) / max(1, windows))
+
+    @torch.no_grad()
+    def inputs(self, name: str) -> Inputs:
+        """Zero, and a sample of none, for a layer that no calibration token reached."""
+        size = self.layers[name].in_features
+        peak_I, some = torch.zeros(size, device=self.hidden_NTH.device), []
+        apart = max(1, self.hidden_NTH[..., 0].numel() // SAMPLED)
+        if name not in self._uncalled:
+            for paused in self._advance_to(self._stage_of[name]):
+                x_NI = paused.stage_input.reshape(-1, size).float()
+                peak_I = torch.maximum(peak_I, x_NI.abs().amax(dim=0))
+                some.append(x_NI[::apart])
+        return Inputs(peak_I, torch.cat(some) if some else peak_I.new_empty(0, size))
 
     def fisher(self, name: str) -> Sensitivity:
         """Zero for a layer that no calibration token reached."""

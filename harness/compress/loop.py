@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.model import Inventory
 from harness.progress import Progress, first_line, silent
 from kernels.dispatch import reference_only
+from kernels.formats.bits import FULL
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.layer import LayerConfig, LayerSpec
 from kernels.formats.packed import PackedLinear
 from kernels.formats.tables import Table
-from methods.base import Compressed, LayerData, Method, Needs, Pooled, Sensitivity, layer_seed
+from methods.base import Compressed, Inputs, LayerData, Method, Needs, Pooled, Sensitivity, layer_seed
 from methods.codecs.error_feedback import Indefinite, NotFinite
 
 if TYPE_CHECKING:
@@ -59,16 +60,19 @@ def compress_model(
     folder: Path,
     half: str = "float16",
     fisher: Mapping[str, Sensitivity] | None = None,
+    act_bits: int = FULL,
     progress: Progress = silent,
 ) -> tuple[CompressedModel, CompressionReport]:
     """Compress every block in place; returns the model and what was noted on the way.
 
     `tokens_NT` may be None for a method that needs no activations, `fisher` for one that does not ask for it. `folder`
-    keeps finished blocks, `half` is the 16-bit type of everything that is not packed."""
+    keeps finished blocks, `half` is the 16-bit type of everything that is not packed, `act_bits` what inputs of packed
+    layers are rounded to."""
     tables = _tables(model, method, configs, stock.layers, seed, folder / "tables.safetensors")
     round_rest(model, stock, HALF_DTYPES[half])
     # A data-free method sees no activation, but runs through the same loop on a single short window of nothing.
-    needs_data = method.needs.hessian or method.needs.pooled or method.needs.original
+    needs = method.needs
+    needs_data = needs.hessian or needs.pooled or needs.inputs or needs.original
     assert tokens_NT is not None or not needs_data
     inputs = BlockInputs(
         model, tokens_NT if tokens_NT is not None and needs_data else torch.zeros(1, 8, dtype=torch.long)
@@ -85,7 +89,7 @@ def compress_model(
             if kept:
                 done = _install(block, *kept, hidden_NTH.device)
             else:
-                pack_block(block, method, configs, seed)
+                pack_block(block, method, configs, seed, act_bits)
             original_NTH = block.original_outputs() if method.needs.original else None
             hidden_NTH = block.outputs() if needs_data else hidden_NTH
         if not kept:
@@ -98,25 +102,27 @@ def compress_model(
     return CompressedModel(model, stock, half), CompressionReport(reports, seconds)
 
 
-def pack_block(block: BlockRun, method: Method, configs: Mapping[str, LayerConfig], seed: int) -> None:
+def pack_block(
+    block: BlockRun, method: Method, configs: Mapping[str, LayerConfig], seed: int, act_bits: int = FULL
+) -> None:
     """Pack every layer of a block: statistics are measured stage by stage, each layer is compressed with its own, and
     what is packed takes the layer's place at once, so that (in true-sequential order) later stages see it."""
     needs, stages = method.needs, block.stages()
     original = {} if needs.true_sequential else {stage[0]: _statistics(block, needs, stage[0]) for stage in stages}
     packed: dict[str, PackedLinear] = {}
     for stage in stages:
-        hessian_II, drift_II, pooled = original.get(stage[0]) or _statistics(block, needs, stage[0])
+        measured = original.get(stage[0]) or _statistics(block, needs, stage[0])
         for name in stage:
             data = LayerData(
                 weight_OI=block.weight(name),
                 seed=layer_seed(seed, name),
-                hessian_II=hessian_II,
-                drift_II=drift_II,
-                pooled=pooled,
+                act_bits=act_bits,
+                **measured,
                 fisher=block.fisher(name) if needs.fisher else None,
                 table=block.tables.get(configs[name].table_key),
             )
             compressed = _compressed(method, data, block.layers[name], configs[name])
+            compressed.packed.round_inputs(act_bits)
             block.install(name, compressed)
             errors = _errors(compressed.packed, data)
             block.reports[name] = compressed.report | errors
@@ -166,14 +172,22 @@ def _share(lost: Tensor, lost_turned: Tensor, whole: Tensor, whole_turned: Tenso
     return (lost * lost_turned).sum().item() / total if total > 0 else 0.0
 
 
-def _statistics(block: BlockRun, needs: Needs, name: str) -> tuple[Tensor | None, Tensor | None, Pooled | None]:
-    """(Hessian, drift, mean and covariance) of the input of the layer `name`, which the layers of its stage share; None
-    for what is not needed."""
-    return (
-        block.hessian(name) if needs.hessian else None,
-        block.drift(name) if needs.drift else None,
-        block.pooled(name) if needs.pooled else None,
-    )
+class Statistics(TypedDict):
+    """What is measured of a layer's input, which the layers of its stage share; None for what is not needed."""
+
+    hessian_II: Tensor | None
+    drift_II: Tensor | None
+    pooled: Pooled | None
+    inputs: Inputs | None
+
+
+def _statistics(block: BlockRun, needs: Needs, name: str) -> Statistics:
+    return {
+        "hessian_II": block.hessian(name) if needs.hessian else None,
+        "drift_II": block.drift(name) if needs.drift else None,
+        "pooled": block.pooled(name) if needs.pooled else None,
+        "inputs": block.inputs(name) if needs.inputs else None,
+    }
 
 
 def _save_block(model: PreTrainedModel, layers: Sequence[LayerSpec], file: Path, done: CompressionReport) -> None:

@@ -165,7 +165,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
     configs = allocation.layers if allocation else spec.configs
     fisher = _measured(spec, "fisher", model, tokens_NT, spec.seed, speak) if method.needs.fisher else None
     compressed, report = compress_model(
-        model, stock, method, configs, tokens_NT, spec.seed, store.blocks, spec.half, fisher, speak
+        model, stock, method, configs, tokens_NT, spec.seed, store.blocks, spec.half, fisher, spec.act_bits, speak
     )
     trained = _train(spec, store, method, compressed, training, speak) if training else None
     spec.model.check()

@@ -17,10 +17,12 @@ from harness.data.protocols import Calibration, Protocol, Training, protocol_key
 from harness.data.tasks import Task
 from harness.model import Inventory
 from harness.plan import bayes
-from harness.plan.allocation import Allocation, BudgetError, require_mixable, uniform
+from harness.plan.allocation import Allocation, BudgetError, alike, require_mixable, uniform
 from harness.plan.budgets import MIXED, Budget
 from harness.plan.pivots import measure_version
 from harness.store.records import CellSpec
+from kernels.formats.bits import FULL
+from kernels.formats.packed import FORMATS
 from methods.base import Method, Track
 
 # Bump when the same cell would be written differently: another allocation, measurement or training behind it.
@@ -51,6 +53,7 @@ class Cell:
     seed: int
     compute: Compute
     bos: str
+    act_bits: int = FULL  # of the inputs of packed layers
     half: str = "float16"  # 16-bit type of everything that is not packed
     allocate: str = "uniform"  # harness.plan.budgets.MODES
     allocation: Allocation | None = None  # None: refused, or made by the cell itself, which has the weights ("ilp")
@@ -64,11 +67,13 @@ class Cell:
         """The key of this cell for a method of that identity."""
         # Absent rather than none: a cell that trains nothing keeps the key it had before anything could be trained.
         training = {"training": self.training.identity} if self.training else {}
+        rounded = {"act_bits": self.act_bits} if self.act_bits != FULL else {}
         measure = measure_version(self.method.needs.sensitivity) if self.allocate in MIXED else {}
         return digest(
             {
                 **training,
                 **measure,
+                **rounded,
                 "artifact_version": ARTIFACT_VERSION,
                 "method": method,
                 "model": self.model.fingerprint,
@@ -85,6 +90,7 @@ class Cell:
     @property
     def label(self) -> str:
         label = f"{self.method_text} {self.budget.text}" if self.budget else self.method_text
+        label = f"{label} a{self.act_bits}" if self.act_bits != FULL else label
         return f"{label} seed {self.seed}" if self.seed else label
 
     def spec(
@@ -104,6 +110,7 @@ class Cell:
             training=self.training,
             bos=self.bos,
             half=self.half,
+            act_bits=self.act_bits,
             allocate=self.allocate,
             seed=self.seed,
             device=self.compute.device,
@@ -146,13 +153,14 @@ def make_plan(
     calibration: Calibration,
     training: Training,
     seeds: Sequence[int],
+    act_bits: Sequence[int],
     compute: Compute,
     bos: str,
     half: str,
     allocate: str,
 ) -> Plan:
-    """A cell for every method, budget and seed; a method outside any budget has one, and so has one that no seed can
-    change."""
+    """A cell for every method, budget, width of activations and seed; a method outside any budget has one, and so has
+    one that no seed can change."""
     cells: dict[str, Cell] = {}
     for text, method in methods:
         for budget in budgets if method.budgeted else (None,):
@@ -171,9 +179,35 @@ def make_plan(
                 refusal = "training adapters needs peft: pip install 'peft>=0.19'"
             if mode == "bayes":
                 refusal = refusal or bayes.missing()
-            for seed in seeds if method.seeded else (0,):
-                cell = Cell(
-                    method, text, model, budget, looks, trains, seed, compute, bos, half, mode, allocation, refusal
-                )
-                cells.setdefault(cell.key, cell)
+            unrounded = _unrounded(method, stock) if budget else ""
+            for bits in act_bits if budget else (FULL,):
+                why = refusal or (unrounded if bits != FULL else "")
+                for seed in seeds if method.seeded else (0,):
+                    cell = Cell(
+                        method,
+                        text,
+                        model,
+                        budget,
+                        looks,
+                        trains,
+                        seed,
+                        compute,
+                        bos,
+                        bits,
+                        half,
+                        mode,
+                        allocation,
+                        why,
+                    )
+                    cells.setdefault(cell.key, cell)
     return Plan(tuple(cells.values()), tuple(protocols))
+
+
+def _unrounded(method: Method, stock: Inventory) -> str:
+    """Why a method's layers cannot round their inputs; "" where they can."""
+    formats = {config.format for layer in alike(stock).values() for config in method.candidates(layer)}
+    if without := sorted(name for name in formats if not FORMATS.get(name).takes_act_bits):
+        return f"{method.name} stores layers of format {without[0]}, which round no inputs: write --act-bits {FULL}"
+    if method.adaptation:
+        return f"{method.name} trains its adapters on inputs that are not rounded: write --act-bits {FULL}"
+    return ""

@@ -82,6 +82,7 @@ def write_baseline(rows: Rows, path: Path) -> int:
         "method",
         "variant",
         "budget_bpw",
+        *(["act_bits"] if any("act_bits" in row for row in rows.values()) else []),
         "seed",
         "allocate",
         "stored_bpw",

@@ -12,7 +12,7 @@ from harness.data.files import write_json, write_text
 from harness.report import latency
 from harness.report.board import RUN_FILE, Board
 from harness.report.page import write_page
-from harness.report.sheet import Row, Sheet, allocation_sheet, escaped, label, leaderboard_sheet, number
+from harness.report.sheet import Row, Sheet, act_bits, allocation_sheet, escaped, label, leaderboard_sheet, number
 from harness.report.summary import add_ranks, summarise
 from harness.report.table import write_csv
 from harness.report.task_pages import fill_tasks, shown_tasks, task_means, write_pages
@@ -73,8 +73,10 @@ def _write_kernels(path: Path, board: Board) -> None:
         write_csv(path, list(latency.KERNEL_COLUMNS), rows)
 
 
-def _order(row: Row, names: Sequence[str]) -> tuple[Fraction, float, str, str, float]:
-    """The reference first, then by budget; inside a budget the better first perplexity first, rows without one last."""
+def _order(row: Row, names: Sequence[str]) -> tuple[Fraction, int, float, str, str, float]:
+    """The reference first, then by budget, then the wider activations first; among these the better first perplexity
+    first, rows without one last."""
     first = row[f"ppl_{names[0]}"] if names else ""
     value = first if isinstance(first, float) and math.isfinite(first) else math.inf
-    return Fraction(row["budget_bpw"] or 0), value, str(row["method"]), str(row["variant"]), number(row, "seed")
+    kind = Fraction(row["budget_bpw"] or 0), -act_bits(row)
+    return *kind, value, str(row["method"]), str(row["variant"]), number(row, "seed")

@@ -22,6 +22,7 @@ from harness.report.stats import MIN_WINDOWS, interval, resampled_means
 
 MEASURES = ("kld", "ppl")
 REMARKS = {  # of kinds
+    "fused-16": "activations of few bits are multiplied as 16-bit integers: no faster than without",
     "decode-on-load": "decoded when loaded: memory is that of decoded weights",
     "decode-per-call": "decoded for every product: no kernel serves it here",
 }

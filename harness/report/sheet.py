@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from harness.store.records import LayerRecord
+from kernels.formats.bits import FULL
 
 Value = str | int | float
 Row = dict[str, Value]  # column -> value, "" for none
@@ -88,11 +89,17 @@ def number(row: Mapping[str, Value], column: str) -> float:
 
 
 def label(row: Mapping[str, Value]) -> str:
-    """What tells a row from the others of its table: method, variant, budget and seed. A row may come from a CSV, all
-    text."""
+    """What tells a row from the others of its table: method, variant, budget, bits of activations where these are
+    rounded, and seed. A row may come from a CSV, all text."""
     name = f"{row['method']}:{row['variant']}" if row["variant"] else str(row["method"])
     seed = f"seed {row['seed']}" if str(row["seed"]) not in ("", "0") else ""
-    return " ".join(part for part in (name, str(row["budget_bpw"]), seed) if part)
+    rounded = f"a{bits}" if (bits := act_bits(row)) != FULL else ""
+    return " ".join(part for part in (name, str(row["budget_bpw"]), rounded, seed) if part)
+
+
+def act_bits(row: Mapping[str, Value]) -> int:
+    """Of the inputs of a row's layers; a row from before there was a column has inputs that are not rounded."""
+    return int(row.get("act_bits") or FULL)
 
 
 def leaderboard_sheet(

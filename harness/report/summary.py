@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 
-from harness.report.sheet import GOOD, Row, number
+from harness.report.sheet import GOOD, Row, act_bits, number
 from harness.report.stats import shared_ranks
 
 WindowLosses = Mapping[str, Mapping[str, Sequence[float]]]  # cell -> protocol -> loss of every window
@@ -20,7 +20,8 @@ def add_ranks(
     weights: Weights,
     unseeded: Container[str] = (),
 ) -> None:
-    """Set `rank_<protocol>`, and `tie_<protocol>` where it is shared, within every budget, track and seed.
+    """Set `rank_<protocol>`, and `tie_<protocol>` where it is shared, within every budget, track, width of activations
+    and seed.
 
     A row no seed can change (its cell is in `unseeded`) stands in every seed's ranking, and shows its rank in the
     first."""
@@ -34,27 +35,29 @@ def add_ranks(
 
 
 def ranked_together(rows: Sequence[Row], unseeded: Container[str] = ()) -> Iterator[list[Row]]:
-    """Groups of rows with numbers that share budget, track and seed; the first seed last, so that it has the last word
-    on rows that stand in every seed's group."""
+    """Groups of rows with numbers that share budget, track, width of activations and seed; the first seed last, so that
+    it has the last word on rows that stand in every seed's group."""
     ranked = [row for row in rows if row["budget_bpw"] and row["status"] in GOOD]
     for seed in sorted({number(row, "seed") for row in ranked if row["cell"] not in unseeded}, reverse=True) or [0]:
         present = [row for row in ranked if row["seed"] == seed or row["cell"] in unseeded]
-        yield from _groups(present, lambda row: (row["budget_bpw"], row["track"]))
+        yield from _groups(present, lambda row: (row["budget_bpw"], row["track"], act_bits(row)))
 
 
 def summarise(rows: Sequence[Row], losses: WindowLosses, names: Sequence[str], weights: Weights) -> list[Row]:
-    """One row per method and budget: mean perplexity over its seeds, `_sd` between them, ranks from losses averaged
-    over seeds."""
+    """One row per method, budget and width of activations: mean perplexity over its seeds, `_sd` between them, ranks
+    from losses averaged over seeds."""
     summary: list[Row] = []
     averaged: dict[str, dict[str, list[float]]] = {}
     for group in _groups(
-        [row for row in rows if row["status"] in GOOD], lambda row: (row["method"], row["variant"], row["budget_bpw"])
+        [row for row in rows if row["status"] in GOOD],
+        lambda row: (row["method"], row["variant"], row["budget_bpw"], act_bits(row)),
     ):
         first = group[0]
         row = {
             key: first[key]
             for key in ("model", "method", "variant", "track", "status", "budget_bpw", "stored_bpw", "code_bpw")
         }
+        row["act_bits"] = act_bits(first)
         for name in ("stored_bpw", "code_bpw"):  # mixed allocations differ between seeds
             row[name] = statistics.fmean(number(member, name) for member in group)
         row["status"] = max(str(member["status"]) for member in group)  # "underspent" if any is

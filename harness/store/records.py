@@ -17,7 +17,7 @@ from harness.data.protocols import Calibration, Protocol, Training
 from harness.data.record import Record
 from harness.data.tasks import Task
 from harness.ledger import Ledger
-from kernels.formats.bits import Scalar
+from kernels.formats.bits import FULL, Scalar
 from kernels.formats.layer import LayerConfig
 
 
@@ -62,6 +62,7 @@ class CellSpec(Record):
     tasks: dict[str, Task]  # by key
     data: str | None
     configs: dict[str, Config]  # by layer; empty where the cell allocates itself
+    act_bits: int = field(default=FULL, kw_only=True)  # of the inputs of packed layers; from before there were any: all
 
     @classmethod
     def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:

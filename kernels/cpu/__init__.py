@@ -13,8 +13,10 @@ from torch import Tensor
 from kernels.cpu.build import library
 from kernels.cpu.view import LAYOUTS, View, view
 from kernels.dispatch import Backend
+from kernels.formats.activations import quantised
 from kernels.formats.dense import DenseLinear
 from kernels.formats.packed import PackedLinear
+from kernels.formats.reassembly import reassembled
 
 SMALL = 32
 LONGEST = 8  # weights to a code
@@ -31,6 +33,8 @@ def product(layer: PackedLinear, x: Tensor) -> Tensor:
     seen, compiled = view(layer), library()
     assert compiled is not None
     flat_NI = x.reshape(-1, layer.in_features).float()
+    if seen.links is not None:  # a gather and a few sums
+        flat_NI = reassembled(flat_NI, seen.links)
     if len(flat_NI) > SMALL:
         out_NO = _tiled(compiled, layer, seen, flat_NI)
     else:
@@ -50,7 +54,7 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
     rows = max(1, TILE_WEIGHTS // layer.in_features // LONGEST) * LONGEST  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
     scale_I = seen.tensors.get("column_scale")
-    base_NI = x_NI if scale_I is None else x_NI * scale_I
+    base_NI = quantised(x_NI if scale_I is None else x_NI * scale_I, layer.act_bits)
     tile_OI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
     for first in range(0, layer.out_features, rows):
         count = min(rows, layer.out_features - first)

@@ -61,6 +61,8 @@ static float *low_rank_inputs(const Layer &l, const float *x, int64_t stride, in
     return lowrank;
 }
 
+static inline bool rounds(const Layer &l) { return l.act_bits && l.act_bits < 16; }
+
 static float sum_of(const float *x, int64_t count) {
     Vec total = zero();
     for (int64_t i = 0; i < count; i += LANES) total = plus(load(x + i, count - i), total);
@@ -115,6 +117,17 @@ static void to_integers(Inputs &in, const float *x, bool as_bytes, Arena &arena)
 }
 #endif
 
+// Inputs of few bits, as kernels/formats/activations.py rounds them: a grid of its own for every token.
+static void round_inputs(float *x, int64_t columns, int64_t bits) {
+    float low = 0, high = 0;
+    for (int64_t i = 0; i < columns; ++i) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+    const float top = (float)((1 << bits) - 1), step = high > low ? (high - low) / top : 1.0f, origin = rintf(-low / step);
+    for (int64_t i = 0; i < columns; ++i) {
+        const float code = rintf(x[i] / step) + origin;
+        x[i] = ((code < 0 ? 0 : code > top ? top : code) - origin) * step;
+    }
+}
+
 // x [batch, stride] in the layer's own order of columns.
 static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batch, Arena &arena, Inputs &in) {
     memset(&in, 0, sizeof in);
@@ -130,7 +143,7 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
             memset(copy + b * width + l.columns, 0, sizeof(float) * (size_t)(width - l.columns));
         }
         in.x = copy;
-    } else if (l.order || l.column_scale || stride != width) {
+    } else if (l.order || l.column_scale || rounds(l) || stride != width) {
         copy = arena.take<float>(batch * width);
         for (int64_t b = 0; b < batch; ++b) {
             const float *from = x + b * stride;
@@ -144,6 +157,8 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
     if (l.column_scale)
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t i = 0; i < l.columns; ++i) copy[b * width + i] *= l.column_scale[i];
+    if (rounds(l))
+        for (int64_t b = 0; b < batch; ++b) round_inputs(copy + b * width, l.columns, l.act_bits);
     const Way way = way_of(l, batch);
     if (way == DENSE) return;
     const bool as_bytes = way == BYTES_WAY || (PLANES && way == PATHS_WAY);

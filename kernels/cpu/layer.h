@@ -36,6 +36,7 @@ typedef struct {
     const float *hartley;        // [m, m], where columns are m times a power of two
     const int32_t *order;        // [columns]: the column that stands at every place of the codes; null: its own
     const float *column_scale;   // [columns], in the order of the codes: what inputs of the base are multiplied by; null: by nothing
+    int64_t act_bits;            // of an input of the base, after all that is done to it; 16: as it is
     const void *dense;           // uncompressed weights [rows, columns] instead of all that, each of
     int64_t dense_kind;          // enum Dense
     int64_t rank;

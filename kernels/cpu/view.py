@@ -62,6 +62,7 @@ class Layer(ctypes.Structure):
         ("hartley", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
         ("column_scale", ctypes.c_void_p),
+        ("act_bits", ctypes.c_int64),
         ("dense", ctypes.c_void_p),
         ("dense_kind", ctypes.c_int64),
         ("rank", ctypes.c_int64),
@@ -99,10 +100,12 @@ class View:
                 tensors["right"] = layer.lowrank.right[:, self.order_I].contiguous()
         if self.order_I is not None:
             tensors["order"] = self.order_I
+        self.links = None if layer.reassembly is None else layer.reassembly.links()
         if layer.rotation is not None:
             assert self.order_I is None
             columns = layer.in_features
             tensors |= dict(signs=layer.rotation.signs, hartley=hartley(columns // (columns & -columns)))
+        numbers["act_bits"] = layer.act_bits
         tensors |= {"row_scale": layer.row_scale, "bias": layer.bias}
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}  # kept alive
         self.structure = structure(layer.out_features, layer.in_features, numbers, self.tensors)

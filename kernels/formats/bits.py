@@ -8,6 +8,8 @@ from dataclasses import dataclass
 Scalar = str | int | float | bool
 Spec = dict[str, Scalar]  # shapes and enums from which an empty module is laid out: JSON, and never a learnt number
 
+FULL = 16  # bits of activations that are left as they are
+ACT_BITS = range(2, FULL + 1)
 PARTS = ("codes", "scales", "tables", "adapters")
 
 

@@ -16,6 +16,7 @@ class DenseLinear(PackedLinear):
     """A 16-bit weight [O, I]; `dtype` is "float16" or "bfloat16", whichever the published checkpoint uses."""
 
     format: ClassVar[str] = "dense"
+    takes_act_bits: ClassVar[bool] = False
     part_of: ClassVar[dict[str, str]] = {"weight": "codes"}
     weight: Tensor
 

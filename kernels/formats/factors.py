@@ -22,6 +22,7 @@ class FactorsLinear(PackedLinear):
     """left [O, R] times right [R, I], each a row of `Numbers` per component."""
 
     format: ClassVar[str] = "factors"
+    takes_act_bits: ClassVar[bool] = False
     part_of: ClassVar[dict[str, str]] = {"shift": "scales"}
     shift: Tensor | None  # fp16 [O]
 

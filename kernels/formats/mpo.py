@@ -29,6 +29,7 @@ class MpoLinear(PackedLinear):
     """Cores of `sites` sites, bonds of at most `chi`, numbers of `bits` bits."""
 
     format: ClassVar[str] = "mpo"
+    takes_act_bits: ClassVar[bool] = False
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, *, chi: int, bits: int, sites: int = 3, **added: Any

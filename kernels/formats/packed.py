@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dispatch import linear
-from kernels.formats.bits import Scalar, Spec
+from kernels.formats.activations import quantised
+from kernels.formats.bits import ACT_BITS, FULL, Scalar, Spec
 from kernels.formats.lowrank import LowRank
+from kernels.formats.reassembly import Reassembly
 from kernels.formats.rotation import Rotation
 from kernels.formats.stored import StoredModule
 from kernels.registry import Registry
@@ -23,14 +25,17 @@ from kernels.registry import Registry
 class PackedLinear(StoredModule):
     """y = x @ decode().T + bias, on stored tensors only.
 
-        weight = (base + left @ right) * row_scale,   base = what the codes decode to, turned back if inputs are rotated
+        weight = (base + left @ right) * row_scale,   base = what the codes decode to, turned back if inputs are turned
 
     Any format may add the low-rank part (`rank`) and one factor per row (`row_scales`, DoRA's magnitudes) to its base,
-    and pack its weight for rotated inputs (`rotated`). Subclasses set `format`, register the buffers of the base in
+    and pack its weight for inputs that are turned first: rotated (`rotated`) or reassembled (`reassembled`). Inputs of
+    fewer than 16 bits (`act_bits`) are rounded where the base is multiplied with them, after all that is done to them;
+    the low-rank part sees them as they come. Subclasses set `format`, register the buffers of the base in
     `__init__` from plain shapes and enums, and implement `decode_codes`."""
 
     format: ClassVar[str]  # its name in FORMATS
     table_key: str = ""  # of the shared table it decodes from (kernels.formats.tables)
+    takes_act_bits: ClassVar[bool] = True  # False: it has no base whose inputs could be rounded
     decode_on_load: ClassVar[bool] = False  # True: `loaded(dtype)` decodes once and keeps the weight
     part_of: ClassVar[dict[str, str]] = {"row_scale": "scales"}
     row_scale: Tensor | None
@@ -46,15 +51,22 @@ class PackedLinear(StoredModule):
         adapter_bits: int = 8,
         row_scales: bool = False,
         rotated: bool = False,
+        reassembled: bool = False,
+        act_bits: int = FULL,
         **hyper: Any,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         shape = dict(in_features=in_features, out_features=out_features, bias=bias)
         self._hyper = shape | dict(rank=rank, adapter_bits=adapter_bits, row_scales=row_scales) | hyper
-        if rotated:
-            self._hyper["rotated"] = True
+        # Absent rather than false: a layer without them is described as it was before there were any.
+        self._hyper |= {name: True for name, has in (("rotated", rotated), ("reassembled", reassembled)) if has}
+        self.act_bits = FULL
+        if act_bits != FULL:
+            self.round_inputs(act_bits)
+        assert not (rotated and reassembled) and not (reassembled and rank)
         self.rotation = Rotation(in_features) if rotated else None
+        self.reassembly = Reassembly(in_features) if reassembled else None
         self.lowrank = LowRank(in_features, out_features, rank, adapter_bits) if rank else None
         self.register_buffer("row_scale", torch.empty(out_features, dtype=torch.float16) if row_scales else None)
         # Biases stay at 16 bits for every method and are reported with the norms, outside the bits per weight.
@@ -95,6 +107,15 @@ class PackedLinear(StoredModule):
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, value.contiguous())
 
+    def round_inputs(self, bits: int) -> None:
+        """Have inputs rounded to so many bits from now on. Raises ValueError for a format that cannot."""
+        assert bits in ACT_BITS
+        if bits != FULL and not self.takes_act_bits:
+            raise ValueError(f"format {self.format} rounds no inputs: write --act-bits {FULL}, or leave it out")
+        self.act_bits = bits
+        self._hyper.pop("act_bits", None)
+        self._hyper |= {"act_bits": bits} if bits != FULL else {}
+
     @property
     def constant(self) -> Tensor | None:
         """What is added to every output [O]; None: nothing."""
@@ -132,8 +153,33 @@ class PackedLinear(StoredModule):
         raise AssertionError(f"{type(self).__name__} must define decode_codes()")
 
     def turned_back(self, codes_OI: Tensor) -> Tensor:
-        """The base that is W R, as W."""
-        return codes_OI if self.rotation is None else self.rotation.back(codes_OI)
+        """The base of turned inputs, as one of the inputs themselves."""
+        turn = self.rotation or self.reassembly
+        return codes_OI if turn is None else turn.back(codes_OI)
+
+    @property
+    def column_factor(self) -> Tensor | None:
+        """A number per column [I] that `decode_codes` has in it, and that inputs are multiplied by instead."""
+        return None
+
+    def decode_entered(self) -> Tensor:
+        """What `entering` is multiplied by, fp32 [O, I]: `decode_codes` without `column_factor`."""
+        return self.decode_codes()
+
+    def entering(self, x: Tensor) -> Tensor:
+        """What the base is multiplied with, for inputs x [..., I]: turned, scaled, rounded."""
+        turn = self.rotation or self.reassembly
+        x = x if turn is None else turn.turn(x)
+        return quantised(x if self.column_factor is None else x * self.column_factor.to(x.dtype), self.act_bits)
+
+    def product_of_rounded(self, x: Tensor) -> Tensor:
+        """x [..., I] times the weight, inputs rounded where the base is multiplied with them; without bias. The oracle
+        of layers with `act_bits`; differentiable."""
+        y = nn.functional.linear(self.entering(x), self.decode_entered().to(x.dtype))
+        if self.lowrank is not None:
+            left_OR, right_RI = (factor.to(x.dtype) for factor in self.lowrank.factors())
+            y = y + x @ right_RI.t() @ left_OR.t()
+        return y if self.row_scale is None else y * self.row_scale.to(x.dtype)
 
     def finish(self, codes_OI: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """The weight [O, I] that these parts give; differentiable in all of them."""
@@ -156,7 +202,7 @@ class PackedLinear(StoredModule):
     @property
     def is_plain(self) -> bool:
         """Whether the weight is what the codes decode to, with nothing added to it."""
-        return self.lowrank is None and self.row_scale is None and self.rotation is None
+        return self.lowrank is None and self.row_scale is None and self.rotation is None and self.reassembly is None
 
     @property
     def contracts(self) -> bool:

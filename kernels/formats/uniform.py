@@ -100,6 +100,14 @@ class UniformLinear(PackedLinear):
         return stored
 
     def decode_codes(self) -> Tensor:
+        weight_OI = self.decode_entered()
+        return weight_OI if self.column_scale is None else weight_OI * self.column_scale.float()
+
+    @property
+    def column_factor(self) -> Tensor | None:
+        return self.column_scale
+
+    def decode_entered(self) -> Tensor:
         q_OI = unpack(self.codes, self.bits, self.in_features).float()
         scale_OI = per_column(self.scales.float(), self.group, self.in_features)
         if self.minima is not None:
@@ -112,4 +120,4 @@ class UniformLinear(PackedLinear):
         if self.order is not None:
             column_I = self.order.long() & 0xFFFF
             weight_OI = torch.empty_like(weight_OI).index_copy_(1, column_I, weight_OI)
-        return weight_OI if self.column_scale is None else weight_OI * self.column_scale.float()
+        return weight_OI

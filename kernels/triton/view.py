@@ -9,9 +9,11 @@ from torch import Tensor
 
 from kernels import views
 from kernels.dispatch import Layout
+from kernels.formats.activations import quantised
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.normal_float import dynamic_map
 from kernels.formats.packed import PackedLinear
+from kernels.formats.reassembly import Links, reassembled
 from kernels.formats.rotation import mixed
 from kernels.formats.trellis import MULTIPLIERS, TrellisLinear, gaussian_levels
 from kernels.formats.uniform import UniformLinear
@@ -26,6 +28,8 @@ class View:
     order_I: Tensor | None  # the columns of the input in the order of the codes, if that is another one
     sign_I: Tensor | None  # of inputs that are turned
     scale_I: Tensor | None  # fp16, in that order: what inputs of the base are multiplied by
+    links: Links | None  # of inputs that are reassembled
+    act_bits: int  # that inputs of the base are rounded to, after all that
 
     def arranged(self, x_NI: Tensor) -> Tensor:
         """Inputs as the codes are multiplied with them: turned, or in another order, and scaled."""
@@ -33,11 +37,14 @@ class View:
             x_NI = mixed(x_NI.float() * self.sign_I).to(x_NI.dtype).contiguous()
         elif self.order_I is not None:
             x_NI = x_NI.index_select(1, self.order_I)
-        return x_NI if self.scale_I is None else (x_NI * self.scale_I).to(x_NI.dtype)
+        elif self.links is not None:
+            x_NI = reassembled(x_NI, self.links)
+        return quantised(x_NI if self.scale_I is None else (x_NI * self.scale_I).to(x_NI.dtype), self.act_bits)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         held = {**self.stored._asdict(), "order": self.order_I, "sign": self.sign_I, "column_scale": self.scale_I}
+        held |= zip(("channel", "place", "share"), self.links or (), strict=False)
         return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
 
 
@@ -62,7 +69,9 @@ def _make(layer: PackedLinear) -> View:
     scale_I = layer.column_scale if isinstance(layer, UniformLinear) else None
     if scale_I is not None and order_I is not None:
         scale_I = scale_I[order_I]
-    return View(Form(**form), Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors), order_I, sign_I, scale_I)
+    links = None if layer.reassembly is None else layer.reassembly.links()
+    stored = Stored(**dict.fromkeys(Stored._fields[:-1]) | tensors)
+    return View(Form(**form), stored, order_I, sign_I, scale_I, links, layer.act_bits)
 
 
 # Fields of `Form` and of `Stored` that a format decides, and the order of columns, int64 [I], if that is another one.

@@ -10,7 +10,8 @@ from typing import ClassVar
 from kernels.formats.packed import PackedLinear
 from methods.base import Block, Needs, Track
 from methods.reallm.calibrated import Calibrated
-from methods.reallm.tuning import Latent, Schedule, tune_block
+from methods.reallm.tuning import Latent, tune_block
+from methods.tuning import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

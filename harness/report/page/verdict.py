@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from harness.report.sheet import GOOD, label
+from harness.report.sheet import GOOD, act_bits, label
+from kernels.formats.bits import FULL
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Verdict:
     """The best row of a budget and track under one protocol, and those that cannot be told from it."""
 
     budget: str
-    track: str
+    track: str  # with the width of activations where these are rounded
     protocol: str
     method: str  # of the winner
     winner: str  # its label without the budget
@@ -36,7 +37,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], protocols: Sequence[str]) -> lis
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("budget_bpw") and row["status"] in GOOD:
-            groups.setdefault((str(row["budget_bpw"]), str(row["track"])), []).append(row)
+            groups.setdefault((str(row["budget_bpw"]), _track(row)), []).append(row)
     found = []
     for (budget, track), members in sorted(groups.items(), key=lambda item: (Fraction(item[0][0]), item[0][1])):
         seed = min(row["seed"] for row in members)
@@ -66,6 +67,11 @@ def verdicts(rows: Sequence[Mapping[str, Any]], protocols: Sequence[str]) -> lis
                 )
             )
     return found
+
+
+def _track(row: Mapping[str, Any]) -> str:
+    bits = act_bits(row)
+    return str(row["track"]) if bits == FULL else f"{row['track']}, activations of {bits} bits"
 
 
 def _name(row: Mapping[str, Any]) -> str:
