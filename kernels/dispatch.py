@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from kernels.formats.bits import FULL
 from kernels.registry import Registry
 
 
@@ -29,7 +28,9 @@ class Layer(Protocol):
 
     format: ClassVar[str]
     decode_on_load: ClassVar[bool]
-    act_bits: int
+
+    @property
+    def rounds(self) -> bool: ...
 
     @property
     def constant(self) -> Tensor | None: ...
@@ -95,7 +96,7 @@ def backend(device_type: str) -> Backend | None:
 def reference(layer: Layer, x: Tensor) -> Tensor:
     """The oracle: y = x W^T + b with W decoded in fp32 and rounded once to the dtype of x."""
     bias = None if layer.constant is None else layer.constant.to(x.dtype)
-    if layer.act_bits != FULL:
+    if layer.rounds:
         y = layer.product_of_rounded(x)
         return y if bias is None else y + bias
     weight_OI = layer.loaded(x.dtype) if layer.decode_on_load else layer.decode().to(x.dtype)
@@ -147,8 +148,8 @@ def kind(layer: Layer, device_type: str) -> str:
     """Row kind of this layer on this type of device: dense | fused | fused-16 | decode-per-call | decode-on-load."""
     if layer.format == "dense":
         return "dense"
-    if fused(layer, device_type) is not None and layer.act_bits != FULL:
+    if fused(layer, device_type) is not None and layer.rounds:
         return "fused-16"  # inputs of fewer bits are rounded, and multiplied as wider numbers all the same
     if fused(layer, device_type) is not None or _contracts(layer):
         return "fused"
-    return "decode-on-load" if layer.decode_on_load and layer.act_bits == FULL else "decode-per-call"
+    return "decode-on-load" if layer.decode_on_load and not layer.rounds else "decode-per-call"

@@ -46,6 +46,13 @@ def _threads() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _small_cache() -> None:
+    """What is timed here is timed to see that it is: pushing weights out of a cache of hundreds of megabytes would be
+    most of it."""
+    os.environ.setdefault("HARNESS_LAST_CACHE", "4")
+
+
 @pytest.fixture(scope="session")
 def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for all workers of this session. Who fills a part of it holds a lock, so that others wait and read."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 FALLBACK = "fallback"  # in the report of a layer that could not be packed as asked for
-ERROR_ROWS = 256  # of a matrix whose outputs' error is measured: all of them would cost as much as GPTQ itself
+ERROR_ROWS = 64  # of a matrix whose outputs' error is measured: all of them would cost as much as GPTQ itself
 log = logging.getLogger(__name__)
 
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, StaticCache
 from harness.measure.halves import HalfEmbedding, HalfHead
 from kernels.cpu.model import BlockParts, ModelParts, TokenDecoder
 from kernels.dispatch import fused
-from kernels.formats.bits import FULL
 from kernels.formats.packed import PackedLinear
 
 LANES = 16  # fp32 numbers that are worked on at once
@@ -64,7 +63,7 @@ def token_decoder(model: PreTrainedModel, cache: StaticCache, positions: int) ->
             layer = block.get_submodule(role)
             if not isinstance(layer, PackedLinear) or fused(layer, "cpu") is None:
                 return f"{role} has no fused product"
-            if layer.reassembly is not None or layer.act_bits != FULL:
+            if layer.reassembly is not None or layer.rounds:
                 return f"{role} rounds or reassembles its inputs"
     config = model.config
     activation = getattr(config, "hidden_activation", None) or config.hidden_act

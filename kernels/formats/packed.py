@@ -117,6 +117,11 @@ class PackedLinear(StoredModule):
         self._hyper |= {"act_bits": bits} if bits != FULL else {}
 
     @property
+    def rounds(self) -> bool:
+        """Whether inputs are rounded."""
+        return self.act_bits != FULL
+
+    @property
     def constant(self) -> Tensor | None:
         """What is added to every output [O]; None: nothing."""
         return self.bias

@@ -86,8 +86,8 @@ class QLLM(Reassembled):
     track: ClassVar[Track] = Track.FINE_TUNED
 
     rank: int = 4  # of the correction, which is not stored
-    epochs: int = 2
-    rate: float = 5e-4
+    epochs: int = 4
+    rate: float = 2e-3
     batch: int = 1  # windows per step
     follow: float = 0.5  # where a block's target lies (methods.tuning); the paper: 1, what the original model's made
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kernels.formats.bits import FULL
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.lowrank import quantise_lowrank
 from kernels.formats.scales import quantise_scales
@@ -76,7 +75,7 @@ class TunedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.packed.bias is None else self.packed.bias.to(x.dtype)
-        if self.packed.act_bits != FULL:
+        if self.packed.rounds:
             x = self.packed.turned_back(self.packed.entering(x))
         return nn.functional.linear(x, self.weight().to(x.dtype), bias)
 

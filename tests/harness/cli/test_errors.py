@@ -20,6 +20,8 @@ from harness.cli import main
         (["--device", "meta"], "try --device cpu"),
         (["--dtype", "bfloat16", "--model", "MODEL"], "use float16 or float32"),
         (["--seeds", "a"], "--seeds 0,1,2"),
+        (["--act-bits", "8,1"], "widths from 2 to 16: write for example 16,8,4"),
+        (["--act-bits", ""], "write for example 16,8,4"),
         (["--jobs", "0"], "at least 1"),
         (["--methods", "fp16:dtype=bfloat16", "--model", "MODEL"], "takes its type from the checkpoint"),
         (["--calibration", "c4-mini@2048x500", "--model", "MODEL", "--methods", "gptq"], "holds 7[0-9] windows"),
