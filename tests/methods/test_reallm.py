@@ -151,7 +151,7 @@ def test_vectors_along_columns_are_vectors_along_rows_of_the_transposed_matrix(w
 
 def test_a_convolutional_decoder_is_on_offer_where_rows_are_alike(weights, weight, monkeypatch):
     """Estimated by training it on a matrix whose rows are alike; elsewhere, untrained, as if it drew nothing."""
-    monkeypatch.setattr("methods.reallm.data_free.CONV_STEPS", 20)
+    monkeypatch.setattr("methods.reallm.data_free.CONV_STEPS", 6)
     method = parse_method("reallm:data-free,decoder=conv")
     alike, other = weights["model.layers.0.self_attn.k_proj.weight"], weight
     assert unlikeness(alike) < 0.85 < unlikeness(other)

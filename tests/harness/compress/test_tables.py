@@ -28,7 +28,7 @@ from methods.base import LayerData
 from methods.codecs.drift import followed
 
 SHAPE = (4, 9)
-RESUMED = "reallm:blockwise,epochs=1"  # behind two finished blocks: it needs a third
+RESUMED = "reallm:blockwise,epochs=1,latent=vectors"  # behind two finished blocks: it needs a third
 TEXTS = (RESUMED, "reallm:data-free,rounds=1", "reallm:data-free,rounds=1,decoder=mlp")
 
 
