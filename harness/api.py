@@ -21,6 +21,7 @@ from rich.control import Control
 from transformers import PreTrainedModel
 
 from harness.cli import run as runs
+from harness.cli.engines import worker
 from harness.cli.options import build_plan, read_request
 from harness.cli.progress import open_console
 from harness.cli.request import Given, Options, Parser, Texts, words
@@ -67,9 +68,10 @@ def compress(
     the method refuses or fails."""
     given = _options(model, [method], bits, options)
     request = replace(read_request(given), protocols=[], tasks=())  # nothing is scored
-    if len(request.methods) != 1 or len(request.budgets) != 1 or len(request.seeds) != 1:
+    if any(len(asked) != 1 for asked in (request.methods, request.budgets, request.seeds, request.act_bits)):
         raise ValueError(
-            "a model is compressed by one method, for one budget and seed: write compress(model, 'gptq', 3.25)"
+            "a model is compressed by one method, for one budget, seed and width of activations: write "
+            "compress(model, 'gptq', 3.25)"
         )
     console = _console(given.quiet)
     plan, _, resolved = build_plan(given, request, partial(console.print, style="dim"))
@@ -79,7 +81,7 @@ def compress(
     if given.fresh:
         CellStore(cell.key).forget()
     with _children_of_nobody():
-        outcomes = runs.finish(plan, [cell], given, request.jobs, console, Sinks({}))
+        outcomes = runs.finish(plan, [cell], given, worker(given, request.jobs, console, {}), console, Sinks({}))
     if given.strict:
         outcomes |= runs.strictly([cell], outcomes)
     for outcome in outcomes.values():

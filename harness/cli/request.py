@@ -44,6 +44,9 @@ class Options:
     timeout: float | None = None
     strict: bool = False
     log: str = ""
+    engine: str = "local"
+    address: str = ""
+    slurm: str = ""
     shapes: str = ""
     bench_seconds: float = 3.0
     bench_threads: int = 1
@@ -85,6 +88,9 @@ class Given(TypedDict, total=False):
     timeout: float
     strict: bool
     log: Texts
+    engine: str
+    address: str
+    slurm: str
     bench_seconds: float
     bench_threads: int
     quiet: bool

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.cli.engines import add_engine_options, engine_options, memory_needed, worker
 from harness.cli.options import (
     add_bench_options,
     add_plan_options,
@@ -29,6 +30,7 @@ from harness.store.records import Ending, Outcome
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from harness.cli.engines import Work
     from harness.cli.leaderboard import Show
     from harness.data.assets import ResolvedModel
     from harness.plan.cells import Cell, Plan
@@ -70,6 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SINKS",
         help="comma list of tensorboard:DIR, mlflow:URI, wandb:PROJECT: every cell is logged there when it ends",
     )
+    add_engine_options(parser)
     add_bench_options(parser)
     add_volume_options(parser)
 
@@ -84,6 +87,7 @@ def run(arguments: Options, console: Console | None = None, show: Show | None = 
     finished are written."""
     start = time.perf_counter()
     request = read_request(arguments, presets=False)
+    engine_options(arguments)
     sinks = open_sinks(arguments.log)
     from harness.cli.leaderboard import folder_of, keeps_what_is_there, measure_stored, report, say_where, writable
     from harness.cli.progress import open_console
@@ -95,6 +99,7 @@ def run(arguments: Options, console: Console | None = None, show: Show | None = 
         writable(arguments.out)
     say = partial(console.print, style="dim")
     plan, stock, model = build_plan(arguments, request, say)
+    known = describe(model.path)
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
     if arguments.verbose:
@@ -108,7 +113,7 @@ def run(arguments: Options, console: Console | None = None, show: Show | None = 
     if len(runnable) < len(plan.cells) and all(cell.budget is None for cell in runnable):
         runnable = []  # everything asked for was refused: the reference is not loaded for nothing
     if runnable:
-        _prepare_texts(plan, model, describe(model.path).vocabulary, arguments.data, say)
+        _prepare_texts(plan, model, known.vocabulary, arguments.data, say)
         prepare(plan.tasks, say)
         if not arguments.out:
             writable(Path("results") / plan.key)
@@ -118,14 +123,16 @@ def run(arguments: Options, console: Console | None = None, show: Show | None = 
     outcomes: dict[str, Outcome] = {}
     measuring = False
     try:
-        outcomes = finish(plan, runnable, arguments, request.jobs, console, sinks)
+        work = worker(arguments, request.jobs, console, memory_needed(runnable, stock, known))
+        outcomes = finish(plan, runnable, arguments, work, console, sinks)
         if not runnable:
             skipped = Outcome(plan.reference.key, "everything else was refused", Ending.SKIPPED)
             outcomes = {plan.reference.key: skipped}
         if arguments.strict:
             outcomes |= strictly(runnable, outcomes)
         measuring = True
-        measured = measure_stored(plan, arguments, console) if arguments.bench else {}
+        here = arguments.bench and arguments.engine == "local"  # machines of a cluster are not alone
+        measured = measure_stored(plan, arguments, console) if here else {}
         for cell in runnable if sinks and measured else ():
             _log(cell, plan, arguments, outcomes.get(cell.key), sinks, measured.get(cell.key))
     except Interrupted as stop:
@@ -154,11 +161,10 @@ def strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, Ou
 
 
 def finish(
-    plan: Plan, runnable: list[Cell], arguments: Options, jobs: int, console: Console, sinks: Sinks
+    plan: Plan, runnable: list[Cell], arguments: Options, work: Work, console: Console, sinks: Sinks
 ) -> dict[str, Outcome]:
     """Do what these cells still lack; how the work ended, by the cells that lacked anything."""
-    from harness.cli.progress import Display, say_waiting
-    from harness.engine.local import run_cells
+    from harness.cli.progress import Display
     from harness.engine.process import Ended, Message
 
     todo = _unfinished(plan, runnable)
@@ -179,7 +185,7 @@ def finish(
             if isinstance(message, Ended):
                 _log(by_key[key], plan, arguments, Outcome(key, message.error, message.ending), sinks)
 
-        return run_cells(specs, jobs, watch, arguments.timeout, partial(say_waiting, console))
+        return work(specs, watch)
 
 
 def _log(

@@ -101,6 +101,14 @@ def run_cells(
     return {outcome.key: outcome for outcome in outcomes}
 
 
+def in_a_process(work: process.Work, spec: CellSpec, watch: Watch, timeout_s: float | None = None) -> Outcome:
+    """One cell's work to its end, in a process below this one: what a worker of another engine does."""
+    device_type = _device_type(spec)
+    with working(), _variables(_shared_cores(spec.threads)):
+        _prepare(device_type)
+        return _Processes(watch, timeout_s).run(work, spec.key, _context(device_type))
+
+
 def measure_cells(
     specs: Sequence[CellSpec],
     conditions: measurement.Conditions,

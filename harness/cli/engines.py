@@ -1,0 +1,82 @@
+"""Who runs the cells: `--engine`, and what it is told."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from harness.cli.request import Options
+from harness.engine import ENGINES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from harness.engine.elsewhere import Watch
+    from harness.model import Inventory
+    from harness.model.described import Description
+    from harness.plan.cells import Cell
+    from harness.store.records import CellSpec, Outcome
+
+    Work = Callable[[Sequence[CellSpec], Watch], dict[str, Outcome]]
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        default="local",
+        choices=("local", *ENGINES),
+        help="who runs the cells: this machine, a Ray cluster, or SLURM; the machines share $HARNESS_CACHE, and "
+        "nothing is measured (default: %(default)s)",
+    )
+    parser.add_argument("--address", default="", help="of the Ray cluster (default: auto, the one of this machine)")
+    parser.add_argument(
+        "--slurm",
+        default="",
+        metavar="KEY=VALUE,...",
+        help="for the jobs: minutes, partition, account and what else sbatch takes; cluster=local tries it here",
+    )
+
+
+def engine_options(arguments: Options) -> dict[str, str]:
+    """What the engine is told. Raises ValueError for options of another engine, or what is no list of them."""
+    for engine, name in (("ray", "address"), ("slurm", "slurm")):
+        if getattr(arguments, name) and arguments.engine != engine:
+            raise ValueError(f"--{name} is for --engine {engine}: write both, or neither")
+    if arguments.address:
+        return {"address": arguments.address}
+    parts = [part.strip().partition("=") for part in arguments.slurm.split(",") if part.strip()]
+    if not all(name and value for name, _, value in parts):
+        raise ValueError(
+            f"--slurm {arguments.slurm} is no list of KEY=VALUE: write for example minutes=240,partition=gpu"
+        )
+    return {name.strip(): value.strip() for name, _, value in parts}
+
+
+def memory_needed(cells: Iterable[Cell], stock: Inventory, known: Description) -> dict[str, float]:
+    """GiB that every cell will need at most, by prediction."""
+    from harness.plan.memory import predicted_peak_gib
+
+    return {cell.key: predicted_peak_gib(cell, stock, known.hidden, known.vocabulary) for cell in cells}
+
+
+def worker(arguments: Options, jobs: int, console: Console, memory_gib: Mapping[str, float]) -> Work:
+    """What does the work of cells and says how each ended; `jobs` and `console` are for this machine, `memory_gib` for
+    others."""
+    if arguments.engine == "local":
+        return partial(_here, jobs, arguments.timeout, console)
+    engine = import_module(ENGINES[arguments.engine])
+    return partial(
+        engine.run_cells, timeout_s=arguments.timeout, memory_gib=memory_gib, options=engine_options(arguments)
+    )
+
+
+def _here(
+    jobs: int, timeout_s: float | None, console: Console, specs: Sequence[CellSpec], watch: Watch
+) -> dict[str, Outcome]:
+    from harness.cli.progress import say_waiting
+    from harness.engine.local import run_cells
+
+    return run_cells(specs, jobs, watch, timeout_s, partial(say_waiting, console))
