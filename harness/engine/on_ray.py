@@ -6,6 +6,7 @@ it. A task whose machine or worker dies is tried again elsewhere, and goes on fr
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ def run_cells(
     if ours:
         address = options.get("address", "auto")
         try:
+            _answers(address)
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         except Exception as error:
             raise ValueError(
@@ -47,6 +49,13 @@ def run_cells(
     finally:
         if ours:
             ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """Raises OSError where nobody listens at host:port, which Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _given(remote: Any, order: Order) -> Any:
