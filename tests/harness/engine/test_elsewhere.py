@@ -24,8 +24,8 @@ def spec(finished):
         return CellStore(rtn).spec()
 
 
-def order_of(spec, folder, **changed) -> Order:
-    values = dict(cache=str(folder), folder=str(folder), versions=versions(), timeout_s=None, memory_gib=1.0)
+def order_of(spec, where, **changed) -> Order:
+    values = dict(cache=str(where), folder=str(where), versions=versions(), timeout_s=None, memory_gib=1.0)
     return replace(Order(spec.key, json.dumps(spec.to_json()), **values), **changed)
 
 
