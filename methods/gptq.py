@@ -119,8 +119,8 @@ class GPTQ(UniformGridMethod):
         """Grids from the weights before the loop: a column knows its grid whenever its turn comes."""
         importance_I = self._importance(feedback)
         grid = fit_grid(weight_OI, bits=bits, group=group, offset=offset, search=self.grid, importance_I=importance_I)
-        top_I = torch.full((weight_OI.shape[1],), 2**bits - 1)
-        codes_IO = codes_on_grids(weight_OI, feedback, *grid.columns(weight_OI.shape[1]), top_I, first_O)
+        columns = weight_OI.shape[1]
+        codes_IO = codes_on_grids(weight_OI, feedback, *grid.columns(columns), [2**bits - 1] * columns, first_O)
         return codes_IO.t().to(torch.int32), grid
 
     def _dynamic(

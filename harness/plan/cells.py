@@ -207,7 +207,7 @@ def make_plan(
                         bits,
                         half,
                         mode,
-                        base if method.packs_differences else None,
+                        None if method.name == "fp16" else base,
                         allocation,
                         why,
                     )

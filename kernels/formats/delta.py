@@ -26,7 +26,7 @@ class DeltaLinear(PackedLinear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, *, of: str, half: str, **hyper: Any) -> None:
         super().__init__(in_features, out_features, bias)
-        self.half = half
+        self.base_half = half
         self.delta: PackedLinear = FORMATS.get(of)(
             in_features=in_features, out_features=out_features, bias=False, **hyper
         )
@@ -52,7 +52,7 @@ class DeltaLinear(PackedLinear):
 
     def spec(self) -> Spec:
         inner = self.delta.spec()
-        own: Spec = {"format": self.format, "of": inner.pop("format"), "half": self.half}
+        own: Spec = {"format": self.format, "of": inner.pop("format"), "half": self.base_half}
         return {**inner, **own, "bias": self._hyper["bias"]}
 
     def decode_codes(self) -> Tensor:

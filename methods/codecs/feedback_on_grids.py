@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,12 @@ def codes_on_grids(
     feedback: Feedback,
     scale_IO: Tensor,
     base_IO: Tensor,
-    top_I: Tensor,
+    tops: Sequence[int | Tensor],
     first_O: Tensor | None = None,
 ) -> Tensor:
-    """Codes, fp32 [I, O], of every column on a grid of its own: levels base + scale * q, q from 0 to `top_I`. `first_O`
-    as in `error_feedback.run`."""
+    """Codes, fp32 [I, O], of every column on a grid of its own: levels base + scale * q, q from 0 to the column's top,
+    one for all rows or fp32 [O]. `first_O` as in `error_feedback.run`."""
     codes_IO = torch.empty_like(scale_IO)
-    tops = top_I.tolist()
 
     def quantise(position: int, column: int, values_O: Tensor) -> Tensor:
         return round_column(values_O, scale_IO[column], base_IO[column], tops[column], codes_IO[column])
@@ -28,7 +29,11 @@ def codes_on_grids(
     return codes_IO
 
 
-def round_column(values_O: Tensor, scale_O: Tensor, base_O: Tensor, top: int, codes_O: Tensor) -> Tensor:
+def round_column(values_O: Tensor, scale_O: Tensor, base_O: Tensor, top: int | Tensor, codes_O: Tensor) -> Tensor:
     """Nearest level of every row's grid; writes the codes and returns the decoded values."""
-    torch.sub(values_O, base_O, out=codes_O).div_(scale_O).round_().clamp_(0, top)
+    torch.sub(values_O, base_O, out=codes_O).div_(scale_O).round_()
+    if isinstance(top, int):
+        codes_O.clamp_(0, top)
+    else:
+        torch.minimum(codes_O.clamp_(min=0), top, out=codes_O)
     return codes_O * scale_O + base_O

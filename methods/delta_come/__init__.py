@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from kernels.formats.bands import BandsLinear, numbers_of, text_of
 from kernels.formats.scales import per_column
 from kernels.formats.uniform import UniformLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Sensitivity, Track
-from methods.codecs.error_feedback import Feedback, check_damp, prepare
+from methods.codecs.error_feedback import check_damp, prepare
 from methods.codecs.factors import best_factors
 from methods.codecs.feedback_on_grids import codes_on_grids
 from methods.codecs.grids import Grid, fit_grid
@@ -86,28 +86,28 @@ class DeltaCoMe(Method):
             if share == 1.0:  # a small matrix has its largest component in 8 bits all the same
                 wide = (max(1, wide[0]), wide[1])
             for level in range(first, last + 1, step):
-                rest = self._components(layer, level, wide)
-                if rest >= 0 and 1 <= sum(wide) + rest <= full:
-                    found.append(self._config((*wide, rest), level))
-        return list(dict.fromkeys(found))
+                ranks = self._ranks(layer, level * layer.weights // LEVELS, wide)
+                if ranks is not None:
+                    found.append(self._config(ranks, level))
+                if ranks is not None and sum(ranks) == full:
+                    break
+        return found
 
     def _config(self, ranks: Sequence[int], level: int) -> LayerConfig:
         return LayerConfig.of("bands", ranks=text_of(ranks), widths=text_of(WIDTHS), group=self.group, level=level)
 
-    def _components(self, layer: LayerSpec, level: int, wide: tuple[int, ...]) -> int:
-        """How many components of the last band fit beside `wide` of the others, negative for none."""
-        room = level * layer.weights // LEVELS
-        alone = self._config((0, 0, 1), 0).stored_bits(layer).total
-        first = self._config((*wide, 0), 0).stored_bits(layer).total if any(wide) else 0
-        rest = int((room - first) // alone)
-        full = min(layer.in_features, layer.out_features) - sum(wide)
-        if rest <= 0:
-            return rest if first <= room else -1
-        return min(rest + 1, full) if self._fits((*wide, min(rest + 1, full)), layer, room) else min(rest, full)
+    def _ranks(self, layer: LayerSpec, room: int, wide: tuple[int, ...]) -> tuple[int, ...] | None:
+        """`wide`, and as many components in the last band as fit in `room` bits; None where not even one does."""
+        full = min(layer.in_features, layer.out_features)
+        of_all, of_wide = (self._bits(layer, ranks) for ranks in ((0, 0, full), (*wide, 0)))
+        # Zero points of a band are packed in one stream, so that components differ by a word: from above, then.
+        rest = min(full - sum(wide), (room - of_wide) * full // of_all + 2)
+        while rest > 0 and self._bits(layer, (*wide, rest)) > room:
+            rest -= 1
+        return (*wide, rest) if rest > 0 else None
 
-    def _fits(self, ranks: Sequence[int], layer: LayerSpec, room: int) -> bool:
-        """Zero points of a band are packed in one stream: a component more may cost a word less than one alone."""
-        return self._config(ranks, 0).stored_bits(layer).total <= room
+    def _bits(self, layer: LayerSpec, ranks: Sequence[int]) -> int:
+        return self._config(ranks, 0).stored_bits(layer).total if any(ranks) else 0
 
     def expected_costs(
         self, weight_OI: Tensor, sensitivity: Sensitivity, layer: LayerSpec, configs: Sequence[LayerConfig], seed: int
@@ -140,59 +140,57 @@ class DeltaCoMe(Method):
         assert data.hessian_II is not None
         packed = config.layout(layer, data.weight_OI.device)
         assert isinstance(packed, BandsLinear)
-        left_OR, right_RI = (side for side in best_factors(data.weight_OI))
+        left_OR, right_RI = best_factors(data.weight_OI)
         left_OR, right_RI = left_OR[:, : packed.components], right_RI[: packed.components]
         inputs = prepare(data.hessian_II, act_order=self.act_order, damp=self.damp)
-        packed.refill(**self._right(packed, right_RI, inputs))
+        right = self._bands(packed, "right", right_RI)
+        scale_RI, base_RI, top_R = _grids_of(right, packed.in_features)
+        tops = [top_R] * packed.in_features
+        codes_IR = codes_on_grids(right_RI, inputs, scale_RI.t().contiguous(), base_RI.t().contiguous(), tops)
+        packed.refill(**_stored(right, codes_IR.t()))
         # The released loop swaps its buffers of inputs and outputs inside the loop over bands, so that all bands but
         # the first are calibrated on the block's outputs. Here all see the same inputs, and U what V^T makes of them.
         entering_RI = packed.factor("right")
-        seen_RR = entering_RI @ data.hessian_II @ entering_RI.t()
-        outputs = prepare(seen_RR, act_order=self.act_order, damp=self.damp)
-        packed.refill(**self._left(packed, left_OR, outputs))
+        outputs = prepare(entering_RI @ data.hessian_II @ entering_RI.t(), act_order=self.act_order, damp=self.damp)
+        left = self._bands(packed, "left", left_OR.t())
+        scale_RO, base_RO, top_R = _grids_of(left, packed.out_features)
+        codes_RO = codes_on_grids(left_OR, outputs, scale_RO, base_RO, [int(top) for top in top_R])
+        packed.refill(**_stored(left, codes_RO))
         return Compressed(packed, {"dead_columns": inputs.dead, "damp": max(inputs.damp, outputs.damp)})
 
-    def _right(self, packed: BandsLinear, right_RI: Tensor, feedback: Feedback) -> dict[str, Tensor]:
-        """V^T: rows are components, and errors pass on from input to input."""
-        found: dict[str, Tensor] = {}
-        for (name, stored), values_RI in _bands(packed, "right", right_RI):
-            grid = self._placed(values_RI, stored.bits)
-            top_I = torch.full((values_RI.shape[1],), 2**stored.bits - 1)
-            codes_IR = codes_on_grids(values_RI, feedback, *grid.columns(values_RI.shape[1]), top_I)
-            found |= _named(name, stored, codes_IR.t(), grid)
-        return found
-
-    def _left(self, packed: BandsLinear, left_OR: Tensor, feedback: Feedback) -> dict[str, Tensor]:
-        """U: errors pass on from component to component, of whichever band."""
-        bands = [
-            (name, stored, self._placed(values_RO, stored.bits))
-            for (name, stored), values_RO in _bands(packed, "left", left_OR.t())
+    def _bands(self, packed: BandsLinear, side: str, values_RN: Tensor) -> list[_Band]:
+        """The grids of a side, placed for its components."""
+        grids = packed.side(side)
+        parts = values_RN.split([stored.out_features for _, stored in grids])
+        return [
+            _Band(name, stored, self._placed(values, stored.bits))
+            for (name, stored), values in zip(grids, parts, strict=True)
         ]
-        outputs = packed.out_features
-        scale_RO, base_RO = (
-            torch.cat([per_column(getattr(grid, part), grid.group, outputs) for _, _, grid in bands])
-            for part in ("scale_OG", "base_OG")
-        )
-        top_R = torch.cat([torch.full((stored.out_features,), 2**stored.bits - 1) for _, stored, _ in bands])
-        codes_RO = codes_on_grids(left_OR, feedback, scale_RO, base_RO, top_R)
-        found: dict[str, Tensor] = {}
-        start = 0
-        for name, stored, grid in bands:
-            found |= _named(name, stored, codes_RO[start : start + stored.out_features], grid)
-            start += stored.out_features
-        return found
 
 
-def _bands(packed: BandsLinear, side: str, values_RN: Tensor) -> list[tuple[tuple[str, UniformLinear], Tensor]]:
-    """The grids of a side by name, each with its components."""
-    grids = packed.side(side)
-    return list(zip(grids, values_RN.split([grid.out_features for _, grid in grids]), strict=True))
+class _Band(NamedTuple):
+    name: str
+    stored: UniformLinear
+    grid: Grid
 
 
-def _named(name: str, stored: UniformLinear, codes_RN: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """The stored tensors of one side of one band, by their name in the layer."""
-    tensors = stored.tensors(codes_RN.to(torch.int32), **grid.stored)
-    return {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
+def _grids_of(bands: Sequence[_Band], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, base) of every number of a side, each [R, N], and the largest code of every component [R]."""
+    scale_RN, base_RN = (
+        torch.cat([per_column(getattr(band.grid, part), band.grid.group, size) for band in bands])
+        for part in ("scale_OG", "base_OG")
+    )
+    tops = [torch.full((band.stored.out_features,), 2.0**band.grid.bits - 1) for band in bands]
+    return scale_RN, base_RN, torch.cat(tops).to(scale_RN.device)
+
+
+def _stored(bands: Sequence[_Band], codes_RN: Tensor) -> dict[str, Tensor]:
+    """The stored tensors of a side, by their names in the layer."""
+    found: dict[str, Tensor] = {}
+    for band, codes in zip(bands, codes_RN.split([band.stored.out_features for band in bands]), strict=True):
+        tensors = band.stored.tensors(codes.to(torch.int32), **band.grid.stored)
+        found |= {f"{band.name}.{leaf}": tensor for leaf, tensor in tensors.items()}
+    return found
 
 
 def _cut(ranks: Sequence[int], full: int) -> tuple[int, ...]:
