@@ -175,7 +175,8 @@ def make_plan(
     for text, method in methods:
         for budget in budgets if method.budgeted else (None,):
             mode = allocate if budget else "uniform"
-            looks = calibration if method.track != Track.DATA_FREE and (mode in MIXED or method.needs.text) else None
+            sees = method.needs.text if method.track == Track.DELTA else method.track != Track.DATA_FREE
+            looks = calibration if sees and (mode in MIXED or method.needs.text) else None
             trains = training if method.adaptation else None
             allocation, refusal = None, ""
             try:
