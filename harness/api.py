@@ -88,7 +88,7 @@ def compress(
         if outcome.error:
             raise ValueError(f"{cell.label}: {outcome.ending} ({outcome.error})")
     compressed = CompressedModel.load(
-        CellStore(cell.key).folder, cell.compute.device, getattr(torch, cell.compute.dtype)
+        CellStore(cell.key).folder, cell.compute.device, getattr(torch, cell.compute.dtype), cell.base
     )
     compressed.model.config._name_or_path = compressed.model.name_or_path = str(resolved.path)
     return compressed.model

@@ -36,6 +36,9 @@ class Layer(Protocol):
     def constant(self) -> Tensor | None: ...
 
     @property
+    def multiplied(self) -> Layer: ...
+
+    @property
     def contracts(self) -> bool: ...
 
     def contracted(self, x: Tensor) -> Tensor: ...
@@ -146,6 +149,7 @@ def fused(layer: Layer, device_type: str) -> Product | None:
 
 def kind(layer: Layer, device_type: str) -> str:
     """Row kind of this layer on this type of device: dense | fused | fused-16 | decode-per-call | decode-on-load."""
+    layer = layer.multiplied
     if layer.format == "dense":
         return "dense"
     if fused(layer, device_type) is not None and layer.rounds:

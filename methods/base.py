@@ -61,6 +61,9 @@ class Track(StrEnum):
     DATA_FREE = "data-free"
     CALIBRATED = "calibrated"
     FINE_TUNED = "fine-tuned"
+    DELTA = (
+        "delta"  # what is stored is the difference of two models, of which the tuned one is what a row is held against
+    )
 
 
 @dataclass(frozen=True)
@@ -247,6 +250,12 @@ class Method(ABC):
         codecs = codec_versions(type(self))
         identity: dict[str, object] = {"method": dataclasses.replace(self, **left_out).text, "version": self.version}
         return identity | ({"codecs": codecs} if codecs else {})
+
+    @property
+    def packs_differences(self) -> bool:
+        """Whether the weights it packs may be the difference of two models (`--base`); those of the delta track pack
+        nothing else."""
+        return self.track == Track.DELTA
 
     @property
     def needs(self) -> Needs:

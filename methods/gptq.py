@@ -30,6 +30,7 @@ from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, 
 from methods.codecs.basis import turned, turned_estimate
 from methods.codecs.drift import FOLLOW_DAMP, check_follow, first_column, followed
 from methods.codecs.error_feedback import Feedback, check_damp, prepare, run
+from methods.codecs.feedback_on_grids import codes_on_grids, round_column
 from methods.codecs.grids import Grid, fit_grid
 from methods.uniform_grid import UniformGridMethod
 
@@ -70,6 +71,10 @@ class GPTQ(UniformGridMethod):
     @property
     def needs(self) -> Needs:
         return Needs(hessian=True, drift=self.follow > 0, true_sequential=self.true_sequential)
+
+    @property
+    def packs_differences(self) -> bool:
+        return not self.follow  # what inputs drift by, the base multiplies as well: a difference cannot take it back
 
     @property
     def permuted(self) -> bool:
@@ -114,13 +119,8 @@ class GPTQ(UniformGridMethod):
         """Grids from the weights before the loop: a column knows its grid whenever its turn comes."""
         importance_I = self._importance(feedback)
         grid = fit_grid(weight_OI, bits=bits, group=group, offset=offset, search=self.grid, importance_I=importance_I)
-        scale_IO, base_IO = grid.columns(weight_OI.shape[1])
-        codes_IO = torch.empty_like(scale_IO)
-
-        def quantise(position: int, column: int, values_O: Tensor) -> Tensor:
-            return _round_column(values_O, scale_IO[column], base_IO[column], bits, codes_IO[column])
-
-        run(weight_OI, feedback, quantise, first_O=first_O)
+        columns = weight_OI.shape[1]
+        codes_IO = codes_on_grids(weight_OI, feedback, *grid.columns(columns), [2**bits - 1] * columns, first_O)
         return codes_IO.t().to(torch.int32), grid
 
     def _dynamic(
@@ -148,7 +148,7 @@ class GPTQ(UniformGridMethod):
 
         def quantise(position: int, column: int, values_O: Tensor) -> Tensor:
             grid = grids[-1]
-            return _round_column(values_O, grid.scale_OG[:, 0], grid.base_OG[:, 0], bits, codes_IO[position])
+            return round_column(values_O, grid.scale_OG[:, 0], grid.base_OG[:, 0], 2**bits - 1, codes_IO[position])
 
         run(weight_OI, feedback, quantise, block=group, enter=enter, first_O=first_O)
         joined: dict[str, list[Tensor]] = {name: [g.stored[name] for g in grids] for name in grids[0].stored}
@@ -160,9 +160,3 @@ class GPTQ(UniformGridMethod):
             {name: torch.cat(parts, dim=1) for name, parts in joined.items()},
         )
         return codes_IO.t().to(torch.int32), grid
-
-
-def _round_column(values_O: Tensor, scale_O: Tensor, base_O: Tensor, bits: int, codes_O: Tensor) -> Tensor:
-    """Nearest level of every row's grid; writes the codes and returns the decoded values."""
-    torch.sub(values_O, base_O, out=codes_O).div_(scale_O).round_().clamp_(0, 2**bits - 1)
-    return codes_O * scale_O + base_O

@@ -20,6 +20,10 @@ class RoundToNearest(UniformGridMethod):
     track: ClassVar[Track] = Track.DATA_FREE
     seeded: ClassVar[bool] = False
 
+    @property
+    def packs_differences(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.grid == "hessian":

@@ -36,6 +36,10 @@ class SVD(Factored):
     track: ClassVar[Track] = Track.DATA_FREE
     seeded: ClassVar[bool] = False
 
+    @property
+    def packs_differences(self) -> bool:
+        return True
+
     @classmethod
     def variants(cls) -> dict[str, Method]:
         return {"whitened": Whitened()}

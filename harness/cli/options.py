@@ -48,7 +48,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="pinned name, local folder or hub id (default: %(default)s)"
     )
-    parser.add_argument("--revision", help="revision of a hub id")
+    parser.add_argument(
+        "--base",
+        help="of a model that is a pair: the one --model was tuned from (pinned name, local folder or hub id). What is "
+        "stored, and what --bits limits, is the difference of the two",
+    )
+    parser.add_argument("--revision", help="revision of a hub id (that of --model)")
     parser.add_argument(
         "--profile", default="quick", choices=sorted(PROFILES), help="texts and calibration (default: %(default)s)"
     )
@@ -185,6 +190,8 @@ def read_request(arguments: Options, presets: bool = True) -> Request:
         raise ValueError("--bench-threads must be at least 1")
     if not arguments.shapes:  # which are models of their own
         require_place(arguments.model, PRESETS if presets else ())
+        if arguments.base is not None:
+            require_place(arguments.base, PRESETS if presets else ())
     # What needs no torch to be refused was refused above; from here on it is imported.
     methods = [(text, parse_method(text)) for text in texts]
     arguments.device = _device(arguments.device)
@@ -218,19 +225,23 @@ def build_plan(
 ) -> tuple[Plan, Inventory, ResolvedModel]:
     """Resolve the model and lay the plan out; `from_config` takes presets and folders without weights too."""
     from harness.data.streams import with_text
+    from harness.model.pair import require_pair
     from harness.plan.cells import Compute, make_plan
     from harness.plan.earlier import adopt
     from methods.base import Track
     from methods.fp16 import Half
 
-    if from_config and (arguments.model in PRESETS or not _has_weights(arguments.model)):
-        model = ResolvedModel(arguments.model, Path(arguments.model), "")  # shapes are enough; its cells have no keys
-    else:
-        if is_hub_id(arguments.model):
-            _require_from_hub(arguments.model, arguments.revision)  # gigabytes are not fetched to be refused
-        model = resolve_model(arguments.model, arguments.revision, say)
+    model = _resolved(arguments.model, arguments.revision, say, from_config)
     known = describe(model.path, arguments.revision)
     stock, half = known.stock, known.half
+    base = None
+    if arguments.base is not None:
+        base = _resolved(arguments.base, None, say, from_config)
+        require_pair(stock, describe(base.path).stock, (model.name, base.name))
+        if base.fingerprint == model.fingerprint != "":
+            raise ValueError(f"--model and --base are the same model, {model.name}: there is no difference to store")
+        if not base.fingerprint:
+            model = replace(model, fingerprint="")  # no keys without both
     _require_positions(known.positions, request)
     model = replace(model, note="; ".join(filter(None, (model.note, stock.uncovered_note))))
     for _, method in request.methods:
@@ -276,10 +287,20 @@ def build_plan(
         bos,
         half,
         arguments.allocate,
+        base,
     )
     if not from_config and not arguments.fresh:
         adopt(plan.cells, say)
     return replace(plan, tasks=request.tasks), stock, model
+
+
+def _resolved(name: str, revision: str | None, say: Say, from_config: bool) -> ResolvedModel:
+    """The model of a name; `from_config` takes presets and folders without weights too, which have no fingerprint."""
+    if from_config and (name in PRESETS or not _has_weights(name)):
+        return ResolvedModel(name, Path(name), "")  # shapes are enough; its cells have no keys
+    if is_hub_id(name):
+        _require_from_hub(name, revision)  # gigabytes are not fetched to be refused
+    return resolve_model(name, revision, say)
 
 
 def _require_positions(known: int | None, request: Request) -> None:

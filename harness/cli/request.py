@@ -22,6 +22,7 @@ class Options:
     methods: str
     bits: str
     model: str
+    base: str | None
     revision: str | None
     profile: str
     protocols: str | None
@@ -66,6 +67,7 @@ class Given(TypedDict, total=False):
     """Options of `run` as Python has them; what they mean is said by `python -m harness run --help`. Lists may also be
     written as one text, as on the command line."""
 
+    base: str | os.PathLike[str]
     revision: str
     profile: str
     protocols: Texts

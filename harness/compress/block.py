@@ -14,6 +14,8 @@ from harness.compress.forward import BATCH_TOKENS, PausedForward, abandon, advan
 from harness.compress.statistics import add_gram, completed
 from harness.model import BlockSpec
 from harness.model.linear_layers import is_expert
+from harness.model.pair import Base
+from kernels.formats.delta import DeltaLinear
 from kernels.formats.layer import LayerSpec
 from kernels.formats.tables import Table
 from methods.base import Compressed, Inputs, Pooled, Sensitivity
@@ -57,9 +59,10 @@ class BlockRun:
         original_NTH: Tensor | None = None,
         tables: Mapping[str, Table] | None = None,
         fisher: Mapping[str, Sensitivity] | None = None,
+        base: Base | None = None,
     ) -> None:
         self.model, self._forward = model, forward
-        self.tables, self._fisher = tables or {}, fisher or {}
+        self.tables, self._fisher, self._base = tables or {}, fisher or {}, base
         self.hidden_NTH, self.original_NTH = hidden_NTH, original_NTH
         self.layers: dict[str, LayerSpec] = {layer.name: layer for layer in spec.layers}
         self.reports: dict[str, dict[str, float]] = {}
@@ -88,10 +91,11 @@ class BlockRun:
         return self._stages
 
     def weight(self, name: str) -> Tensor:
+        """What is to be packed of a layer, fp32 [O, I]: of a pair the difference."""
         weight_OI = self._slots[name].original.weight.detach().float()
         if not bool(torch.isfinite(weight_OI).all()):
             raise ValueError(f"{name} holds weights that are not finite: the model itself is broken")
-        return weight_OI
+        return weight_OI if self._base is None else weight_OI - self._base.weight(name).float()
 
     @torch.no_grad()
     def hessian(self, name: str) -> Tensor:
@@ -151,11 +155,17 @@ class BlockRun:
         return self._fisher.get(name) or Sensitivity(*zeros)
 
     def install(self, name: str, compressed: Compressed) -> None:
-        slot = self._slots[name]
-        compressed.packed.set_bias(slot.original.bias)
-        if key := compressed.packed.table_key:
-            compressed.packed.attach(self.tables[key])
-        slot.layer = compressed.packed
+        slot, packed = self._slots[name], compressed.packed
+        if self._base is not None:
+            base_OI = self._base.weight(name)
+            if isinstance(packed, DeltaLinear):  # of an earlier attempt
+                packed.stand_on(base_OI)
+            else:
+                packed = DeltaLinear.standing(packed, base_OI, slot.original.bias is not None)
+        packed.set_bias(slot.original.bias)
+        if key := packed.table_key:
+            packed.attach(self.tables[key])
+        slot.layer = packed
         self.reports[name] = compressed.report
         self._stale |= any(paused.stage > self._stage_of[name] or paused.output is not None for paused in self._passes)
 

@@ -22,6 +22,7 @@ from harness.compress.forward import BlockInputs
 from harness.compressed import CompressedModel, attach_tables, round_rest
 from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.model import Inventory
+from harness.model.pair import Base
 from harness.progress import Progress, first_line, silent
 from kernels.dispatch import reference_only
 from kernels.formats.bits import FULL
@@ -62,12 +63,13 @@ def compress_model(
     fisher: Mapping[str, Sensitivity] | None = None,
     act_bits: int = FULL,
     progress: Progress = silent,
+    base: Base | None = None,
 ) -> tuple[CompressedModel, CompressionReport]:
     """Compress every block in place; returns the model and what was noted on the way.
 
     `tokens_NT` may be None for a method that needs no activations, `fisher` for one that does not ask for it. `folder`
     keeps finished blocks, `half` is the 16-bit type of everything that is not packed, `act_bits` what inputs of packed
-    layers are rounded to."""
+    layers are rounded to. With a `base`, what is packed is the difference to it."""
     tables = _tables(model, method, configs, stock.layers, seed, folder / "tables.safetensors")
     round_rest(model, stock, HALF_DTYPES[half])
     # A data-free method sees no activation, but runs through the same loop on a single short window of nothing.
@@ -85,7 +87,7 @@ def compress_model(
         file = folder / f"block_{index:04d}.safetensors"
         kept = believed(file, load_tensors)
         start = time.perf_counter()
-        with BlockRun(model, spec, inputs.block(index), hidden_NTH, original_NTH, tables, fisher) as block:
+        with BlockRun(model, spec, inputs.block(index), hidden_NTH, original_NTH, tables, fisher, base) as block:
             if kept:
                 done = _install(block, *kept, hidden_NTH.device)
             else:
@@ -99,7 +101,7 @@ def compress_model(
         seconds += done.seconds
         progress("compress", index + 1, len(stock.blocks))
     attach_tables(model, tables)
-    return CompressedModel(model, stock, half), CompressionReport(reports, seconds)
+    return CompressedModel(model, stock, half, base), CompressionReport(reports, seconds)
 
 
 def pack_block(

@@ -49,6 +49,11 @@ TEXTS = {
         "exllamav3/conversion/standard_cal_data/c4.utf8",
         "2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
     ),
+    "code": WheelFile(
+        *_EXLLAMAV3,
+        "exllamav3/conversion/standard_cal_data/code.utf8",
+        "12a80d96af7e16b3ecbf2e6899a9c70aee2f4e0003b581979fe6876944e2d891",
+    ),
 }
 
 

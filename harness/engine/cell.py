@@ -30,6 +30,7 @@ from harness.evaluate.zero_shot import score_tasks
 from harness.measure.machine import peak_process_bytes
 from harness.model import Inventory, inventory, load_reference
 from harness.model.families import known_positions
+from harness.model.pair import Base
 from harness.plan.allocation import mixed
 from harness.plan.bayes import searched
 from harness.plan.budgets import MIXED, parse_budget
@@ -78,7 +79,7 @@ def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Spea
     if not protocols and not tasks:
         return
     speak("load", 0, 1)
-    reloaded = CompressedModel.load(store.folder, spec.device, dtype)
+    reloaded = CompressedModel.load(store.folder, spec.device, dtype, spec.base)
     for key, protocol in protocols.items():
         states = store.states(key) if spec.is_reference else _reference_states(spec, key, reference_over, speak)
         store.put_score(key, _score(spec, protocol, reloaded, states, speak))
@@ -147,6 +148,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
     speak("load", 0, 1)
     method = parse_method(spec.method)
     model = load_reference(spec.model.path, spec.device, dtype, spec.model.fingerprint)
+    base = Base.load(spec.base, spec.device) if spec.base else None
     calibration_sha256, tokens_NT = None, None
     if spec.calibration:
         windows = calibration_stream(spec.calibration, spec.model, spec.seed, spec.bos, spec.data)
@@ -160,15 +162,17 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
     stock = inventory(model)
     allocation = store.allocation() if spec.allocate in MIXED else None
     if spec.allocate in MIXED and allocation is None:
-        allocation = _allocate(spec, method, model, stock, tokens_NT, speak)
+        allocation = _allocate(spec, method, model, stock, tokens_NT, speak, base)
         store.put_allocation(allocation)
     configs = allocation.layers if allocation else spec.configs
     fisher = _measured(spec, "fisher", model, tokens_NT, spec.seed, speak) if method.needs.fisher else None
     compressed, report = compress_model(
-        model, stock, method, configs, tokens_NT, spec.seed, store.blocks, spec.half, fisher, spec.act_bits, speak
+        model, stock, method, configs, tokens_NT, spec.seed, store.blocks, spec.half, fisher, spec.act_bits, speak, base
     )
     trained = _train(spec, store, method, compressed, training, speak) if training else None
     spec.model.check()
+    if spec.base:
+        spec.base.check()
     ledger = compressed.ledger()
     if spec.budget and not ledger.fits(parse_budget(spec.budget)):
         raise ValueError(f"stores {ledger.stored_bpw:.6f} bits per weight, over the budget of {spec.budget}: refused")
@@ -195,6 +199,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         environment=environment(spec.threads),
         fallback_layers=sum(FALLBACK in noted for noted in report.layers.values()),
         files={name: file_sha256(store.folder / name) for name in FILES},
+        base_bytes=base.bytes if base else None,
     )
     store.put_artifact(artifact)
 
@@ -206,6 +211,7 @@ def _allocate(
     stock: Inventory,
     tokens_NT: Tensor | None,
     speak: Speaker,
+    base: Base | None,
 ) -> AllocationRecord:
     """The allocation of least predicted divergence under the cell's budget."""
     start = time.perf_counter()
@@ -219,10 +225,12 @@ def _allocate(
     if data_free:
         measured = {name: sensitivity.flat for name, sensitivity in measured.items()}
     way = measure_version(measure).values()
-    key = digest([*_origin(spec), method.identity(method.later), stream_sha256(tokens_NT), seed, *way])
+    # Sensitivities are the tuned model's; what errors there are depends on the base too.
+    pair = [base.fingerprint] if base else []
+    key = digest([*_origin(spec), method.identity(method.later), stream_sha256(tokens_NT), seed, *way, *pair])
     path = cache_dir("costs", key[:24] + ".json")
     with locked(path, f"estimates of {spec.method}"):
-        costs = expected_costs(method, model, stock, budget, measured, seed, speak, CostCache(path))
+        costs = expected_costs(method, model, stock, budget, measured, seed, speak, CostCache(path), base)
     found = searched(stock, budget, costs, spec.seed) if spec.allocate == "bayes" else mixed(stock, budget, costs)
     assert found.predicted is not None and found.bound is not None and found.gap is not None
     seconds = time.perf_counter() - start

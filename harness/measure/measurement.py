@@ -67,7 +67,7 @@ def work(spec: CellSpec, conditions: Conditions, progress: Progress) -> None:
         artifact = used.artifact()
         if artifact is None or (damage := used.damage(artifact)):
             raise ValueError(f"{damage or f'{used.folder} is not complete'}: `run` makes it again, then measure")
-    load = partial(CompressedModel.load, store.folder, spec.device, dtype)
+    load = partial(CompressedModel.load, store.folder, spec.device, dtype, spec.base)
     load_reference = None
     if reference.folder != store.folder:
         load_reference = partial(CompressedModel.load, reference.folder, spec.device, dtype)

@@ -56,6 +56,7 @@ class Cell:
     act_bits: int = FULL  # of the inputs of packed layers
     half: str = "float16"  # 16-bit type of everything that is not packed
     allocate: str = "uniform"  # harness.plan.budgets.MODES
+    base: ResolvedModel | None = None  # what is stored is the difference to it; None: the model itself
     allocation: Allocation | None = None  # None: refused, or made by the cell itself, which has the weights ("ilp")
     refusal: str = ""
 
@@ -68,12 +69,14 @@ class Cell:
         # Absent rather than none: a cell that trains nothing keeps the key it had before anything could be trained.
         training = {"training": self.training.identity} if self.training else {}
         rounded = {"act_bits": self.act_bits} if self.act_bits != FULL else {}
+        pair = {"base": self.base.fingerprint} if self.base else {}
         measure = measure_version(self.method.needs.sensitivity) if self.allocate in MIXED else {}
         return digest(
             {
                 **training,
                 **measure,
                 **rounded,
+                **pair,
                 "artifact_version": ARTIFACT_VERSION,
                 "method": method,
                 "model": self.model.fingerprint,
@@ -86,6 +89,11 @@ class Cell:
                 "device": self.compute.device.partition(":")[0],
             }
         )[:16]
+
+    @property
+    def track(self) -> Track:
+        """What it is ranked in: a difference is never beside a whole model."""
+        return Track.DELTA if self.base else self.method.track
 
     @property
     def label(self) -> str:
@@ -111,6 +119,7 @@ class Cell:
             bos=self.bos,
             half=self.half,
             act_bits=self.act_bits,
+            base=self.base,
             allocate=self.allocate,
             seed=self.seed,
             device=self.compute.device,
@@ -158,14 +167,16 @@ def make_plan(
     bos: str,
     half: str,
     allocate: str,
+    base: ResolvedModel | None = None,
 ) -> Plan:
     """A cell for every method, budget, width of activations and seed; a method outside any budget has one, and so has
-    one that no seed can change."""
+    one that no seed can change. With a `base`, all but the reference store the difference to it."""
     cells: dict[str, Cell] = {}
     for text, method in methods:
         for budget in budgets if method.budgeted else (None,):
             mode = allocate if budget else "uniform"
-            looks = calibration if method.track != Track.DATA_FREE and (mode in MIXED or method.needs.text) else None
+            sees = method.needs.text if method.track == Track.DELTA else method.track != Track.DATA_FREE
+            looks = calibration if sees and (mode in MIXED or method.needs.text) else None
             trains = training if method.adaptation else None
             allocation, refusal = None, ""
             try:
@@ -179,7 +190,8 @@ def make_plan(
                 refusal = "training adapters needs peft: pip install 'peft>=0.19'"
             if mode == "bayes":
                 refusal = refusal or bayes.missing()
-            unrounded = _unrounded(method, stock) if budget else ""
+            refusal = _no_pair(method, base) or refusal
+            unrounded = _unrounded(method, stock, base) if budget else ""
             for bits in act_bits if budget else (FULL,):
                 why = refusal or (unrounded if bits != FULL else "")
                 for seed in seeds if method.seeded else (0,):
@@ -196,6 +208,7 @@ def make_plan(
                         bits,
                         half,
                         mode,
+                        None if method.name == "fp16" else base,
                         allocation,
                         why,
                     )
@@ -203,8 +216,20 @@ def make_plan(
     return Plan(tuple(cells.values()), tuple(protocols))
 
 
-def _unrounded(method: Method, stock: Inventory) -> str:
+def _no_pair(method: Method, base: ResolvedModel | None) -> str:
+    """Why a method cannot store the difference to `base`, or needs one; "" where it can, and for the reference."""
+    if base is None and method.track == Track.DELTA:
+        return f"{method.name} stores the difference of two models: write --base with the one --model was tuned from"
+    if base is None or method.packs_differences or method.name == "fp16":
+        return ""
+    more = "write gptq:follow=0" if method.name == "gptq" else "take delta-come, bitdelta, svd, rtn or gptq:follow=0"
+    return f"{method.name} does not pack the difference of two models: {more}, or leave --base out"
+
+
+def _unrounded(method: Method, stock: Inventory, base: ResolvedModel | None) -> str:
     """Why a method's layers cannot round their inputs; "" where they can."""
+    if base is not None:
+        return f"the base of a pair multiplies inputs that are not rounded: write --act-bits {FULL}"
     formats = {config.format for layer in alike(stock).values() for config in method.candidates(layer)}
     if without := sorted(name for name in formats if not FORMATS.get(name).takes_act_bits):
         return f"{method.name} stores layers of format {without[0]}, which round no inputs: write --act-bits {FULL}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from harness.data.files import digest
 from harness.data.sealed import believed, read_sealed, write_sealed
 from harness.model import Inventory
+from harness.model.pair import Base, weight_to_pack
 from harness.plan.allocation import alike, sort_of
 from harness.progress import Progress, silent
 from kernels.formats.layer import LayerConfig, LayerSpec
@@ -47,16 +48,17 @@ def expected_costs(
     seed: int,
     progress: Progress = silent,
     known: CostCache | None = None,
+    base: Base | None = None,
 ) -> dict[str, dict[LayerConfig, float]]:
     """Predicted divergence of every candidate of every layer. A layer that no measured token reached (an expert, say)
     is taken to matter as much as the median layer of its shape, or of all. What `known` holds is not estimated again,
-    and what is new is added."""
+    and what is new is added. With a `base`, what is packed is the difference to it."""
     costs = {}
     known = known or CostCache(None)
     room = (budget * stock.weights - stock.uncovered_bits) / sum(layer.weights for layer in stock.layers)
     configs_of = {key: considered(method, layer, room) for key, layer in alike(stock).items()}
     for index, layer in enumerate(stock.layers):
-        weight_OI = model.get_parameter(f"{layer.name}.weight").detach().float()
+        weight_OI = weight_to_pack(model, layer.name, base)
         sensitivity = measured.get(layer.name) or _median(measured, weight_OI)
         configs = configs_of[sort_of(layer)]
         estimate = partial(method.expected_costs, weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))

@@ -40,6 +40,7 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
     dtype_bytes = getattr(torch, cell.compute.dtype).itemsize
     calibration, layers = cell.calibration, stock.blocks[0].layers
     model = (stock.weights + stock.rest_weights) * dtype_bytes
+    model += 2 * (stock.weights + stock.rest_weights) if cell.base else 0
     wide = max(layer.in_features for layer in stock.layers)
     inner = sum(layer.out_features for layer in layers)
     # A Hessian with its copies and factors; or a matrix being packed, and what is made of it.

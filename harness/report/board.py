@@ -13,7 +13,15 @@ from harness.data.sealed import read_object
 from harness.data.tasks import Task
 from harness.plan.cells import Plan
 from harness.report import latency
-from harness.report.rows import COLUMNS_AFTER, COLUMNS_BEFORE, CellReport, protocol_columns, report_of, role_columns
+from harness.report.rows import (
+    COLUMNS_AFTER,
+    COLUMNS_BEFORE,
+    CellReport,
+    delta_columns,
+    protocol_columns,
+    report_of,
+    role_columns,
+)
 from harness.report.sheet import Row, label
 from harness.report.task_pages import task_columns
 from harness.store.cells import CellStore
@@ -36,6 +44,7 @@ class Board:
         roles = role_columns(self.reports.values())
         return [
             *COLUMNS_BEFORE,
+            *delta_columns(self.reports.values()),
             *roles,
             *protocol_columns(self.protocols),
             *task_columns(self.tasks),

@@ -27,6 +27,7 @@ from harness.report.task_pages import TIME_COLUMN
 from harness.store.cells import CellStore
 from harness.store.records import Artifact, Ending, LayerRecord, Outcome
 from harness.store.results import Bench, Score, TaskResult
+from methods.base import Track
 
 COLUMNS_BEFORE = (
     "model",
@@ -67,6 +68,7 @@ COLUMNS_AFTER = (
     "reason",
     "model_note",
 )
+TENANTS = {f"gib_{count}_tenants": count for count in (1, 10, 100)}  # models that share one base
 NEEDED = {"model", "method", "variant", "budget_bpw", "seed", "track", "status", "cell"}  # columns of every row
 # The only ones two identical runs may differ in:
 TIME_COLUMNS = (
@@ -116,6 +118,11 @@ def role_bits(artifact: Artifact) -> dict[str, float]:
     for layer in artifact.layers.values():
         found.setdefault(_EXPERT.sub(".*", layer.role), []).append(layer.stored_bpw)
     return {role: fmean(bits) for role, bits in found.items()}
+
+
+def delta_columns(reports: Iterable[CellReport]) -> list[str]:
+    """Those of models that are a pair, where there are any."""
+    return ["delta_bpw", *TENANTS] if any(r.row["track"] == Track.DELTA for r in reports) else []
 
 
 _EXPERT = re.compile(r"\.\d+(?=\.|$)")
@@ -217,7 +224,7 @@ def report_of(
         "model": cell.model.name,
         "method": cell.method.name,
         "variant": cell.method.variant or cell.method_text.partition(":")[2],
-        "track": str(cell.method.track),
+        "track": str(cell.track),
         "status": str(_status(cell, artifact, scores, tasks, outcome)),
         "budget_bpw": cell.budget.text if cell.budget else "",
         "act_bits": cell.act_bits,
@@ -254,6 +261,12 @@ def _artifact_values(artifact: Artifact) -> Row:
         "fallback_layers": artifact.fallback_layers,
         "harness_version": artifact.environment.harness,
     }
+    if artifact.base_bytes is not None:
+        row["delta_bpw"] = artifact.stored_bpw
+        row |= {
+            column: (artifact.base_bytes + count * artifact.checkpoint_bytes) / 2**30
+            for column, count in TENANTS.items()
+        }
     if found := artifact.allocation:
         row |= {"plan_cost": found.predicted, "plan_gap": found.gap, "plan_s": found.seconds}
     for name in ("tuning_steps", "tuning_tokens"):  # the same for every block

@@ -63,6 +63,7 @@ class CellSpec(Record):
     data: str | None
     configs: dict[str, Config]  # by layer; empty where the cell allocates itself
     act_bits: int = field(default=FULL, kw_only=True)  # of the inputs of packed layers; from before there were any: all
+    base: ResolvedModel | None = field(default=None, kw_only=True)  # what the model is stored as the difference to
 
     @classmethod
     def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
@@ -190,6 +191,7 @@ class Artifact(Record):
     environment: Environment
     files: dict[str, str]  # sha256 by name; none of an artifact from before they were kept
     fallback_layers: int = 0  # packed in a plainer way than asked for, because the numbers left no other
+    base_bytes: int | None = None  # of a pair's base at 16 bits, which every tenant of it shares
 
     @classmethod
     def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:

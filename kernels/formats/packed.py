@@ -210,6 +210,11 @@ class PackedLinear(StoredModule):
         return self.lowrank is None and self.row_scale is None and self.rotation is None and self.reassembly is None
 
     @property
+    def multiplied(self) -> PackedLinear:
+        """The layer whose product decides the kind: itself, or the part of it that is decoded."""
+        return self
+
+    @property
     def contracts(self) -> bool:
         """Whether `contracted` is less work than a product with the weight."""
         return False
@@ -237,6 +242,9 @@ FORMATS: Registry[type[PackedLinear]] = Registry(
         "conv": "kernels.formats.conv:ConvLinear",
         "factors": "kernels.formats.factors:FactorsLinear",
         "mpo": "kernels.formats.mpo:MpoLinear",
+        "bands": "kernels.formats.bands:BandsLinear",
+        "signs": "kernels.formats.signs:SignsLinear",
+        "delta": "kernels.formats.delta:DeltaLinear",
     },
     group="ptq_harness.formats",
 )

@@ -58,7 +58,7 @@ def test_paths_of_files_exist(page):
 def test_methods_that_are_named_can_be_typed(page):
     text = page.read_text()
     quoted = [name for name in _quoted(text) if ":" in name and name.partition(":")[0] in METHODS]
-    lists = re.findall(r"--methods ([a-z][\w:=.,-]*)", text)
+    lists = re.findall(r"--methods ([a-z][\w:=.,+-]*)", text)
     for name in (*quoted, *(name for listed in lists for name in split_methods(listed))):
         parse_method(name)
 

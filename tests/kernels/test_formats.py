@@ -39,6 +39,8 @@ def test_packing_is_lossless_and_no_wider_than_it_says(bits: int, count: int):
         BANDED,
         dict(format="factors", components=1, bits=4, shifted=True),
         dict(format="mpo", chi=5, bits=8, sites=3),
+        dict(format="bands", ranks="0+1+0", widths="8+3+2", group=128),
+        dict(format="signs", masks=2),
     ],
 )
 def test_a_layout_on_meta_counts_what_a_real_one_stores(shape: tuple[int, int], base: dict):

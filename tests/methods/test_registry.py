@@ -27,6 +27,9 @@ from methods import METHODS, LayerConfig, LayerSpec, Track, parse_method, split_
         ("mpo:chi=0", "chi must be at least 1"),
         ("mpo:bits=4", "bits must be one of 16, 8"),
         ("mpo:sites=1", "sites must be 2 to 6"),
+        ("delta-come:ranks=4", "write for example ranks=2\\+32\\+968"),
+        ("delta-come:split=even", "split=even is not one of published, searched"),
+        ("bitdelta:masks=9", "masks must be 0 to 4"),
         ("mpo:healed,lora_rate=2", "lora_rate must be between 0 and 1"),
     ],
 )

@@ -31,7 +31,7 @@ COLOURS = {
 }
 OTHERS = ("#3f8fa8", "#93a31d", "#7d6bc2", "#c0673f", "#2fa39a", "#a85fb0", "#6f8f4e")
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [10, 4], [4, 1])
-TRACKS = {"data-free": "circle", "calibrated": "square", "fine-tuned": "triangle-up"}
+TRACKS = {"data-free": "circle", "calibrated": "square", "fine-tuned": "triangle-up", "delta": "diamond"}
 PARTS = {"codes": "#0072b2", "scales": "#e69f00", "tables": "#cc79a7", "adapters": "#009e73"}
 FILLED = "datum.kind == 'fused' || datum.kind == 'dense'"
 FLAGGED = "datum.status != 'ok'"
