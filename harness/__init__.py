@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness.portal.hook import announce
+
 if TYPE_CHECKING:
     from harness.api import Leaderboard, compare, compress, load_results
 
@@ -22,3 +24,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+announce()  # our exports to transformers, once that is imported

@@ -113,7 +113,7 @@ class CompressedModel:
         """Write the four files, each whole or absent; `packed.json` comes last and marks the folder as complete."""
         stored_names = {f"{name}.{leaf}" for name, layer in self.packed.items() for leaf in layer.stored_parts()}
         stored_names |= {
-            f"{TABLES}.{_slug(key)}.{leaf}" for key, table in self.tables.items() for leaf in table.stored_parts()
+            f"{TABLES}.{table_slug(key)}.{leaf}" for key, table in self.tables.items() for leaf in table.stored_parts()
         }
         stored_names |= set(self.inventory.uncovered)
         half = HALF_DTYPES[self.half]
@@ -206,13 +206,13 @@ def attach_tables(model: nn.Module, tables: Mapping[str, Table]) -> None:
     """Make the model own the tables, and every packed layer that shares one decode from it."""
     if not tables:
         return
-    setattr(model, TABLES, nn.ModuleDict({_slug(key): table for key, table in tables.items()}))
+    setattr(model, TABLES, nn.ModuleDict({table_slug(key): table for key, table in tables.items()}))
     for layer in model.modules():
         if isinstance(layer, PackedLinear) and layer.table_key:
             layer.attach(tables[layer.table_key])
 
 
-def _slug(key: str) -> str:
+def table_slug(key: str) -> str:
     return key.replace(".", "/")  # a module's name holds no dot, and no key a slash
 
 

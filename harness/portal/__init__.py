@@ -1,0 +1,19 @@
+"""Where compressed models leave for the places people run models in, and other people's come in to be judged.
+
+Each format is a file, and a line in `EXPORTS` or `IMPORTS`. An exporter refuses by name what its format cannot hold,
+and writes nothing else than the numbers a cell stores; an importer turns the tensors of a checkpoint into packed layers
+and says how many bits the checkpoint itself spends on them."""
+
+from __future__ import annotations
+
+from kernels.registry import Registry
+
+QUANT_METHOD = "ptq-harness"  # what config.json of an `hf` export says its weights are
+EXPORTS: Registry = Registry(
+    "format to export",
+    "harness.portal.folder:Exporter",
+    {
+        "hf": "harness.portal.hf:EXPORTER",
+    },
+    group="ptq_harness.exports",
+)
