@@ -14,6 +14,8 @@ EXPORTS: Registry = Registry(
     "harness.portal.folder:Exporter",
     {
         "hf": "harness.portal.hf:EXPORTER",
+        "gptq": "harness.portal.gptq:EXPORTER",
+        "compressed-tensors": "harness.portal.compressed_tensors:EXPORTER",
     },
     group="ptq_harness.exports",
 )

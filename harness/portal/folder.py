@@ -117,9 +117,15 @@ def claim(request: Request, format: str) -> None:
 
 @reference_only()
 def write_folder(
-    request: Request, format: str, tensors: Callable[[], Tensors], quantization: dict[str, Any] | None, load: str
+    request: Request,
+    format: str,
+    tensors: Callable[[], Tensors],
+    quantization: dict[str, Any] | None,
+    load: str,
+    dtype: str,
 ) -> None:
-    """The folder with these tensors, and this `quantization_config`; `load` is the Python that the card shows."""
+    """The folder with these tensors, and this `quantization_config`; `load` is the Python that the card shows,
+    `dtype` what a loader computes in."""
     spec, store = request.cell.artifact.spec, request.cell.store
     claim(request, format)
     _write_shards(request.folder, tensors(), request.shard_bytes)
@@ -130,7 +136,7 @@ def write_folder(
         raise ValueError(f"{spec.model.path} holds no tokenizer any more: give the model back its place, then export")
     write_text(request.folder / "README.md", card(request.cell, format, load))
     config = json.loads((store.folder / CONFIG).read_text(encoding="utf-8"))
-    config["dtype"] = spec.dtype
+    config["dtype"] = dtype
     config.pop("_name_or_path", None)
     write_json(request.folder / CONFIG, config | ({"quantization_config": quantization} if quantization else {}))
 

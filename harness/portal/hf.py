@@ -67,7 +67,7 @@ class HuggingFace(Exporter):
             yield from reader.rest()
 
         base = request.option == "base"
-        write_folder(request, "hf", tensors, quantization, LOAD_BASE if base else LOAD)
+        write_folder(request, "hf", tensors, quantization, LOAD_BASE if base else LOAD, cell.artifact.spec.dtype)
         if base:
             shutil.copytree(cell.store.adapter, request.folder / ADAPTER, dirs_exist_ok=True)
 

@@ -5,7 +5,6 @@ folder of ours is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +88,7 @@ class _Plain(nn.Linear):
 def as_linear(packed: PackedLinear) -> PackedLinear:
     """The layer, of a class that is a linear layer too, `weight` decoded when it is asked for: what peft, and whoever
     else looks for linear layers, takes it for. A layer that stores its weight has it already."""
-    format: Hashable = type(packed)
+    format: Any = type(packed)
     packed.__class__ = _linear_class(format)
     packed.__dict__["_is_hf_initialized"] = True  # else transformers would draw a weight at random
     return packed
