@@ -64,6 +64,7 @@ class Track(StrEnum):
     DELTA = (
         "delta"  # what is stored is the difference of two models, of which the tuned one is what a row is held against
     )
+    IMPORTED = "imported"  # made by another program, which does not say
 
 
 @dataclass(frozen=True)

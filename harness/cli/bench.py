@@ -8,7 +8,14 @@ import time
 from functools import partial
 from pathlib import Path
 
-from harness.cli.options import add_bench_options, add_plan_options, add_volume_options, build_plan, read_request
+from harness.cli.options import (
+    add_bench_options,
+    add_model_cell_option,
+    add_plan_options,
+    add_volume_options,
+    build_plan,
+    read_request,
+)
 from harness.cli.request import Options
 from harness.cli.sheets import add_table_options
 from harness.model import PRESETS
@@ -18,6 +25,7 @@ from harness.store.cells import CellStore
 def register(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("bench", description=__doc__)
     add_plan_options(parser)
+    add_model_cell_option(parser)
     add_bench_options(parser)
     add_volume_options(parser)
     add_table_options(parser)

@@ -26,6 +26,7 @@ from harness.measure.machine import cores
 from harness.model import PRESETS, Inventory
 from harness.model.described import describe
 from harness.plan.budgets import MODES, Budget
+from harness.portal.files import resolve
 from harness.progress import Say, first_line
 from kernels.formats.bits import ACT_BITS, FULL
 from methods import METHODS, parse_method, split_methods
@@ -106,6 +107,16 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, help="cells at once (default: 2 on a CPU with 2 cores or more, else 1)")
 
 
+def add_model_cell_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model-cell",
+        default="",
+        metavar="DIRS",
+        help="comma list of checkpoints of --model that other programs made (folders with safetensors of gptq, awq, "
+        "compressed-tensors or bitsandbytes; .gguf files): a row each",
+    )
+
+
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bench-seconds",
@@ -158,6 +169,7 @@ class Request:
     seeds: list[int]
     act_bits: list[int]
     jobs: int
+    sources: tuple[ResolvedModel, ...] = ()  # checkpoints of other programs
 
 
 def read_request(arguments: Options, presets: bool = True) -> Request:
@@ -192,6 +204,7 @@ def read_request(arguments: Options, presets: bool = True) -> Request:
         require_place(arguments.model, PRESETS if presets else ())
         if arguments.base is not None:
             require_place(arguments.base, PRESETS if presets else ())
+    sources = tuple(resolve(text.strip()) for text in arguments.model_cell.split(",") if text.strip())
     # What needs no torch to be refused was refused above; from here on it is imported.
     methods = [(text, parse_method(text)) for text in texts]
     arguments.device = _device(arguments.device)
@@ -199,7 +212,7 @@ def read_request(arguments: Options, presets: bool = True) -> Request:
 
     requested_instructions()
     jobs = arguments.jobs or (2 if arguments.device == "cpu" and cores() >= 2 else 1)
-    return Request(methods, budgets, protocols, tasks, calibration, training, seeds, act_bits, jobs)
+    return Request(methods, budgets, protocols, tasks, calibration, training, seeds, act_bits, jobs, sources)
 
 
 def _read_act_bits(text: str) -> list[int]:
@@ -289,6 +302,10 @@ def build_plan(
         arguments.allocate,
         base,
     )
+    from harness.portal.incoming import imported_cell
+
+    imported = [imported_cell(source, model, compute, bos, half) for source in request.sources]
+    plan = replace(plan, cells=(*plan.cells, *imported))
     if not from_config and not arguments.fresh:
         adopt(plan.cells, say)
     return replace(plan, tasks=request.tasks), stock, model

@@ -39,6 +39,7 @@ class Options:
     seeds: str
     jobs: int | None
     act_bits: str = "16"
+    model_cell: str = ""
     out: Path | None = None
     fresh: bool = False
     bench: bool = True
@@ -78,6 +79,7 @@ class Given(TypedDict, total=False):
     calibration: str
     training: str
     data: str | os.PathLike[str]
+    model_cell: Texts
     device: str
     dtype: str
     allocate: str

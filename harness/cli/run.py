@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from harness.cli.engines import add_engine_options, engine_options, memory_needed, worker
 from harness.cli.options import (
     add_bench_options,
+    add_model_cell_option,
     add_plan_options,
     add_volume_options,
     build_plan,
@@ -73,6 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="comma list of tensorboard:DIR, mlflow:URI, wandb:PROJECT: every cell is logged there when it ends",
     )
     add_engine_options(parser)
+    add_model_cell_option(parser)
     add_bench_options(parser)
     add_volume_options(parser)
 

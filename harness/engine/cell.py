@@ -20,6 +20,7 @@ from harness.compress.distil import remember_states
 from harness.compress.loop import FALLBACK, compress_model
 from harness.compress.training import finetune, save_adapter
 from harness.compressed import FILES, CompressedModel
+from harness.data.assets import ResolvedModel
 from harness.data.files import cache_dir, digest, file_sha256, locked
 from harness.data.protocols import DISTIL, Protocol
 from harness.data.streams import calibration_stream, evaluation_stream
@@ -38,6 +39,7 @@ from harness.plan.cells import ARTIFACT_VERSION
 from harness.plan.costs import CostCache, expected_costs
 from harness.plan.pivots import measure_version
 from harness.plan.sensitivity import random_tokens, remembered_sensitivities
+from harness.portal.incoming import bring_in
 from harness.store.cells import CellStore
 from harness.store.records import (
     AllocationRecord,
@@ -73,7 +75,10 @@ def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Spea
         artifact = None
     if artifact is None:
         store.drop_artifact()  # scores are of the bytes that were there
-        _compress(spec, store, speak, dtype)
+        if spec.source:
+            _import(spec, spec.source, store, speak)
+        else:
+            _compress(spec, store, speak, dtype)
     protocols = {key: protocol for key, protocol in spec.protocols.items() if not store.scored(key, spec.is_reference)}
     tasks = {key: task for key, task in spec.tasks.items() if store.task(key) is None}
     if not protocols and not tasks:
@@ -200,6 +205,27 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         fallback_layers=sum(FALLBACK in noted for noted in report.layers.values()),
         files={name: file_sha256(store.folder / name) for name in FILES},
         base_bytes=base.bytes if base else None,
+    )
+    store.put_artifact(artifact)
+
+
+def _import(spec: CellSpec, source: ResolvedModel, store: CellStore, speak: Speaker) -> None:
+    """Another program's checkpoint as this cell's artifact."""
+    compressed, ledger, layers, seconds = bring_in(source, spec.model.path, spec.half, speak)
+    compressed.save(store.folder)
+    roles = {layer.name: layer.role for layer in compressed.inventory.layers}
+    artifact = Artifact(
+        spec=spec,
+        ledger=LedgerRecord.of(ledger),
+        allocation=None,
+        checkpoint_bytes=sum((store.folder / f"{n}.safetensors").stat().st_size for n in ("packed", "rest")),
+        calibration_sha256=None,
+        compress_s=seconds,
+        training=None,
+        layers={n: LayerRecord(roles[n], bpw, config, {}) for n, (config, bpw) in layers.items()},
+        peak_ram_gib=_peak_ram_gib(),
+        environment=environment(spec.threads),
+        files={name: file_sha256(store.folder / name) for name in FILES},
     )
     store.put_artifact(artifact)
 

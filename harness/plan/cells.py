@@ -59,6 +59,7 @@ class Cell:
     base: ResolvedModel | None = None  # what is stored is the difference to it; None: the model itself
     allocation: Allocation | None = None  # None: refused, or made by the cell itself, which has the weights ("ilp")
     refusal: str = ""
+    source: ResolvedModel | None = None  # a checkpoint of another program, which is the cell
 
     @property
     def key(self) -> str:
@@ -129,6 +130,7 @@ class Cell:
             tasks={task.key: task for task in tasks},
             data=data,
             configs=self.allocation.layers if self.allocation else {},
+            source=self.source,
         )
 
 

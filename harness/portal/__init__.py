@@ -16,6 +16,22 @@ EXPORTS: Registry = Registry(
         "hf": "harness.portal.hf:EXPORTER",
         "gptq": "harness.portal.gptq:EXPORTER",
         "compressed-tensors": "harness.portal.compressed_tensors:EXPORTER",
+        "bnb": "harness.portal.bnb:EXPORTER",
     },
     group="ptq_harness.exports",
+)
+
+# By what a checkpoint's configuration calls its quantisation.
+IMPORTS: Registry = Registry(
+    "format of checkpoints",
+    "harness.portal.foreign:Importer",
+    {
+        "gptq": "harness.portal.gptq:IMPORTER",
+        "auto-round": "harness.portal.gptq:IMPORTER",
+        "compressed-tensors": "harness.portal.compressed_tensors:IMPORTER",
+        "awq": "harness.portal.awq:IMPORTER",
+        "bitsandbytes": "harness.portal.bnb:IMPORTER",
+        "gguf": "harness.portal.gguf:IMPORTER",
+    },
+    group="ptq_harness.imports",
 )

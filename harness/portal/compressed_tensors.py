@@ -10,13 +10,17 @@ may have a scheme of its own, so mixed cells leave whole; an order of columns an
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from harness.portal.folder import CellReader, Exporter, Request, Tensors, write_folder
-from harness.portal.uniform import Numbers, of_layer
-from kernels.formats.bitpack import pack
+from harness.portal.foreign import Brought, Checkpoint, Importer, bits_of, requires
+from harness.portal.uniform import Numbers, exact_half, of_layer
+from kernels.formats.bitpack import pack, packed_words, unpack
+from kernels.formats.layer import LayerSpec
 
 LOAD = """from transformers import AutoModelForCausalLM  # with compressed-tensors installed
 
@@ -90,4 +94,68 @@ def packed(numbers: Numbers) -> dict[str, torch.Tensor]:
     return found
 
 
-EXPORTER = CompressedTensors()
+class FromCompressedTensors(Importer):
+    """`pack-quantized`; a layer's scheme is the one of the group that names it, its class or a pattern of it."""
+
+    def check(self, quantization: Mapping[str, Any]) -> None:
+        groups = requires(quantization, "config_groups", dict, "compressed-tensors")
+        forms = {quantization.get("format"), *(group.get("format") for group in groups.values())} - {None}
+        if forms != {"pack-quantized"}:
+            raise ValueError(
+                f"the checkpoint is of compressed-tensors' {', '.join(map(str, forms))}: only pack-quantized is read"
+            )
+        self.schemes = [(group.get("targets", []), group.get("weights") or {}) for group in groups.values()]
+        for _, weights in self.schemes:
+            kind, bits, strategy = (weights.get(name) for name in ("type", "num_bits", "strategy"))
+            if kind != "int" or not isinstance(bits, int) or not 1 <= bits <= 8 or strategy not in ("group", "channel"):
+                raise ValueError(
+                    f"it has {kind} weights of {bits} bits by {strategy}: only int by group or channel is read"
+                )
+
+    def layer(self, checkpoint: Checkpoint, spec: LayerSpec) -> Brought | None:
+        name, rows, columns = spec.name, spec.out_features, spec.in_features
+        if f"{name}.weight_packed" not in checkpoint:
+            return None
+        weights = next((weights for targets, weights in self.schemes if _named(name, targets)), None)
+        if weights is None:
+            raise ValueError(f"{checkpoint.path}: no group of its quantization_config targets {name}")
+        if f"{name}.weight_g_idx" in checkpoint:
+            raise ValueError(
+                f"{checkpoint.path}: {name} has an order of columns (weight_g_idx), which is not read here"
+            )
+        bits = weights["num_bits"]
+        group = columns if weights["strategy"] == "channel" else weights["group_size"]
+        groups = -(-columns // group)
+        tensors = {
+            "weight_packed": checkpoint.shaped(f"{name}.weight_packed", rows, packed_words(columns, bits)),
+            "weight_scale": checkpoint.shaped(f"{name}.weight_scale", rows, groups),
+            "weight_shape": checkpoint.shaped(f"{name}.weight_shape", 2),
+        }
+        if tensors["weight_shape"].tolist() != [rows, columns]:
+            raise ValueError(
+                f"{checkpoint.path}: {name}.weight_shape is {tensors['weight_shape'].tolist()}: mislabelled"
+            )
+        zero_OG = None
+        if not weights.get("symmetric", True):
+            tensors["weight_zero_point"] = checkpoint.shaped(
+                f"{name}.weight_zero_point", packed_words(rows, bits), groups
+            )
+            zero_OG = unpack(tensors["weight_zero_point"].t().contiguous(), bits, rows).t().contiguous()
+        codes_OI = unpack(tensors["weight_packed"], bits, columns)
+        scale_OG = exact_half(tensors["weight_scale"], f"{checkpoint.path}: {name}.weight_scale")
+        parts = {
+            "weight_packed": "codes",
+            "weight_scale": "scales",
+            "weight_shape": "tables",
+            "weight_zero_point": "scales",
+        }
+        return Brought(Numbers(bits, group, codes_OI, scale_OG, zero_OG).layer(spec.bias), bits_of(tensors, **parts))
+
+
+def _named(name: str, targets: list[str]) -> bool:
+    return any(
+        re.match(target[3:], name) if target.startswith("re:") else target in (name, "Linear") for target in targets
+    )
+
+
+EXPORTER, IMPORTER = CompressedTensors(), FromCompressedTensors()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kernels.formats.packed import PackedLinear
 
 MARK = "ptq_harness.json"  # in a folder of ours: which cell it is, in which format
+ADAPTER = "adapter"  # the folder of a base's adapters
 SHARD_BYTES = 4 * 2**30
 BESIDE = (*TOKENIZER, "chat_template.jinja", "generation_config.json")  # of the uncompressed model, as they are
 
@@ -139,6 +140,11 @@ def write_folder(
     config["dtype"] = dtype
     config.pop("_name_or_path", None)
     write_json(request.folder / CONFIG, config | ({"quantization_config": quantization} if quantization else {}))
+
+
+def write_adapter(request: Request) -> None:
+    """Beside a base: the cell's adapters, as peft saved them."""
+    shutil.copytree(request.cell.store.adapter, request.folder / ADAPTER, dirs_exist_ok=True)
 
 
 def _write_shards(folder: Path, tensors: Tensors, shard_bytes: int) -> None:

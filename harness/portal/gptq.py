@@ -10,17 +10,22 @@ Version 1 is what every loader reads; a zero point of 0 has no place in it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from harness import __version__
 from harness.portal.folder import CellReader, Exporter, Request, Tensors, write_folder
-from harness.portal.uniform import Numbers, of_layer
-from kernels.formats.bitpack import WORD_BITS, pack
+from harness.portal.foreign import Brought, Checkpoint, Importer, bits_of, requires
+from harness.portal.uniform import Numbers, exact_half, of_layer
+from kernels.formats.bitpack import WORD_BITS, pack, packed_words, unpack
+from kernels.formats.layer import LayerSpec
 
 BITS = (2, 3, 4, 8)  # what loaders have kernels for
-VERSIONS = {"v1": "gptq", "v2": "gptq_v2"}  # -> checkpoint_format
+FIRST = "gptq"
+VERSIONS = {"v1": FIRST, "v2": "gptq_v2"}  # -> checkpoint_format
+PACKERS = ("auto_round:auto_gptq", "auto_round:gptqmodel")  # of auto-round, which writes the first
 LOAD = """from gptqmodel import GPTQModel
 
 model = GPTQModel.load("this folder")  # or from_pretrained() of transformers, with gptqmodel and optimum"""
@@ -97,4 +102,51 @@ def packed(numbers: Numbers, version: str) -> dict[str, torch.Tensor]:
     }
 
 
-EXPORTER = Gptq()
+class FromGptq(Importer):
+    """Of GPTQModel, AutoGPTQ and auto-round. What the configuration says of bits, groups and order is held against the
+    tensors, which are what is read."""
+
+    def check(self, quantization: Mapping[str, Any]) -> None:
+        self.bits = requires(quantization, "bits", int, "gptq")
+        self.group = requires(quantization, "group_size", int, "gptq")
+        form = quantization.get("checkpoint_format") or quantization.get("format") or FIRST
+        form = FIRST if form in PACKERS else form
+        if form not in VERSIONS.values():
+            raise ValueError(f"the checkpoint is of gptq's form '{form}': save it as {' or '.join(VERSIONS.values())}")
+        if self.bits not in BITS:
+            raise ValueError(f"its quantization_config says {self.bits} bits, and gptq has {', '.join(map(str, BITS))}")
+        if quantization.get("dynamic"):
+            raise ValueError("its quantization_config has 'dynamic' (bits of single layers), which is not read here")
+        self.less = int(form == FIRST)
+
+    def layer(self, checkpoint: Checkpoint, spec: LayerSpec) -> Brought | None:
+        name, rows, columns = spec.name, spec.out_features, spec.in_features
+        if f"{name}.qweight" not in checkpoint:
+            return None
+        group = columns if self.group == -1 else self.group
+        groups = -(-columns // group)
+        tensors = {
+            "qweight": checkpoint.shaped(f"{name}.qweight", packed_words(columns, self.bits), rows),
+            "qzeros": checkpoint.shaped(f"{name}.qzeros", groups, packed_words(rows, self.bits)),
+            "scales": checkpoint.shaped(f"{name}.scales", groups, rows),
+        }
+        group_I = torch.arange(columns) // group
+        order_I = None
+        if f"{name}.g_idx" in checkpoint:
+            tensors["g_idx"] = checkpoint.shaped(f"{name}.g_idx", columns)
+            if not torch.equal(tensors["g_idx"].long(), group_I):
+                order_I = torch.sort(tensors["g_idx"].long(), stable=True).indices
+                if not torch.equal(tensors["g_idx"].long()[order_I], group_I):
+                    raise ValueError(f"{checkpoint.path}: {name}.g_idx is no division into groups of {group}")
+        zero_GO = unpack(tensors["qzeros"], self.bits, rows) + self.less
+        zero_GO &= 2**self.bits - 1  # version 1 wraps round where a zero point was 0
+        codes_OI = unpack(tensors["qweight"].t().contiguous(), self.bits, columns)
+        symmetric = bool((zero_GO == 2 ** (self.bits - 1)).all())
+        zero_OG = None if symmetric else zero_GO.t().contiguous()
+        scale_OG = exact_half(tensors["scales"], f"{checkpoint.path}: {name}.scales").t().contiguous()
+        numbers = Numbers(self.bits, group, codes_OI, scale_OG, zero_OG, order_I=order_I)
+        parts = {"qweight": "codes", "qzeros": "scales", "scales": "scales", "g_idx": "tables"}
+        return Brought(numbers.layer(spec.bias), bits_of(tensors, **parts))
+
+
+EXPORTER, IMPORTER = Gptq(), FromGptq()

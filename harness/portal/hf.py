@@ -9,16 +9,14 @@ Variant `base` leaves the low-rank parts of a trained cell out and puts them bes
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import torch
 
 from harness.portal import QUANT_METHOD
-from harness.portal.folder import CellReader, Exporter, Request, Tensors, write_folder
+from harness.portal.folder import ADAPTER, CellReader, Exporter, Request, Tensors, write_adapter, write_folder
 
 VERSION = 1  # of the configuration
-ADAPTER = "adapter"
 ADAPTED = ("lowrank.", "row_scale")  # tensors of a layer that its adapter holds
 LOAD = """import harness  # only where the package is not installed but beside you
 from transformers import AutoModelForCausalLM
@@ -69,7 +67,7 @@ class HuggingFace(Exporter):
         base = request.option == "base"
         write_folder(request, "hf", tensors, quantization, LOAD_BASE if base else LOAD, cell.artifact.spec.dtype)
         if base:
-            shutil.copytree(cell.store.adapter, request.folder / ADAPTER, dirs_exist_ok=True)
+            write_adapter(request)
 
 
 def _owners(name: str) -> list[str]:

@@ -84,3 +84,11 @@ def of_layer(layer: PackedLinear, name: str, format: str) -> Numbers:
     if layer.zeros is not None:
         zero_OG = unpack(layer.zeros, layer.bits, layer.scales.numel()).view_as(layer.scales)
     return Numbers(layer.bits, layer.group, codes_OI, layer.scales, zero_OG, layer.minima, order_I)
+
+
+def exact_half(tensor: Tensor, name: str) -> Tensor:
+    """The numbers in fp16, where that is what they are. Raises ValueError for others: rows are of a file's numbers."""
+    half = tensor.half()
+    if not torch.equal(half.to(tensor.dtype), tensor):
+        raise ValueError(f"{name} holds numbers of {tensor.dtype} that are none of fp16: not read here")
+    return half

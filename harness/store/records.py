@@ -64,6 +64,9 @@ class CellSpec(Record):
     configs: dict[str, Config]  # by layer; empty where the cell allocates itself
     act_bits: int = field(default=FULL, kw_only=True)  # of the inputs of packed layers; from before there were any: all
     base: ResolvedModel | None = field(default=None, kw_only=True)  # what the model is stored as the difference to
+    source: ResolvedModel | None = field(
+        default=None, kw_only=True
+    )  # a checkpoint of another program, which is the cell
 
     @classmethod
     def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:

@@ -245,6 +245,7 @@ FORMATS: Registry[type[PackedLinear]] = Registry(
         "bands": "kernels.formats.bands:BandsLinear",
         "signs": "kernels.formats.signs:SignsLinear",
         "delta": "kernels.formats.delta:DeltaLinear",
+        "ggml": "kernels.formats.ggml:GgmlLinear",
     },
     group="ptq_harness.formats",
 )
