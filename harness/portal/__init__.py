@@ -17,6 +17,7 @@ EXPORTS: Registry = Registry(
         "gptq": "harness.portal.gptq:EXPORTER",
         "compressed-tensors": "harness.portal.compressed_tensors:EXPORTER",
         "bnb": "harness.portal.bnb:EXPORTER",
+        "gguf": "harness.portal.gguf:EXPORTER",
     },
     group="ptq_harness.exports",
 )
