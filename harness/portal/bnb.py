@@ -41,26 +41,26 @@ class Bnb(Exporter):
         base = request.option == "base"
         for name in names:
             _require_nf4(reader.layer(name), name, base)
-        half = reader.description.half
+        dtype = request.cell.artifact.spec.dtype
         quantization = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": request.cell.artifact.spec.dtype,
+            "bnb_4bit_compute_dtype": dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": ["lm_head"],
         }
 
         def tensors() -> Tensors:
             for name in names:
-                found = packed(reader.layer(name), half)
+                found = packed(reader.layer(name), dtype)
                 yield from ((f"{name}.{leaf}", tensor) for leaf, tensor in found.items())
             yield from reader.uncovered()
             yield from reader.rest()
 
-        write_folder(request, "bnb", tensors, quantization, LOAD, request.cell.artifact.spec.dtype)
+        write_folder(request, "bnb", tensors, quantization, LOAD, dtype)
         if base:
             write_adapter(request)
 

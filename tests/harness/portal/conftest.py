@@ -1,42 +1,69 @@
-"""Cells of two blocks of the default model that leave in one format or another: run once a session."""
+"""Cells of two blocks of the default model that leave in one format or another: made once a session."""
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
 
+from harness.api import _options
+from harness.cli.options import build_plan, read_request
 from harness.data.files import CACHE_VARIABLE, locked
-from harness.portal.cells import StoredCell, stored_cell
-from tests.helpers import linked_cache, run_harness
+from harness.engine.cell import run_cell
+from harness.engine.process import Speaker
+from harness.portal.cells import StoredCell
+from harness.progress import say_nothing
+from harness.store.cells import CellStore
+from tests.helpers import linked_cache
 
 METHODS = (
-    "gptq:bits=3,group=64,offset=zero,static_groups=false,rtn:bits=4,group=32,offset=symmetric,"
-    "rtn:bits=8,group=32,offset=symmetric,nf:bits=4,block=64,qlora:bits=4,block=64,rank=4"
+    "gptq:bits=3,group=64,offset=zero,static_groups=false",
+    "rtn:bits=4,group=32,offset=symmetric",
+    "rtn:bits=8,group=32,offset=symmetric",
+    "nf:bits=4,block=64",
+    "qlora:bits=4,block=64,rank=4",
 )
-PLANNED = ("--calibration", "c4-mini@128x4", "--training", "c4-mini@128x4/4", "--protocols", "wiki-mini@128/2")
+PLANNED = {"calibration": "c4-mini@128x4", "training": "c4-mini@128x4/4", "protocols": "wiki-mini@128/2"}
+
+
+class _Silent(Speaker):
+    """To a parent that is not there."""
+
+    def say(self, message) -> None:
+        pass
+
+
+def run_here(model, methods, **options) -> dict[str, str]:
+    """Every cell of a run, in this process: its key by its method's text."""
+    given = _options(model.path, methods, 9, {"allocate": "uniform", **PLANNED, **options})
+    plan, _, _ = build_plan(given, read_request(given), say_nothing)
+    for cell in plan.cells:
+        assert not cell.refusal
+        speak = _Silent(multiprocessing.Pipe()[0])
+        run_cell(cell.spec(plan.protocols, None, plan.reference.key), CellStore(cell.key), Path("nowhere"), speak)
+    return {cell.method_text: cell.key for cell in plan.cells}
 
 
 @pytest.fixture(scope="session")
-def outgoing(two_blocks, assets_cache, estimates, session_folder) -> Path:
-    """A folder with the table (out) of these cells, and the cache they are in (cache)."""
+def outgoing(two_blocks, assets_cache, estimates, session_folder) -> tuple[Path, dict[str, str]]:
+    """The cache these cells are in, and their keys."""
     folder = session_folder / "outgoing"
-    with locked(folder, folder.name):
-        if not (folder / "out" / "leaderboard.csv").exists():
-            cache = linked_cache(assets_cache, folder / "cache", estimates)
-            arguments = ("--model", str(two_blocks.path), "--methods", METHODS, "--bits", "9", "--allocate", "uniform")
-            out = ("--no-bench", "--out", str(folder / "out"))
-            done = run_harness("run", *arguments, *PLANNED, *out, HARNESS_CACHE=str(cache))
-            assert done.returncode == 0, done.stderr + done.stdout
-    return folder
+    with locked(folder, folder.name), pytest.MonkeyPatch.context() as patch:
+        if not folder.exists():
+            linked_cache(assets_cache, folder, estimates)
+        patch.setenv(CACHE_VARIABLE, str(folder))
+        return folder, run_here(two_blocks, METHODS)  # what another worker finished is found
 
 
 @pytest.fixture
 def cell(outgoing, monkeypatch):
-    """A cell by what its method's text begins with."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(outgoing / "cache"))
+    """A cell by its method's text, in a cache that may be written to."""
+    folder, keys = outgoing
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
 
     def named(method: str) -> StoredCell:
-        return stored_cell(str(outgoing / "out"), method)
+        store = CellStore(keys[method])
+        return StoredCell(store, store.artifact())
 
     return named

@@ -1,6 +1,7 @@
 """An exported cell is the cell: in transformers, under peft and in lm-eval's hands; without us it is refused."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,24 +110,28 @@ def test_adapters_that_were_trained_load_beside_their_base(cell, tmp_path):
     assert (both - whole).norm() < 1e-4 * (alone - whole).norm()
 
 
-def test_the_command_line_writes_a_card_and_says_what_it_cannot_do(cell, outgoing, tmp_path):
-    found, run = cell(GPTQ), str(outgoing / "out")
-    done = run_harness("export", run, "--row", GPTQ, "--to", str(tmp_path / "a"))
+def test_the_command_line_writes_a_card_and_says_what_it_cannot_do(finished, finished_cache, tmp_path):
+    run = str(finished / "out")
+    done = run_harness("export", run, "--row", "gptq 3.25", "--to", str(tmp_path / "a"))
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "a" / "README.md").read_text()
-    assert f"{found.artifact.stored_bpw:.4f}" in card and "wiki-mini@128/2" in card and "--methods" in card
+    assert "| stored bits per weight | 3.2" in card and "| wiki-mini@128/4 |" in card and "--methods gptq" in card
     first = (tmp_path / "a" / "model.safetensors").read_bytes()
+    key = re.search("[|] cell [|] (.*) [|]", card)[1]
     (tmp_path / "a" / "config.json").unlink()  # as a kill would leave it
-    assert run_harness("export", found.store.key[:8], "--to", str(tmp_path / "a")).returncode == 0
+    assert run_harness("export", key[:8], "--to", str(tmp_path / "a")).returncode == 0
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == first
+    to = ("--to", str(tmp_path / "b"))
     refused = {
-        ("export", run, "--to", str(tmp_path / "b")): "has several rows: write --row",
-        ("export", run, "--row", "gtpq", "--to", str(tmp_path / "b")): "has no row 'gtpq'",
+        ("export", run, *to): "has several rows: write --row",
+        ("export", run, "--row", "gtpq", *to): "has no row 'gtpq'",
+        ("export", run, "--row", "gptq", *to): "there are 2 rows 'gptq': choose from ",
         ("export", run, "--row", "fp16", "--to", str(tmp_path / "a")): "holds something else",
-        ("export", "0123456789abcdef", "--to", str(tmp_path / "b")): "there are 0 cells",
-        ("export", run, "--row", GPTQ, "--to", str(tmp_path / "b"), "--format", "ggml"): "unknown format to export",
-        ("export", run, "--row", GPTQ, "--to", str(tmp_path / "b"), "--variant", "base"): "has no adapters of its own",
-        ("export", run, "--row", GPTQ, "--to", str(tmp_path / "b"), "--variant", "bas"): "has no variant 'bas'",
+        ("export", "0123456789abcdef", *to): "there are 0 cells",
+        ("export", "nowhere", *to): "no folder nowhere",
+        ("export", key, *to, "--format", "ggml"): "unknown format to export 'ggml'",
+        ("export", key, *to, "--variant", "base"): "has no adapters of its own",
+        ("export", key, *to, "--variant", "bas"): "has no variant 'bas': choose from whole, base",
     }
     for arguments, reason in refused.items():
         done = run_harness(*arguments)
