@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class GgufFile(Checkpoint):
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise ValueError(f"{path} is no GGUF file that can be read ({error}): copy it again") from None
         config = model.config
-        self._require_same(reader, config)
+        require_same(partial(_field, reader), path, config)
         self.architecture = ARCHITECTURES[config.model_type]
         blocks = config.num_hidden_layers
         names = get_tensor_name_map(MODEL_ARCH[self.architecture.upper()], blocks)
@@ -76,26 +77,6 @@ class GgufFile(Checkpoint):
 
     def __exit__(self, *raised: object) -> None:
         self._tensors.clear()  # the file is mapped as long as somebody has one
-
-    def _require_same(self, reader: Any, config: Any) -> None:
-        said = _field(reader, "general.architecture")
-        wanted = ARCHITECTURES.get(config.model_type)
-        if wanted is None:
-            raise ValueError(
-                f"models of type {config.model_type} are not read from GGUF; {', '.join(ARCHITECTURES)} are"
-            )
-        if said != wanted:
-            raise ValueError(f"{self.path} is of architecture '{said}', --model of '{wanted}': give the model it is of")
-        sizes = {
-            "block_count": config.num_hidden_layers,
-            "embedding_length": config.hidden_size,
-            "attention.head_count": config.num_attention_heads,
-            "attention.head_count_kv": config.num_key_value_heads,
-        }
-        for name, ours in sizes.items():
-            found = _field(reader, f"{said}.{name}")
-            if found is not None and found != ours:
-                raise ValueError(f"{self.path} has {name} {found}, --model {ours}: give the model it is of")
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -129,6 +110,25 @@ class GgufFile(Checkpoint):
             raise ValueError(f"{self.path} lacks {name}: the file is incomplete, or of another model")
         self._left.discard(name)
         return self._tensors[name]
+
+
+def require_same(field: Callable[[str], Any], path: Path, config: Any) -> None:
+    """Raises ValueError where the file's fields are not those of a model of this configuration."""
+    said, wanted = field("general.architecture"), ARCHITECTURES.get(config.model_type)
+    if wanted is None:
+        raise ValueError(f"models of type {config.model_type} are not read from GGUF; {', '.join(ARCHITECTURES)} are")
+    if said != wanted:
+        raise ValueError(f"{path} is of architecture '{said}', --model of '{wanted}': give the model it is of")
+    sizes = {
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+    }
+    for name, ours in sizes.items():
+        found = field(f"{said}.{name}")
+        if found is not None and found != ours:
+            raise ValueError(f"{path} has {name} {found}, --model {ours}: give the model it is of")
 
 
 def _field(reader: Any, name: str) -> Any:

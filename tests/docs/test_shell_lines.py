@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 MARKS = ("needs a GPU", "needs the hub", "needs a server", "needs a cluster")  # in a line's comment: why it is not run
 LANGUAGES = ("sh", "python", "toml")  # of code blocks; those of the first two are run (test_python_blocks.py)
 SMALL = shlex.split(
-    "--calibration c4-mini@128x4 --training c4-mini@128x4/1 --protocols wiki-mini@128/2 --bits 3.25 --seeds 0 --limit 5"
+    "--calibration c4-mini@128x4 --training c4-mini@128x4/1 --protocols wiki-mini@128/2 --seeds 0 --limit 5"
 )
 QUICK = shlex.split("--bench-seconds 0.02 --bench-threads 1")
 SCORING = shlex.split("--context 64 --windows 2 --rounds 1")
@@ -88,6 +88,7 @@ def test_every_shell_line_runs_or_says_what_it_needs(page, cache, two_blocks, tm
 def _smaller(verb: str, options: list[str], model: str) -> list[str]:
     """What is appended to a line so that it takes seconds."""
     one = [] if "--methods" in options else ["--methods", "gptq"]
+    one += [] if "uniform" in options else ["--bits", "3.25"]  # a method may name bits that need a budget of their own
     if verb == "run":
         return ["--model", model, *SMALL, *one, "--no-bench"]
     if verb == "bench":

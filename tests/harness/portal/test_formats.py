@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
 
 from harness.compressed import CompressedModel
 from harness.data.assets import MODELS, fetch
 from harness.portal import EXPORTS
 from harness.portal.files import resolve
 from harness.portal.folder import Request
-from harness.portal.gguf import GRIDS, blocks_of, numbers_of
+from harness.portal.gguf import GRIDS, blocks_of, numbers_of, require_same, vocabulary
 from harness.portal.incoming import bring_in
 from harness.progress import silent
 from kernels.dispatch import kind, reference_only
@@ -168,9 +168,9 @@ def test_transformers_and_we_load_gguf_with_its_tokenizer(cell, two_blocks, toke
         path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=plain
     )
     assert torch.equal(logits(model), logits(load(found).model))
-    text = "It cost 12,345 crowns;  naïve\n\n<|im_end|>"
-    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    assert theirs(text).input_ids == tokenizer(text).input_ids
+    words = vocabulary(two_blocks.path, 49152)
+    assert words["token_list"] == tokenizer.convert_ids_to_tokens(range(49152))
+    assert words["token_types"][:18] == [3] * 17 + [1] and words["eos_token_id"] == tokenizer.eos_token_id
     compressed, ledger = imported(path, two_blocks)
     assert torch.equal(logits(compressed.model), logits(model)) and ledger.stored_bpw == 4.5
 
@@ -327,9 +327,19 @@ def test_a_checkpoint_that_is_not_what_it_says_is_refused_by_name(damage, reason
         imported(path, two_blocks)
 
 
-def test_a_file_of_another_model_is_refused(truncated, model):
-    with pytest.raises(ValueError, match="has block_count 30, --model 4: give the model it is of"):
-        imported(published(model), truncated)
+def test_a_file_of_another_model_is_refused(two_blocks, tmp_path):
+    config = AutoConfig.from_pretrained(two_blocks.path)
+    said = {"general.architecture": "llama", "llama.block_count": 30}
+    with pytest.raises(ValueError, match="has block_count 30, --model 2: give the model it is of"):
+        require_same(said.get, tmp_path / "x.gguf", config)
+    with pytest.raises(ValueError, match="is of architecture 'qwen2', --model of 'llama'"):
+        require_same({"general.architecture": "qwen2"}.get, tmp_path / "x.gguf", config)
+    config.model_type = "phi3"
+    with pytest.raises(ValueError, match="models of type phi3 are not read from GGUF"):
+        require_same(said.get, tmp_path / "x.gguf", config)
+    (tmp_path / "x.gguf").write_bytes(b"GGUX" * 9)
+    with pytest.raises(ValueError, match="is no GGUF file that can be read"):
+        imported(tmp_path / "x.gguf", two_blocks)
 
 
 REFUSED = [
