@@ -110,7 +110,7 @@ def test_there_is_no_circle_of_rooms_in_the_harness() -> None:
     graph: dict[str, set[str]] = {}
     for importer, targets in edges().items():
         others = {room(target) for target in targets if inside(target, "harness")} - {room(importer), "harness"}
-        if inside(importer, "harness") and importer != "harness":
+        if inside(importer, "harness") and importer not in ("harness", "harness.__main__"):  # doors are no rooms
             graph.setdefault(room(importer), set()).update(others)
     assert circles(graph) == []
     assert len(graph) < 16, "a wing with more rooms than that is no longer known by heart"

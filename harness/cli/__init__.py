@@ -27,6 +27,7 @@ VERBS = {  # each a module beside this one, and what `--help` says of it
     "check": "compare a leaderboard with a baseline",
     "compare": "two runs side by side, or a run's rows against one of them",
     "export": "a compressed model as a folder or file that other programs load",
+    "kld": "a cell against llama.cpp's file of log-probabilities, or such a file of it",
     "recommend": "the rows of a run that are worth having within limits of memory, bits and speed",
     "ls": "list methods, models, protocols, tasks or runs",
     "verify": "re-hash the cache and name what is damaged",

@@ -41,7 +41,19 @@ def imported(*arguments, cache):
         ["--version"],
         *(
             [verb, "--help"]
-            for verb in ("run", "plan", "bench", "check", "compare", "recommend", "ls", "verify", "clean")
+            for verb in (
+                "run",
+                "plan",
+                "bench",
+                "check",
+                "compare",
+                "recommend",
+                "export",
+                "kld",
+                "ls",
+                "verify",
+                "clean",
+            )
         ),
         *(["ls", what] for what in ("runs", "models", "protocols", "tasks")),
         ["verify"],
@@ -73,6 +85,8 @@ def test_help_and_lists_import_nothing_heavy(arguments, tmp_path):
         ["check", "./nowhere", "./nowhere"],
         ["compare", "./nowhere"],
         ["recommend", "--memory", "4"],
+        ["export", "./nowhere", "--to", "x", "--format", "ggml"],
+        ["run", "--model-cell", "./nowhere"],
         ["clean"],
         ["clean", "--older-than", "x"],
     ],

@@ -1,0 +1,58 @@
+"""`kld`: a stored cell against llama.cpp's file of another model's log-probabilities, or such a file of the cell."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from harness.cli.sheets import add_json_option, print_json
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("kld", description=__doc__)
+    parser.add_argument("cell", metavar="CELL", help="a cell's key (`ls runs`), or the folder a run wrote and --row")
+    parser.add_argument("--row", help="of the folder: method, or method and budget, as its table names it")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--base", type=Path, metavar="FILE", help="what llama-perplexity --kl-divergence-base wrote")
+    way.add_argument("--write", type=Path, metavar="FILE", help="for llama-perplexity --kl-divergence to read")
+    parser.add_argument(
+        "--protocol", help="with --write, whose windows: one the cell was scored by (default: its first)"
+    )
+    add_json_option(parser)
+    parser.set_defaults(main=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    if arguments.base and arguments.protocol:
+        raise ValueError("--base has its own tokens: leave --protocol out")
+    import torch
+
+    from harness.compressed import CompressedModel
+    from harness.data.streams import evaluation_stream
+    from harness.portal import kl_file
+    from harness.portal.cells import stored_cell
+    from kernels.registry import suggestion
+
+    base = kl_file.Base.open(arguments.base) if arguments.base else None
+    cell = stored_cell(arguments.cell, arguments.row)
+    spec = cell.artifact.spec
+    known = {protocol.name: protocol for protocol in spec.protocols.values()}
+    name = arguments.protocol or next(iter(known), "")
+    if base is None and name not in known:
+        raise ValueError(f"{cell.label} was not scored by '{name}': {suggestion(name, list(known))}")
+    model = CompressedModel.load(cell.store.folder, spec.device, getattr(torch, spec.dtype)).model
+    if base is None:
+        tokens_NT = evaluation_stream(known[name], spec.model, spec.data).tokens_NT
+        kl_file.write(model, tokens_NT, arguments.write)
+        found: dict[str, object] = {"cell": cell.store.key, "protocol": name, "file": arguments.write}
+        text = f"{arguments.write}: {len(tokens_NT)} windows of {tokens_NT.shape[1]} tokens of {name}"
+    else:
+        agreement = kl_file.compare(model, base)
+        found = {"cell": cell.store.key, "base": arguments.base, **asdict(agreement)}
+        text = (
+            f"{cell.label}: kld {agreement.kld:.6f} +- {agreement.stderr:.6f} nats over {agreement.predictions} "
+            f"predictions, ppl {agreement.ppl:.4f} (base {agreement.base_ppl:.4f}), top-1 {agreement.top1:.4f}"
+        )
+    print_json(found) if arguments.json else print(text)
+    return 0
