@@ -30,6 +30,8 @@ def main(arguments: argparse.Namespace) -> int:
     from harness.portal.folder import Request
 
     cell = stored_cell(arguments.cell, arguments.row)
+    if cell.artifact.spec.base:
+        raise ValueError(f"{cell.label} is the difference to a base, which no format holds: give a cell of one model")
     exporter = EXPORTS.get(arguments.format)
     variant = arguments.variant or next(iter(exporter.options), "")
     if arguments.variant and variant not in exporter.options:

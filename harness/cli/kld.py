@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
     name = arguments.protocol or next(iter(known), "")
     if base is None and name not in known:
         raise ValueError(f"{cell.label} was not scored by '{name}': {suggestion(name, list(known))}")
-    model = CompressedModel.load(cell.store.folder, spec.device, getattr(torch, spec.dtype)).model
+    model = CompressedModel.load(cell.store.folder, spec.device, getattr(torch, spec.dtype), spec.base).model
     if base is None:
         tokens_NT = evaluation_stream(known[name], spec.model, spec.data).tokens_NT
         kl_file.write(model, tokens_NT, arguments.write)

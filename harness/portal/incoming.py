@@ -50,7 +50,19 @@ def imported_cell(source: ResolvedModel, model: ResolvedModel, compute: Compute,
     """The row of a checkpoint of `model`."""
     format = format_of(source.path)
     method = Imported(format=format, sha256=source.fingerprint[:16])
-    return Cell(method, f"imported:{source.name}", model, None, None, None, 0, compute, bos, half, source=source)
+    return Cell(
+        method=method,
+        method_text=f"imported:{source.name}",
+        model=model,
+        budget=None,
+        calibration=None,
+        training=None,
+        seed=0,
+        compute=compute,
+        bos=bos,
+        half=half,
+        source=source,
+    )
 
 
 def bring_in(

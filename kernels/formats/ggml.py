@@ -33,6 +33,7 @@ class GgmlLinear(PackedLinear):
 
     format: ClassVar[str] = "ggml"
     decode_on_load: ClassVar[bool] = True
+    takes_act_bits: ClassVar[bool] = False
     part_of: ClassVar[dict[str, str]] = {"blocks": "codes"}  # scales are inside the blocks
     blocks: Tensor  # uint8 [O, bytes of a row]
 
