@@ -108,8 +108,10 @@ def _unfit(order: Order) -> str:
     ]
     if unlike:
         return f"{host} has {', '.join(unlike)}: install the same on every machine"
-    if not Path(order.cell.model.path).exists():
-        return f"{host} sees no {order.cell.model.path}: put the model on storage that all machines share"
+    spec = order.cell
+    needed = [model.path for model in (spec.model, spec.base, spec.source) if model is not None]
+    if away := [str(path) for path in needed if not path.exists()]:
+        return f"{host} sees no {away[0]}: put the model on storage that all machines share"
     return ""
 
 
