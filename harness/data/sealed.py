@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from harness.data.files import atomic_path, digest, file_sha256, json_text, write_text
+from harness.data.files import PLAIN_MODE, atomic_path, digest, file_sha256, json_text, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +115,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
 
     try:
         save_file(dict(tensors), path, metadata=metadata)
+        path.chmod(PLAIN_MODE)  # it makes files that only their owner reads, and a cache may be shared
     except SafetensorError as error:
         if found := _SYSTEM_ERROR.search(str(error)):
             number = int(found[1])
