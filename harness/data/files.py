@@ -24,6 +24,7 @@ def cache_dir(*parts: str) -> Path:
     root = os.environ.get(CACHE_VARIABLE)
     return Path(root).expanduser().joinpath(*parts) if root else Path.home().joinpath(".cache", "ptq-harness", *parts)
 
+
 _UMASK = os.umask(0)  # to be read it must be set, before there are threads
 os.umask(_UMASK)
 PLAIN_MODE = 0o666 & ~_UMASK  # of a file that anyone makes
