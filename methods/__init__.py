@@ -52,6 +52,7 @@ METHODS: Registry[type[Method]] = Registry(
         "hqq": "methods.hqq:HQQ",
         "awq": "methods.awq:AWQ",
         "gptq": "methods.gptq:GPTQ",
+        "gptq-ref": "methods.gptq_ref:Reference",
         "gptvq": "methods.gptvq:GPTVQ",
         "trellis": "methods.trellis:Trellis",
         "reallm": "methods.reallm.calibrated:Calibrated",

@@ -1,0 +1,76 @@
+"""auto-gptq's own quantiser beside ours: the same codes on one Hessian and one grid."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from kernels.formats.layer import LayerSpec
+from methods import parse_method
+from methods.base import LayerData
+from tests.helpers import hessian_of
+
+installed = pytest.mark.skipif(find_spec("auto_gptq") is None, reason="auto-gptq is not installed")
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return torch.randn(96, 320, generator=torch.Generator().manual_seed(0)), hessian_of(320)
+
+
+@pytest.fixture
+def rounded_scales(monkeypatch):
+    """Theirs rounds a scale to 16 bits after codes are chosen, ours before: on one grid means one or the other."""
+    from methods.gptq_ref import reference
+
+    quantiser = reference().Quantizer
+    place = quantiser.find_params
+
+    def placed(self, x, weight=False):
+        place(self, x, weight)
+        self.scale = self.scale.half().float()
+
+    monkeypatch.setattr(quantiser, "find_params", placed)
+
+
+def packed(text, layer, bits, group, offset):
+    weight_OI, hessian_II = layer
+    method = parse_method(text)
+    spec = LayerSpec("l", "l", *weight_OI.shape, bias=False)
+    offered = method.candidates(spec)
+    config = next(c for c in offered if (c["bits"], c["group"], c["offset"]) == (bits, group, offset))
+    return method.compress(LayerData(weight_OI, hessian_II=hessian_II), spec, config).packed
+
+
+@installed
+@pytest.mark.parametrize("options", ["", "act_order=true", "act_order=true,static_groups=true"])
+@pytest.mark.parametrize("bits, group, offset", [(4, 128, "symmetric"), (3, 128, "zero"), (2, 0, "zero")])
+def test_the_same_codes_on_one_hessian_and_one_grid(options, bits, group, offset, layer, rounded_scales):
+    if "static" in options and not group:
+        pytest.skip("a whole row is no group")
+    theirs = packed(f"gptq-ref:{options}" if options else "gptq-ref", layer, bits, group, offset)
+    settings = options or "act_order=false"
+    if "static" not in settings:
+        settings += ",static_groups=false"
+    ours = packed(f"gptq:grid=minmax,damp=0.01,follow=0,{settings}", layer, bits, group, offset)
+    assert theirs.spec() == ours.spec()
+    if theirs.order is not None:  # which columns a group has, in whatever order
+        groups = [[set(part.tolist()) for part in p.order.split(group or 320)] for p in (theirs, ours)]
+        assert groups[0] == groups[1]
+    same = (theirs.decode() == ours.decode()).float().mean()
+    assert same > 0.98, same  # sums in another order: a weight between two levels may take the other
+    weight_OI, hessian_II = layer
+    lost = [((p.decode() - weight_OI) @ hessian_II * (p.decode() - weight_OI)).sum() for p in (theirs, ours)]
+    assert lost[0] == pytest.approx(float(lost[1]), rel=0.01)
+
+
+def test_without_the_package_it_says_what_to_type(layer, monkeypatch):
+    from methods import gptq_ref
+
+    monkeypatch.setattr(gptq_ref, "find_spec", lambda name: None)
+    gptq_ref.reference.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="pip install auto-gptq==0.7.1 --no-deps"):
+            packed("gptq-ref", layer, 4, 32, "symmetric")
+    finally:
+        gptq_ref.reference.cache_clear()
