@@ -1,9 +1,9 @@
 """Bolaco (Ji et al., EMNLP 2024, arXiv 2405.10616): low rank by the features a layer puts out, not by its weights.
 
-    sec. 3.1   W ~ Q_r (Q_r^T W), Q the principal components of the outputs y = W x    codecs.factors.principal_factors
-    sec. 3.1   their covariance is pooled: the mean of those of groups of the text     `Needs.pooled`: of every window
-    sec. 3.1   m - Q_r Q_r^T m puts back what the components leave of the mean m       stored: 16 bits an output
-    sec. 3.2   ranks by Bayesian optimisation                                          `--allocate bayes`, an option
+    factors    W ~ Q_r (Q_r^T W), Q the principal components of the outputs y = W x    codecs.factors.principal_factors
+    pooling    their covariance is pooled: the mean of those of groups of the text     `Needs.pooled`: of every window
+    mean       m - Q_r Q_r^T m puts back what the components leave of the mean m       stored: 16 bits an output
+    ranks      ranks by Bayesian optimisation                                          `--allocate bayes`, an option
 
 With one group, no mean taken off and no damping this is `svd:whitened` exactly: its left factor is the eigenvectors of
 W H W^T too. So a difference between the two rows is what pooling and the mean are worth. Where it departs from the

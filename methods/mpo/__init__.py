@@ -1,11 +1,11 @@
 """Matrix product operators (CompactifAI: Tomut et al., arXiv 2401.14109): every matrix cut into small tensors, with
 bonds of at most chi between them.
 
-    sec. II, fig. 1-2   a matrix as a chain of tensors, by sequential SVDs     methods.codecs.mpo, kernels.formats.mpo
-    sec. II             bond dimension chi says how much is kept               `candidates`
-    sec. II             layers are chosen by how sensitive they are            the plan: chi, or 16 bits as it was
-    sec. II             healing: less than an epoch of training                `mpo:healed`, the one training loop
-    sec. III            16 bits for the tensors' numbers                       16 bits, or 8 with a scale per component
+    decomposition       a matrix as a chain of tensors, by sequential SVDs     methods.codecs.mpo, kernels.formats.mpo
+    truncation          bond dimension chi says how much is kept               `candidates`
+    profiling           layers are chosen by how sensitive they are            the plan: chi, or 16 bits as it was
+    healing             less than an epoch of training                `mpo:healed`, the one training loop
+    precision           16 bits for the tensors' numbers                       16 bits, or 8 with a scale per component
 
 Where it departs from the paper: README.md. `mpo` itself looks at no text."""
 
