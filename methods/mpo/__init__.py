@@ -4,7 +4,7 @@ bonds of at most chi between them.
     decomposition       a matrix as a chain of tensors, by sequential SVDs     methods.codecs.mpo, kernels.formats.mpo
     truncation          bond dimension chi says how much is kept               `candidates`
     profiling           layers are chosen by how sensitive they are            the plan: chi, or 16 bits as it was
-    healing             less than an epoch of training                `mpo:healed`, the one training loop
+    healing             less than an epoch of training                         `mpo:healed`, the one training loop
     precision           16 bits for the tensors' numbers                       16 bits, or 8 with a scale per component
 
 Where it departs from the paper: README.md. `mpo` itself looks at no text."""
