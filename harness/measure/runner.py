@@ -163,13 +163,13 @@ def _keep(model: PreTrainedModel, count: int = 1) -> dict[str, Any]:
 
 def bytes_per_token(loaded: CompressedModel) -> int:
     """Read from memory for one token of one sequence, at least: the stored bytes of packed layers and tables (of layers
-    that were decoded when loaded, the weights), and everything else once, but of an embedding that is not also the head
-    one row. The cache is left out: it is the same for all, and short."""
+    that were decoded when loaded, the weights), of a pair the base's weights, and everything else once, but of an
+    embedding that is not also the head one row. The cache is left out: it is the same for all, and short."""
     model = loaded.model
     weights = sum(
         layer.in_features * layer.out_features * model.dtype.itemsize
         if layer.decode_on_load
-        else layer.stored_bits().total // 8
+        else (layer.stored_bits().total + layer.beside_bits) // 8
         for layer in loaded.packed.values()
     ) + sum(table.stored_bits().total // 8 for table in loaded.tables.values())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()

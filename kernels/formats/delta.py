@@ -68,6 +68,10 @@ class DeltaLinear(PackedLinear):
         self.delta.relearn(learnt)
 
     @property
+    def beside_bits(self) -> int:
+        return 8 * self.base.nbytes
+
+    @property
     def multiplied(self) -> PackedLinear:
         return self.delta
 

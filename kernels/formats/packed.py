@@ -210,6 +210,11 @@ class PackedLinear(StoredModule):
         return self.lowrank is None and self.row_scale is None and self.rotation is None and self.reassembly is None
 
     @property
+    def beside_bits(self) -> int:
+        """Bits that every product reads and no checkpoint of the layer holds."""
+        return 0
+
+    @property
     def multiplied(self) -> PackedLinear:
         """The layer whose product decides the kind: itself, or the part of it that is decoded."""
         return self

@@ -31,7 +31,7 @@ WIDTHS = (8, 3, 2)  # bits of the three bands
 PUBLISHED = (2, 32)  # components of the first two at 4096 x 4096; fewer where there are fewer in all
 PUBLISHED_AT = 4096
 LEVELS = 64  # for so many parts of a bit
-FINEST, MIXED = (4, 512, 4), (4, 512, 12)  # levels that are on offer: from, to, in steps; and of those that are mixed
+FINEST, MIXED = (4, 512, 1), (4, 512, 12)  # levels that are on offer: from, to, in steps; and of those that are mixed
 SPLITS = (0.0, 0.25, 4.0, 16.0, 1.0)  # times the published share of components in more than 2 bits (`split=searched`)
 SPLIT_NAMES = ("published", "searched")
 
