@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tuned_pair import tune
 from harness.compress.loop import compress_model
 from harness.compressed import CompressedModel
 from harness.data.assets import resolve_model
@@ -210,3 +211,17 @@ def test_what_a_model_is_tuned_on_is_never_scored():
     with pytest.raises(ValueError, match="is the text that a model is tuned on: score code-mini@512"):
         parse_protocol("code-mini:training@512")
     assert dataclasses.replace(parse_protocol("code-mini@512")).windows == 16
+
+
+def test_a_tuning_lowers_the_loss_moves_no_embedding_and_comes_out_the_same_twice(two_blocks, tokenizer):
+    tokens = calibration_windows(parse_calibration("c4-mini@32x1"), tokenizer, seed=0).tokens_NT.repeat(4, 1)
+    before = load_reference(two_blocks.path, "cpu", torch.float32).state_dict()
+    found = []
+    for _ in range(2):
+        model = load_reference(two_blocks.path, "cpu", torch.float32)
+        losses = tune(model, tokens)
+        found.append((losses, model.state_dict()))
+    (losses, after), (again, same) = found
+    assert losses == again and losses[-1] < losses[0] and all(torch.equal(after[name], same[name]) for name in after)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {name for name in after if ".layers." in name}
