@@ -6,8 +6,10 @@ it. A task whose machine or worker dies is tried again elsewhere, and goes on fr
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.engine import elsewhere
@@ -33,7 +35,8 @@ def run_cells(
         address = options.get("address", "auto")
         try:
             _answers(address)
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            with _own_signals():
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
         except Exception as error:
             raise ValueError(
                 f"no Ray cluster at '{address}' ({first_line(error)}): start one with `ray start --head`, or give "
@@ -49,6 +52,18 @@ def run_cells(
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray sets a handler of its own for SIGTERM, which ours is to stay: it writes the table of what is finished."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _answers(address: str) -> None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 CATEGORIES = "model method variant track kind status allocate device runner harness_version processor tie_.*"
 TEXT = "cell reason model_note provisional training_loss row config"
 COUNTS = (
-    "seed seeds rank_.* checkpoint_bytes tuning_steps tuning_tokens training_steps training_tokens fallback_layers "
-    "bench_threads rows columns layers batch threads rounds"
+    "seed seeds act_bits rank_.* checkpoint_bytes tuning_steps tuning_tokens training_steps training_tokens "
+    "fallback_layers bench_threads rows columns layers batch threads rounds"
 )
 
 

@@ -9,7 +9,7 @@ from methods import METHODS, LayerConfig, LayerSpec, Track, parse_method, split_
     "text, hint",
     [
         ("gtpq", "did you mean 'gptq'"),
-        ("nonsense", "choose from fp16, rtn, nf, hqq, awq, gptq, gptvq, trellis, reallm"),
+        ("nonsense", "choose from fp16, rtn, nf, hqq, awq, gptq, gptq-ref, gptvq, trellis, reallm"),
         ("gptq:grup=64", "did you mean 'group'"),
         ("gptq:group=many", "group=many is not int or none"),
         ("gptq:act_order=3", "is not true/false"),

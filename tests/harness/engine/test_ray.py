@@ -1,5 +1,6 @@
 """Ray's engine on a real cluster of three nodes of this machine, one of which is killed in the middle of a cell."""
 
+import signal
 import threading
 import time
 
@@ -15,12 +16,14 @@ ray = pytest.importorskip("ray")
 def cluster():
     from ray.cluster_utils import Cluster
 
+    before = signal.getsignal(signal.SIGTERM)  # Ray sets one of its own
     small = dict(object_store_memory=80 << 20, num_cpus=1, memory=8 << 30)
     cluster = Cluster(initialize_head=True, head_node_args=small | {"num_cpus": 0, "include_dashboard": False})
     cluster.doomed = [cluster.add_node(**small), cluster.add_node(**small)]
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_a_node_that_is_lost_changes_no_number(truncated, finished, cache, cluster, tmp_path):
