@@ -35,7 +35,7 @@ METHODS = (
     ("gptq-lora", DISTIL),
     ("lq-lora", DISTIL),
     ("lq-lora:loftq", DISTIL),
-    ("reallm:finetuned,epochs=0", DISTIL),
+    ("reallm:finetuned,epochs=0,latent=vectors", DISTIL),
     ("qlora:dora=true", DISTIL),
     ("fp16-lora", NEXT_TOKEN),
 )

@@ -14,8 +14,8 @@ from harness.report.baseline import read_rows
 from tests.helpers import SMALL, linked_cache, run_harness, steady
 
 
-def test_killed_at_three_random_moments_the_same_command_goes_on(truncated, assets_cache, tmp_path):
-    arguments = [sys.executable, "-m", "harness", "run", "--model", str(truncated.path), "--methods", "gptq", *SMALL]
+def test_killed_at_three_random_moments_the_same_command_goes_on(two_blocks, assets_cache, tmp_path):
+    arguments = [sys.executable, "-m", "harness", "run", "--model", str(two_blocks.path), "--methods", "gptq", *SMALL]
     caches = {name: linked_cache(assets_cache, tmp_path / name) for name in ("whole", "killed")}
 
     def start(name, out):
@@ -53,8 +53,8 @@ def test_killed_at_three_random_moments_the_same_command_goes_on(truncated, asse
     assert steady(read_rows(tmp_path / "b")) == steady(read_rows(tmp_path / "a"))
 
 
-def test_one_crash_is_one_failed_row(truncated, cache, tmp_path):
-    arguments = ["run", "--model", str(truncated.path), "--methods", "rtn,gptq", *SMALL, "--out", str(tmp_path / "out")]
+def test_one_crash_is_one_failed_row(two_blocks, cache, tmp_path):
+    arguments = ["run", "--model", str(two_blocks.path), "--methods", "rtn,gptq", *SMALL, "--out", str(tmp_path / "out")]
     process = subprocess.Popen([sys.executable, "-m", "harness", *arguments], stderr=subprocess.PIPE, text=True)
     victim = None
     deadline = time.time() + 300
