@@ -54,7 +54,8 @@ def test_killed_at_three_random_moments_the_same_command_goes_on(two_blocks, ass
 
 
 def test_one_crash_is_one_failed_row(two_blocks, cache, tmp_path):
-    arguments = ["run", "--model", str(two_blocks.path), "--methods", "rtn,gptq", *SMALL, "--out", str(tmp_path / "out")]
+    out = str(tmp_path / "out")
+    arguments = ["run", "--model", str(two_blocks.path), "--methods", "rtn,gptq", *SMALL, "--out", out]
     process = subprocess.Popen([sys.executable, "-m", "harness", *arguments], stderr=subprocess.PIPE, text=True)
     victim = None
     deadline = time.time() + 300
