@@ -26,6 +26,8 @@ from harness.report.sheet import Row, label
 from harness.report.task_pages import task_columns
 from harness.store.cells import CellStore
 from harness.store.records import Outcome
+from harness.store.results import Score
+from methods.base import Track
 
 RUN_FILE = "run.json"  # beside a leaderboard: what only the run itself knows
 
@@ -63,8 +65,10 @@ class Board:
 
     @property
     def losses(self) -> dict[str, dict[str, tuple[float, ...]]]:
-        """The loss of every window, by cell and protocol."""
-        return {key: {n: score.window_nll for n, score in r.done.items()} for key, r in self.reports.items()}
+        """What ranks compare of every window, by cell and protocol: its loss, or, of a difference of two models, its
+        divergence from the tuned one. That is what a difference is to give back; what is lost of it may well lower a
+        perplexity."""
+        return {key: {n: _compared(r, score) for n, score in r.done.items()} for key, r in self.reports.items()}
 
     @property
     def weights(self) -> dict[str, tuple[float, ...] | None]:
@@ -160,3 +164,10 @@ def newest(results: Path) -> Path:
     if not found:
         raise ValueError(f"no run under {results}/: give the folder that one wrote, or `run` first")
     return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def _compared(report: CellReport, score: Score) -> tuple[float, ...]:
+    divergence = score.divergence
+    if report.row["track"] != Track.DELTA or divergence is None or score.window_weight is not None:
+        return score.window_nll
+    return divergence.window_kld

@@ -26,6 +26,10 @@ COLOURS = {
     "lq-lora": "#a07be0",
     "qlora": "#b5557a",
     "gptq-lora": "#7fb800",
+    "delta-come": "#d55e00",
+    "bitdelta": "#56b4e9",
+    "svd": "#009e73",
+    "qllm": "#0072b2",
     "fp16": "#767676",
     "fp16-lora": "#767676",
 }

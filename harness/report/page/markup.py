@@ -32,7 +32,7 @@ def _card(budget: str, track: str, members: Sequence[Verdict]) -> str:
         numbers = "; ".join(escape(f"{verdict.numbers} on {verdict.protocol}") for verdict in same)
         lines.append(f'<p class="winner">{escape(winner)}{badges}</p><p>{standing}</p><p>{numbers}</p>')
     hue = figures.colour(members[0].method)
-    title = f"<h3>{escape(budget)} bits · {escape(track)}</h3>"
+    title = f"<h3>{escape(budget)} {'bit' if budget == '1' else 'bits'} · {escape(track)}</h3>"
     return f'<div class="card" style="--hue:{hue}">{title}{"".join(lines)}</div>'
 
 

@@ -36,6 +36,16 @@ def test_the_page_says_who_wins_as_the_ranks_do():
     assert "is the only" not in page_of(board, rows, []) and "the only row" in page_of(board, rows, [])
 
 
+def test_differences_are_ranked_by_divergence():
+    """Not by a perplexity that may fall when the model is missed."""
+    rows = [row for row in ranked_rows(altered(track="delta")) if row["budget_bpw"] == "3.25"]
+    nearest = min(rows, key=lambda row: row[f"kld_{WIKI}"])
+    assert len(rows) >= 3 and nearest[f"rank_{WIKI}"] == 1
+    assert [row[f"rank_{WIKI}"] for row in sorted(rows, key=lambda row: row[f"kld_{WIKI}"])] == sorted(
+        row[f"rank_{WIKI}"] for row in rows
+    )
+
+
 def test_a_headline_names_every_budget_once_and_no_loser():
     def row(method, budget, rank, ppl):
         return {
