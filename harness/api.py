@@ -81,7 +81,7 @@ def compress(
     if given.fresh:
         CellStore(cell.key).forget()
     with _children_of_nobody():
-        outcomes = runs.finish(plan, [cell], given, worker(given, request.jobs, console, {}), console, Sinks({}))
+        outcomes = runs.finish(plan, [cell], given, worker(given, request.jobs, console, dict), console, Sinks({}))
     if given.strict:
         outcomes |= runs.strictly([cell], outcomes)
     for outcome in outcomes.values():

@@ -6,17 +6,18 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.cli.request import Options
 from harness.engine import ENGINES
+from harness.model.described import describe
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.engine.elsewhere import Watch
+    from harness.engine.process import Watch
     from harness.model import Inventory
-    from harness.model.described import Description
     from harness.plan.cells import Cell
     from harness.store.records import CellSpec, Outcome
 
@@ -55,21 +56,22 @@ def engine_options(arguments: Options) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in parts}
 
 
-def memory_needed(cells: Iterable[Cell], stock: Inventory, known: Description) -> dict[str, float]:
+def memory_needed(cells: Iterable[Cell], stock: Inventory, model: Path) -> dict[str, float]:
     """GiB that every cell will need at most, by prediction."""
     from harness.plan.memory import predicted_peak_gib
 
+    known = describe(model)
     return {cell.key: predicted_peak_gib(cell, stock, known.hidden, known.vocabulary) for cell in cells}
 
 
-def worker(arguments: Options, jobs: int, console: Console, memory_gib: Mapping[str, float]) -> Work:
+def worker(arguments: Options, jobs: int, console: Console, memory_gib: Callable[[], Mapping[str, float]]) -> Work:
     """What does the work of cells and says how each ended; `jobs` and `console` are for this machine, `memory_gib` for
-    others."""
+    others, and asked for then alone."""
     if arguments.engine == "local":
         return partial(_here, jobs, arguments.timeout, console)
     engine = import_module(ENGINES[arguments.engine])
     return partial(
-        engine.run_cells, timeout_s=arguments.timeout, memory_gib=memory_gib, options=engine_options(arguments)
+        engine.run_cells, timeout_s=arguments.timeout, memory_gib=memory_gib(), options=engine_options(arguments)
     )
 
 

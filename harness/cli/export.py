@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.cli.sheets import add_json_option, print_json
+from harness.cli.sheets import add_cell_options, add_json_option, print_json
 from harness.portal import EXPORTS
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("export", description=__doc__)
-    parser.add_argument("cell", metavar="CELL", help="a cell's key (`ls runs`), or the folder a run wrote and --row")
-    parser.add_argument("--row", help="of the folder: method, or method and budget, as its table names it")
+    add_cell_options(parser)
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument(
         "--format",

@@ -6,13 +6,12 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from harness.cli.sheets import add_json_option, print_json
+from harness.cli.sheets import add_cell_options, add_json_option, print_json
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("kld", description=__doc__)
-    parser.add_argument("cell", metavar="CELL", help="a cell's key (`ls runs`), or the folder a run wrote and --row")
-    parser.add_argument("--row", help="of the folder: method, or method and budget, as its table names it")
+    add_cell_options(parser)
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--base", type=Path, metavar="FILE", help="what llama-perplexity --kl-divergence-base wrote")
     way.add_argument("--write", type=Path, metavar="FILE", help="for llama-perplexity --kl-divergence to read")

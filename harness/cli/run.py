@@ -101,7 +101,6 @@ def run(arguments: Options, console: Console | None = None, show: Show | None = 
         writable(arguments.out)
     say = partial(console.print, style="dim")
     plan, stock, model = build_plan(arguments, request, say)
-    known = describe(model.path)
     if arguments.out:
         keeps_what_is_there(arguments.out, plan)
     if arguments.verbose:
@@ -115,7 +114,7 @@ def run(arguments: Options, console: Console | None = None, show: Show | None = 
     if len(runnable) < len(plan.cells) and all(cell.budget is None for cell in runnable):
         runnable = []  # everything asked for was refused: the reference is not loaded for nothing
     if runnable:
-        _prepare_texts(plan, model, known.vocabulary, arguments.data, say)
+        _prepare_texts(plan, model, describe(model.path).vocabulary, arguments.data, say)
         prepare(plan.tasks, say)
         if not arguments.out:
             writable(Path("results") / plan.key)
@@ -125,7 +124,8 @@ def run(arguments: Options, console: Console | None = None, show: Show | None = 
     outcomes: dict[str, Outcome] = {}
     measuring = False
     try:
-        work = worker(arguments, request.jobs, console, memory_needed(runnable, stock, known))
+        memory = partial(memory_needed, runnable, stock, model.path)
+        work = worker(arguments, request.jobs, console, memory)
         outcomes = finish(plan, runnable, arguments, work, console, sinks)
         if not runnable:
             skipped = Outcome(plan.reference.key, "everything else was refused", Ending.SKIPPED)

@@ -15,6 +15,12 @@ from rich.table import Table
 from harness.report.sheet import Row, Sheet, decisive_sheet, notes_below
 
 
+def add_cell_options(parser: argparse.ArgumentParser) -> None:
+    """Those of a stored cell by its names (harness.portal.cells)."""
+    parser.add_argument("cell", metavar="CELL", help="a cell's key (`ls runs`), or the folder a run wrote and --row")
+    parser.add_argument("--row", help="of the folder: method, or method and budget, as its table names it")
+
+
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",

@@ -14,7 +14,7 @@ from harness.compress.forward import BATCH_TOKENS, PausedForward, abandon, advan
 from harness.compress.statistics import add_gram, completed
 from harness.model import BlockSpec
 from harness.model.linear_layers import is_expert
-from harness.model.pair import Base
+from harness.model.pair import Base, weight_to_pack
 from kernels.formats.delta import DeltaLinear
 from kernels.formats.layer import LayerSpec
 from kernels.formats.tables import Table
@@ -92,10 +92,10 @@ class BlockRun:
 
     def weight(self, name: str) -> Tensor:
         """What is to be packed of a layer, fp32 [O, I]: of a pair the difference."""
-        weight_OI = self._slots[name].original.weight.detach().float()
-        if not bool(torch.isfinite(weight_OI).all()):
+        weight = self._slots[name].original.weight
+        if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name} holds weights that are not finite: the model itself is broken")
-        return weight_OI if self._base is None else weight_OI - self._base.weight(name).float()
+        return weight_to_pack(weight, name, self._base)
 
     @torch.no_grad()
     def hessian(self, name: str) -> Tensor:

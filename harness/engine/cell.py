@@ -28,6 +28,7 @@ from harness.data.windows import Windows, stream_sha256
 from harness.engine.process import WAITING, Phase, Speaker
 from harness.evaluate.score import first_nonfinite, noise_floor, score
 from harness.evaluate.zero_shot import score_tasks
+from harness.ledger import Ledger
 from harness.measure.machine import peak_process_bytes
 from harness.model import Inventory, inventory, load_reference
 from harness.model.families import known_positions
@@ -191,22 +192,17 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         )
         for layer in stock.layers
     }
-    artifact = Artifact(
-        spec=spec,
-        ledger=LedgerRecord.of(ledger),
-        allocation=allocation.prediction if allocation else None,
-        checkpoint_bytes=sum((store.folder / f"{n}.safetensors").stat().st_size for n in ("packed", "rest")),
-        calibration_sha256=calibration_sha256,
-        compress_s=report.seconds,
-        training=trained,
-        layers=layers,
-        peak_ram_gib=_peak_ram_gib(),
-        environment=environment(spec.threads),
-        fallback_layers=sum(FALLBACK in noted for noted in report.layers.values()),
-        files={name: file_sha256(store.folder / name) for name in FILES},
-        base_bytes=base.bytes if base else None,
+    artifact = _artifact(spec, store, ledger, layers, report.seconds)
+    store.put_artifact(
+        replace(
+            artifact,
+            allocation=allocation.prediction if allocation else None,
+            calibration_sha256=calibration_sha256,
+            training=trained,
+            fallback_layers=sum(FALLBACK in noted for noted in report.layers.values()),
+            base_bytes=base.bytes if base else None,
+        )
     )
-    store.put_artifact(artifact)
 
 
 def _import(spec: CellSpec, source: ResolvedModel, store: CellStore, speak: Speaker) -> None:
@@ -214,7 +210,15 @@ def _import(spec: CellSpec, source: ResolvedModel, store: CellStore, speak: Spea
     compressed, ledger, layers, seconds = bring_in(source, spec.model.path, spec.half, speak)
     compressed.save(store.folder)
     roles = {layer.name: layer.role for layer in compressed.inventory.layers}
-    artifact = Artifact(
+    records = {n: LayerRecord(roles[n], bpw, config, {}) for n, (config, bpw) in layers.items()}
+    store.put_artifact(_artifact(spec, store, ledger, records, seconds))
+
+
+def _artifact(
+    spec: CellSpec, store: CellStore, ledger: Ledger, layers: dict[str, LayerRecord], seconds: float
+) -> Artifact:
+    """Of the files in the store, which must be complete; the rest is for whoever knows of it."""
+    return Artifact(
         spec=spec,
         ledger=LedgerRecord.of(ledger),
         allocation=None,
@@ -222,12 +226,11 @@ def _import(spec: CellSpec, source: ResolvedModel, store: CellStore, speak: Spea
         calibration_sha256=None,
         compress_s=seconds,
         training=None,
-        layers={n: LayerRecord(roles[n], bpw, config, {}) for n, (config, bpw) in layers.items()},
+        layers=layers,
         peak_ram_gib=_peak_ram_gib(),
         environment=environment(spec.threads),
         files={name: file_sha256(store.folder / name) for name in FILES},
     )
-    store.put_artifact(artifact)
 
 
 def _allocate(

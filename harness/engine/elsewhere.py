@@ -23,12 +23,11 @@ from typing import Protocol
 
 from harness import __version__
 from harness.data.files import CACHE_VARIABLE, cache_dir
-from harness.engine.process import Ended, Message, Note, Phase
+from harness.engine.process import INTERRUPTED, Ended, Message, Note, Phase, Watch
 from harness.store.records import CellSpec, Ending, Outcome
 
 FOLDER = "engine"  # of the cache
 POLL_S = 0.5
-Watch = Callable[[str, Message], None]  # (cell key, message of the cell's process)
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,7 @@ def run_cells(
     folder.mkdir(parents=True)
     outcomes: dict[str, Outcome] = {}
     tasks: dict[str, Task] = {}
+    here, cache = versions(), str(cache_dir().resolve())
     waves = ([s for s in specs if s.is_reference], [s for s in specs if not s.is_reference])
     try:
         for wave in filter(None, waves):
@@ -144,9 +144,9 @@ def run_cells(
                 Order(
                     spec.key,
                     json.dumps(replace(spec, device=spec.device.partition(":")[0]).to_json()),
-                    str(cache_dir().resolve()),
+                    cache,
                     str(folder.resolve()),
-                    versions(),
+                    here,
                     timeout_s,
                     (memory_gib or {}).get(spec.key, 0.0),
                 )
@@ -158,7 +158,7 @@ def run_cells(
     except KeyboardInterrupt as stop:
         for task in tasks.values():
             task.cancel()
-        left = {spec.key: Outcome(spec.key, "the same command goes on from here", Ending.INTERRUPTED) for spec in specs}
+        left = {spec.key: Outcome(spec.key, INTERRUPTED.error, INTERRUPTED.ending) for spec in specs}
         raise Interrupted(left | outcomes) from stop
     finally:
         shutil.rmtree(folder, ignore_errors=True)

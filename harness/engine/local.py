@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from harness.engine import cell, process
-from harness.engine.process import INTERRUPTED, WAITING, Ended, Message, Note, Phase
+from harness.engine.process import INTERRUPTED, WAITING, Ended, Message, Note, Phase, Watch
 from harness.measure import measurement
 from harness.measure.machine import quiet, working
 from harness.progress import wait_in_silence
@@ -46,7 +46,6 @@ LONGEST_POLL_S = 86400.0  # some weeks at once are more than the system takes
 GRACE_S = 1.0  # in which a run that is told to end together with its processes learns of it too
 LONGEST = 70  # bytes of the temporary folder's name: the server's socket lies there, and its whole name may have 108
 Context = ForkServerContext | SpawnContext
-Watch = Callable[[str, Message], None]  # (cell key, message of the cell's process)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.engine import elsewhere
-from harness.engine.elsewhere import Order, Task, Watch
+from harness.engine.elsewhere import Order, Task
+from harness.engine.process import Watch
 from harness.progress import first_line
 from harness.store.records import CellSpec, Outcome
 

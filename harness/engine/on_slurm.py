@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.engine import elsewhere
-from harness.engine.elsewhere import Order, Task, Watch
+from harness.engine.elsewhere import Order, Task
+from harness.engine.process import Watch
 from harness.progress import first_line
 from harness.store.records import CellSpec, Outcome
 

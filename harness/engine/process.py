@@ -53,6 +53,7 @@ class Ended:
 
 
 Message = Phase | Note | Ended
+Watch = Callable[[str, Message], None]  # (cell key, message of the cell's process)
 INTERRUPTED = Ended("the same command goes on from here", Ending.INTERRUPTED)
 
 

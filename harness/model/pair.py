@@ -14,7 +14,6 @@ from kernels.formats.dense import HALF_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
 
     from harness.model.shapes import Inventory
 
@@ -42,9 +41,9 @@ class Base:
         return self.tensors[f"{layer}.weight"]
 
 
-def weight_to_pack(model: PreTrainedModel, layer: str, base: Base | None) -> Tensor:
-    """What is stored of a layer, fp32 [O, I]: its weight, or the difference to its base's."""
-    weight_OI = model.get_parameter(f"{layer}.weight").detach().float()
+def weight_to_pack(weight: Tensor, layer: str, base: Base | None) -> Tensor:
+    """What is stored of a layer of this weight, fp32 [O, I]: the weight, or the difference to its base's."""
+    weight_OI = weight.detach().float()
     return weight_OI if base is None else weight_OI - base.weight(layer).float()
 
 

@@ -174,7 +174,9 @@ def make_plan(
     """A cell for every method, budget, width of activations and seed; a method outside any budget has one, and so has
     one that no seed can change. With a `base`, all but the reference store the difference to it."""
     cells: dict[str, Cell] = {}
+    rounded = any(bits != FULL for bits in act_bits)
     for text, method in methods:
+        unrounded = _unrounded(method, stock, base) if rounded and method.budgeted else ""
         for budget in budgets if method.budgeted else (None,):
             mode = allocate if budget else "uniform"
             sees = method.needs.text if method.track == Track.DELTA else method.track != Track.DATA_FREE
@@ -193,7 +195,6 @@ def make_plan(
             if mode == "bayes":
                 refusal = refusal or bayes.missing()
             refusal = _no_pair(method, base) or refusal
-            unrounded = _unrounded(method, stock, base) if budget else ""
             for bits in act_bits if budget else (FULL,):
                 why = refusal or (unrounded if bits != FULL else "")
                 for seed in seeds if method.seeded else (0,):

@@ -58,7 +58,7 @@ def expected_costs(
     room = (budget * stock.weights - stock.uncovered_bits) / sum(layer.weights for layer in stock.layers)
     configs_of = {key: considered(method, layer, room) for key, layer in alike(stock).items()}
     for index, layer in enumerate(stock.layers):
-        weight_OI = weight_to_pack(model, layer.name, base)
+        weight_OI = weight_to_pack(model.get_parameter(f"{layer.name}.weight"), layer.name, base)
         sensitivity = measured.get(layer.name) or _median(measured, weight_OI)
         configs = configs_of[sort_of(layer)]
         estimate = partial(method.expected_costs, weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from harness.portal.folder import CellReader, Exporter, Request, Tensors, write_adapter, write_folder
 from harness.portal.foreign import Brought, Checkpoint, Importer, bits_of
-from kernels.formats.bits import FULL
 from kernels.formats.codebook import CodebookLinear
 from kernels.formats.layer import LayerSpec
 from kernels.formats.normal_float import dynamic_map, nf_levels
@@ -77,7 +76,7 @@ def _require_nf4(layer: PackedLinear, name: str, base: bool) -> None:
             f"{name} is not NF4 in blocks of {BLOCK} that fill its rows, all that bitsandbytes stores: "
             "`run --methods nf:bits=4,block=64 --allocate uniform` makes such a cell, or write --format hf"
         )
-    if layer.act_bits != FULL:
+    if layer.rounds:
         raise ValueError(f"{name} rounds its inputs, which bitsandbytes does not: write --format hf")
     if layer.rotation is not None or layer.reassembly is not None or not base and not layer.is_plain:
         raise ValueError(f"{name} has a low-rank part: --variant base writes it beside the base, for peft")

@@ -9,6 +9,7 @@ from harness.portal.cells import StoredCell
 from harness.report.stats import perplexity_interval
 from harness.store.records import CellSpec
 from harness.store.results import Score, TaskResult
+from kernels.formats.bits import FULL
 
 
 def card(cell: StoredCell, format: str, load: str) -> str:
@@ -79,6 +80,7 @@ def command(spec: CellSpec) -> str:
     """What makes the cell again."""
     words = ["python", "-m", "harness", "run", "--model", spec.model.name, "--methods", spec.method_text]
     words += ["--bits", spec.budget] if spec.budget else []
+    words += ["--act-bits", str(spec.act_bits)] if spec.act_bits != FULL else []
     words += ["--allocate", spec.allocate, "--seeds", str(spec.seed)]
     words += ["--calibration", spec.calibration.text] if spec.calibration else []
     words += ["--training", spec.training.text] if spec.training else []

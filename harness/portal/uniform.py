@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kernels.formats.bitpack import unpack
-from kernels.formats.bits import FULL
 from kernels.formats.packed import PackedLinear
 from kernels.formats.uniform import UniformLinear
 
@@ -67,14 +66,14 @@ def of_layer(layer: PackedLinear, name: str, format: str) -> Numbers:
     if not isinstance(layer, UniformLinear):
         what = "16-bit weights" if layer.format == "dense" else f"the format '{layer.format}'"
         raise ValueError(f"{name} is stored as {what}, which {format} has no form for: write --format hf")
-    if not layer.is_plain or layer.column_scale is not None or layer.act_bits != FULL:
+    if not layer.is_plain or layer.column_scale is not None or layer.rounds:
         extra = {
             "a low-rank part": layer.lowrank is not None,
             "row scales": layer.row_scale is not None,
             "a rotation of its inputs": layer.rotation is not None,
             "a reassembly of its inputs": layer.reassembly is not None,
             "scales of its inputs": layer.column_scale is not None,
-            "rounded inputs": layer.act_bits != FULL,
+            "rounded inputs": layer.rounds,
         }
         found = next(what for what, there in extra.items() if there)
         raise ValueError(f"{name} has {found}, which {format} has no place for: write --format hf")

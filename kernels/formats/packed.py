@@ -157,10 +157,14 @@ class PackedLinear(StoredModule):
         """What the codes stand for, fp32 [O, I]: the base, for rotated inputs where these are."""
         raise AssertionError(f"{type(self).__name__} must define decode_codes()")
 
+    @property
+    def turning(self) -> Rotation | Reassembly | None:
+        """What is done to inputs first."""
+        return self.rotation or self.reassembly
+
     def turned_back(self, codes_OI: Tensor) -> Tensor:
         """The base of turned inputs, as one of the inputs themselves."""
-        turn = self.rotation or self.reassembly
-        return codes_OI if turn is None else turn.back(codes_OI)
+        return codes_OI if self.turning is None else self.turning.back(codes_OI)
 
     @property
     def column_factor(self) -> Tensor | None:
@@ -173,8 +177,7 @@ class PackedLinear(StoredModule):
 
     def entering(self, x: Tensor) -> Tensor:
         """What the base is multiplied with, for inputs x [..., I]: turned, scaled, rounded."""
-        turn = self.rotation or self.reassembly
-        x = x if turn is None else turn.turn(x)
+        x = x if self.turning is None else self.turning.turn(x)
         return quantised(x if self.column_factor is None else x * self.column_factor.to(x.dtype), self.act_bits)
 
     def product_of_rounded(self, x: Tensor) -> Tensor:
@@ -207,7 +210,7 @@ class PackedLinear(StoredModule):
     @property
     def is_plain(self) -> bool:
         """Whether the weight is what the codes decode to, with nothing added to it."""
-        return self.lowrank is None and self.row_scale is None and self.rotation is None and self.reassembly is None
+        return self.lowrank is None and self.row_scale is None and self.turning is None
 
     @property
     def beside_bits(self) -> int:

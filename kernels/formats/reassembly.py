@@ -9,7 +9,7 @@ Stored and counted, of every original channel: the first place it stands at (int
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ class Reassembly(StoredModule):
         self.columns = columns
         self.register_buffer("place", torch.empty(columns, dtype=torch.int16))
         self.register_buffer("copies", torch.empty(columns, dtype=torch.uint8))
+
+    @classmethod
+    def of(cls, place_I: Tensor, copies_I: Tensor) -> Self:
+        """The one of these integers [I]."""
+        made = cls(len(place_I)).to(place_I.device)
+        made.load_state_dict(cls.tensors(place_I, copies_I), assign=True)
+        return made
 
     @staticmethod
     def tensors(place_I: Tensor, copies_I: Tensor) -> dict[str, Tensor]:

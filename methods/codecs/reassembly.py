@@ -36,8 +36,7 @@ def choose(
     wanted_NO = sample_NI @ some_OI.t()
     best, best_error = None, float("inf")
     for place_I, copies_I in options(weight_OI, inputs, most):
-        reassembly = Reassembly(weight_OI.shape[1]).to(weight_OI.device)
-        reassembly.load_state_dict(reassembly.tensors(place_I, copies_I), assign=True)
+        reassembly = Reassembly.of(place_I, copies_I)
         entering_NI = quantised(reassembly.turn(sample_NI), act_bits)
         found_NO = entering_NI @ rounded(reassembly.gather(some_OI)).t()
         error = float((found_NO - wanted_NO).square().sum())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.formats.packed import PackedLinear
+from kernels.formats.reassembly import Reassembly
 from kernels.formats.uniform import UniformLinear
 from methods.base import Block, Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Track, layer_seed
 from methods.codecs.grids import Grid, fit_grid
@@ -59,19 +60,18 @@ class Reassembled(UniformGridMethod):
     def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
         assert data.inputs is not None
         packed = config.layout(layer, data.weight_OI.device)
-        assert isinstance(packed, UniformLinear) and packed.reassembly is not None
+        assert isinstance(packed, UniformLinear)
 
         def rounded(weight_OI: Tensor) -> Tensor:
             grid = self._grid(packed, weight_OI)
             return grid.decode(grid.round(weight_OI))
 
         place_I, copies_I = choose(data.weight_OI, data.inputs, data.act_bits, rounded, self.most)
-        stored = packed.reassembly.tensors(place_I, copies_I)
-        packed.reassembly.load_state_dict(stored, assign=True)
-        gathered_OI = packed.reassembly.gather(data.weight_OI)
+        chosen = Reassembly.of(place_I, copies_I)
+        gathered_OI = chosen.gather(data.weight_OI)
         grid = self._grid(packed, gathered_OI)
         tensors = packed.tensors(grid.round(gathered_OI), **grid.stored)
-        packed.fill(**tensors, **{f"reassembly.{name}": tensor for name, tensor in stored.items()})
+        packed.fill(**tensors, **{f"reassembly.{name}": tensor for name, tensor in chosen.named_buffers()})
         return Compressed(packed, {"channels_added": float(copies_I.sum() - len(copies_I))})
 
     def _grid(self, packed: UniformLinear, weight_OI: Tensor) -> Grid:
