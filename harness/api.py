@@ -21,7 +21,7 @@ from rich.control import Control
 from transformers import PreTrainedModel
 
 from harness.cli import run as runs
-from harness.cli.engines import worker
+from harness.cli.engines import Loads, worker
 from harness.cli.options import build_plan, read_request
 from harness.cli.progress import open_console
 from harness.cli.request import Given, Options, Parser, Texts, words
@@ -74,21 +74,27 @@ def compress(
             "compress(model, 'gptq', 3.25)"
         )
     console = _console(given.quiet)
-    plan, _, resolved = build_plan(given, request, partial(console.print, style="dim"))
+    plan, stock, resolved = build_plan(given, request, partial(console.print, style="dim"))
     (cell,) = plan.cells[-1:]
     if cell.refusal:
         raise ValueError(f"{cell.label} is refused: {cell.refusal}")
     if given.fresh:
         CellStore(cell.key).forget()
+    loads = Loads.of([cell], stock, resolved.path, given, request.jobs)
+    work = worker(given, request.jobs, console, loads.memory_gib)
     with _children_of_nobody():
-        outcomes = runs.finish(plan, [cell], given, worker(given, request.jobs, console, dict), console, Sinks({}))
+        outcomes = runs.finish(plan, [cell], given, work, console, Sinks({}), loads.by_blocks)
     if given.strict:
         outcomes |= runs.strictly([cell], outcomes)
     for outcome in outcomes.values():
         if outcome.error:
             raise ValueError(f"{cell.label}: {outcome.ending} ({outcome.error})")
     compressed = CompressedModel.load(
-        CellStore(cell.key).folder, cell.compute.device, getattr(torch, cell.compute.dtype), cell.base
+        CellStore(cell.key).folder,
+        cell.compute.device,
+        getattr(torch, cell.compute.dtype),
+        cell.base,
+        by_blocks=cell.key in loads.by_blocks,
     )
     compressed.model.config._name_or_path = compressed.model.name_or_path = str(resolved.path)
     return compressed.model

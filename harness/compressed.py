@@ -13,19 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from harness.data.assets import ResolvedModel
 from harness.data.files import atomic_path
 from harness.data.record import Record
-from harness.data.sealed import write_tensors
+from harness.data.tensor_file import TensorSpec, in_files, write_tensor_file
 from harness.ledger import Ledger, payload_bytes
-from harness.model import Inventory, empty_model, inventory
+from harness.model import Inventory, decoder_blocks, empty_model, inventory
+from harness.model.paging import Pages, pages_of, put, tensor_of
 from harness.model.pair import Base
 from kernels.dispatch import kind
 from kernels.formats.bits import Spec, StoredBits
@@ -117,34 +118,34 @@ class CompressedModel:
         }
         stored_names |= set(self.inventory.uncovered)
         half = HALF_DTYPES[self.half]
-        packed: dict[str, Tensor] = {}
-        rest: dict[str, Tensor] = {}
+        packed: dict[str, TensorSpec] = {}
+        rest: dict[str, TensorSpec] = {}
         shared = self._of_base
         seen: set[tuple[int, ...]] = set()
         for name, tensor in self.model.state_dict().items():
+            rounded = TensorSpec.of(tensor, half if tensor.is_floating_point() else None)
             if name in stored_names:
-                packed[name] = tensor if name not in self.inventory.uncovered else tensor.to(half)
-            elif (identity := (tensor.data_ptr(), *tensor.shape)) not in seen:  # tied tensors are stored once
-                seen.add(identity)
-                kept = tensor.to(half) if tensor.is_floating_point() else tensor
-                if name not in shared or not torch.equal(kept, shared[name]):
-                    rest[name] = kept
-        for name, tensors in (("packed", packed), ("rest", rest)):
-            contiguous = {key: value.contiguous().cpu() for key, value in tensors.items()}
-            broken = [
-                key
-                for key, value in contiguous.items()
-                if value.is_floating_point() and not torch.isfinite(value).all()
-            ]
-            if broken:
-                raise ValueError(f"{broken[0]} is not finite at 16 bits ({len(broken)} tensors): nothing saved")
-            with atomic_path(folder / f"{name}.safetensors") as path:
-                write_tensors(contiguous, path)
+                packed[name] = TensorSpec.of(tensor) if name not in self.inventory.uncovered else rounded
+            elif tensor.is_meta or (identity := (tensor.data_ptr(), *tensor.shape)) not in seen:
+                if not tensor.is_meta:  # tied tensors are stored once; none of a block is tied
+                    seen.add(identity)
+                if name not in shared or not torch.equal(tensor.to(rounded.dtype), shared[name]):
+                    rest[name] = rounded
+        for file, specs in (("packed", packed), ("rest", rest)):
+            with atomic_path(folder / f"{file}.safetensors") as path:
+                write_tensor_file(path, specs, partial(self._stored_as, specs))
         self.model.config.save_pretrained(folder)
         layers = {name: layer.spec() for name, layer in self.packed.items()}
         tables = {key: table.spec() for key, table in self.tables.items()}
         base = self.base.fingerprint if self.base else ""
         PackedDescription(self.half, layers, tables, base).write(folder / "packed.json")
+
+    def _stored_as(self, specs: Mapping[str, TensorSpec], name: str) -> Tensor:
+        """A tensor of the model as it is stored. Raises ValueError for one that 16 bits cannot hold."""
+        tensor = tensor_of(self.model, name).detach().to("cpu", specs[name].dtype)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} is not finite at 16 bits: nothing saved")
+        return tensor
 
     @property
     def _of_base(self) -> dict[str, Tensor]:
@@ -153,14 +154,24 @@ class CompressedModel:
         return {name: t.to(half) if t.is_floating_point() else t for name, t in tensors.items()}
 
     @classmethod
-    def load(cls, folder: Path, device: str, dtype: torch.dtype, base: ResolvedModel | None = None) -> CompressedModel:
+    def load(
+        cls,
+        folder: Path,
+        device: str,
+        dtype: torch.dtype,
+        base: ResolvedModel | None = None,
+        *,
+        by_blocks: bool = False,
+    ) -> CompressedModel:
         """Rebuild from the folder alone, and of a pair from its `base`; `dtype` is the compute dtype of everything that
-        is not packed. Raises ValueError for another base than that of the folder, or none."""
+        is not packed. With `by_blocks` blocks are in memory while they run (harness.model.paging); a pair is always
+        whole. Raises ValueError for another base than that of the folder, or none."""
         from transformers import AutoConfig
 
         model = empty_model(AutoConfig.from_pretrained(folder, dtype=dtype, trust_remote_code=False), dtype)
         stock = inventory(model)
         description = PackedDescription.read(folder / "packed.json")
+        by_blocks = by_blocks and base is None
         if description.base != (base.fingerprint if base else ""):
             given = f"{base.name} ({base.fingerprint[:12]})" if base else "none"
             raise ValueError(
@@ -174,20 +185,29 @@ class CompressedModel:
                 layer.stand_on(standing.weight(name))
             model.set_submodule(name, layer)
         attach_tables(model, {key: Table.from_spec(spec) for key, spec in description.tables.items()})
-        packed = load_file(folder / "packed.safetensors")
-        rest = load_file(folder / "rest.safetensors")
-        state = {name: t if name not in stock.uncovered else t.to(dtype) for name, t in packed.items()}
+        files = in_files(folder / f"{name}.safetensors" for name in ("packed", "rest"))
+        prefix = f"{decoder_blocks(model)[0]}."
+        paged = {name for name in files if by_blocks and name.startswith(prefix)}
         is_bias = {f"{name}.bias" for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-        state |= {name: t.to(dtype) if t.is_floating_point() and name not in is_bias else t for name, t in rest.items()}
+
+        def computed(name: str) -> Tensor:
+            """In the dtype that it computes in; what is packed, as it is stored."""
+            tensor, stays = files[name].read(name), name in is_bias or name in packed
+            return tensor if stays or not tensor.is_floating_point() else tensor.to(dtype)
+
+        packed = {name for name, file in files.items() if file.path.stem == "packed"} - stock.uncovered.keys()
+        state = {name: computed(name) for name in files.keys() - paged}
         if standing:  # what is not stored is the base's
             others = cls(model, stock, description.half, standing)._of_base
             own = model.state_dict().keys() & others.keys() - state.keys()
             state |= {
                 name: others[name].to(dtype) if others[name].is_floating_point() else others[name] for name in own
             }
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        unexpected = sorted(paged - model.state_dict().keys())
+        unexpected += model.load_state_dict(state, strict=False, assign=True).unexpected_keys
         model.tie_weights()
-        still_empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+        held = dict((*model.named_parameters(), *model.named_buffers()))
+        still_empty = [name for name, t in held.items() if t.is_meta and name not in paged]
         if unexpected or still_empty:
             raise ValueError(
                 f"{folder} does not match its own packed.json ({[*unexpected, *still_empty][0]}): "
@@ -195,7 +215,13 @@ class CompressedModel:
             )
         # Stored tensors are what they are; and a product that gradients pass through is not a fused one.
         model.requires_grad_(False)
-        loaded = cls(model.to(device).eval(), stock, description.half, standing)
+        if by_blocks:
+            for name, tensor in held.items():
+                if not tensor.is_meta:
+                    put(model, name, tensor.detach().to(device))
+            model.tie_weights()
+            Pages(model, prefix.removesuffix("."), {name: partial(computed, name) for name in paged}, device)
+        loaded = cls((model if by_blocks else model.to(device)).eval(), stock, description.half, standing)
         assert 8 * payload_bytes(folder / "packed.safetensors") == loaded.ledger().stored_bits, (
             "payload and ledger disagree"
         )
@@ -224,7 +250,9 @@ def round_rest(model: PreTrainedModel, stock: Inventory, half: torch.dtype) -> N
     """Round everything that is not a block linear to its stored 16 bits, so that calibration sees what scoring will
     see."""
     linear_weights = {f"{layer.name}.weight" for layer in stock.layers}
+    if pages := pages_of(model):
+        pages.rounded(half, linear_weights)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name not in linear_weights:
+            if name not in linear_weights and not parameter.is_meta:
                 parameter.copy_(parameter.to(half))

@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor, nn
 
 from kernels.formats.codebook import CodebookLinear
+from kernels.formats.packed import PackedLinear
 from kernels.formats.uniform import UniformLinear
 
 
@@ -48,6 +49,13 @@ def view(layer: Of, name: str, make: Callable[[Of], Some]) -> Some:
     if known is None or not known.current:
         known = layer.__dict__[name] = Kept(layer, make(layer))
     return known.view
+
+
+def forget(layer: PackedLinear) -> None:
+    """Let go of all that was prepared from the layer's tensors, and is prepared again when it is asked for."""
+    for name in [name for name, value in vars(layer).items() if isinstance(value, Kept)]:
+        del layer.__dict__[name]
+    layer.unload()
 
 
 def _version(buffer: Tensor | None) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     Work = Callable[[Sequence[CellSpec], Watch], dict[str, Outcome]]
 
 
+LOADS = ("auto", "whole", "blocks")
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
@@ -31,6 +36,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         choices=("local", *ENGINES),
         help="who runs the cells: this machine, a Ray cluster, or SLURM; the machines share $HARNESS_CACHE, and "
         "nothing is measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--load",
+        default="auto",
+        choices=LOADS,
+        help="whole: a cell holds the model in memory; blocks: one block at a time, the rest stays in its files (the "
+        "same bytes and numbers); auto: blocks where the whole will not fit (default: %(default)s)",
     )
     parser.add_argument("--address", default="", help="of the Ray cluster (default: auto, the one of this machine)")
     parser.add_argument(
@@ -56,22 +68,49 @@ def engine_options(arguments: Options) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in parts}
 
 
-def memory_needed(cells: Iterable[Cell], stock: Inventory, model: Path) -> dict[str, float]:
-    """GiB that every cell will need at most, by prediction."""
-    from harness.plan.memory import predicted_peak_gib
+@dataclass(frozen=True)
+class Loads:
+    """What every cell will need at most, in GiB by prediction, and which of them hold one block at a time; by key."""
 
-    known = describe(model)
-    return {cell.key: predicted_peak_gib(cell, stock, known.hidden, known.vocabulary) for cell in cells}
+    memory_gib: dict[str, float]
+    by_blocks: frozenset[str]
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell], stock: Inventory, model: Path, arguments: Options, jobs: int) -> Loads:
+        """Raises ValueError for `--load blocks` where a pair or another program's checkpoint is to be loaded."""
+        from harness.measure.machine import available_bytes
+        from harness.plan.memory import predicted_peak_gib
+
+        pageable = [cell for cell in cells if not (cell.base or cell.source)]
+        if arguments.load == "blocks" and len(pageable) < len(cells):
+            raise ValueError(
+                "a pair (--base) and a checkpoint of another program (--model-cell) are loaded whole: write --load auto"
+            )
+        known = describe(model)
+        need = {cell.key: predicted_peak_gib(cell, stock, known.hidden, known.vocabulary) for cell in cells}
+        here = arguments.engine == "local" and arguments.device == "cpu"
+        room = available_bytes() / 2**30 / jobs if here else inf  # another machine is asked for what is needed
+        by_blocks = {
+            cell.key
+            for cell in pageable
+            if arguments.load == "blocks" or (arguments.load == "auto" and need[cell.key] > room)
+        }
+        need |= {
+            cell.key: predicted_peak_gib(cell, stock, known.hidden, known.vocabulary, by_blocks=True)
+            for cell in pageable
+            if cell.key in by_blocks
+        }
+        return cls(need, frozenset(by_blocks))
 
 
-def worker(arguments: Options, jobs: int, console: Console, memory_gib: Callable[[], Mapping[str, float]]) -> Work:
+def worker(arguments: Options, jobs: int, console: Console, memory_gib: Mapping[str, float]) -> Work:
     """What does the work of cells and says how each ended; `jobs` and `console` are for this machine, `memory_gib` for
-    others, and asked for then alone."""
+    others."""
     if arguments.engine == "local":
         return partial(_here, jobs, arguments.timeout, console)
     engine = import_module(ENGINES[arguments.engine])
     return partial(
-        engine.run_cells, timeout_s=arguments.timeout, memory_gib=memory_gib(), options=engine_options(arguments)
+        engine.run_cells, timeout_s=arguments.timeout, memory_gib=memory_gib, options=engine_options(arguments)
     )
 
 

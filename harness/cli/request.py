@@ -47,6 +47,7 @@ class Options:
     strict: bool = False
     log: str = ""
     engine: str = "local"
+    load: str = "auto"
     address: str = ""
     slurm: str = ""
     shapes: str = ""
@@ -93,6 +94,7 @@ class Given(TypedDict, total=False):
     strict: bool
     log: Texts
     engine: str
+    load: str
     address: str
     slurm: str
     bench_seconds: float

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli.engines import add_engine_options, engine_options, memory_needed, worker
+from harness.cli.engines import Loads, add_engine_options, engine_options, worker
 from harness.cli.options import (
     add_bench_options,
     add_model_cell_option,
@@ -121,12 +121,12 @@ def run(arguments: Options, console: Console | None = None, show: Show | None = 
     if arguments.fresh:
         for cell in runnable:
             CellStore(cell.key).forget()
+    loads = Loads.of(runnable, stock, model.path, arguments, request.jobs)
     outcomes: dict[str, Outcome] = {}
     measuring = False
     try:
-        memory = partial(memory_needed, runnable, stock, model.path)
-        work = worker(arguments, request.jobs, console, memory)
-        outcomes = finish(plan, runnable, arguments, work, console, sinks)
+        work = worker(arguments, request.jobs, console, loads.memory_gib)
+        outcomes = finish(plan, runnable, arguments, work, console, sinks, loads.by_blocks)
         if not runnable:
             skipped = Outcome(plan.reference.key, "everything else was refused", Ending.SKIPPED)
             outcomes = {plan.reference.key: skipped}
@@ -163,9 +163,16 @@ def strictly(cells: list[Cell], outcomes: Mapping[str, Outcome]) -> dict[str, Ou
 
 
 def finish(
-    plan: Plan, runnable: list[Cell], arguments: Options, work: Work, console: Console, sinks: Sinks
+    plan: Plan,
+    runnable: list[Cell],
+    arguments: Options,
+    work: Work,
+    console: Console,
+    sinks: Sinks,
+    by_blocks: frozenset[str] = frozenset(),
 ) -> dict[str, Outcome]:
-    """Do what these cells still lack; how the work ended, by the cells that lacked anything."""
+    """Do what these cells still lack, those whose keys are `by_blocks` a block at a time; how the work ended, by the
+    cells that lacked anything."""
     from harness.cli.progress import Display
     from harness.engine.process import Ended, Message
 
@@ -179,7 +186,15 @@ def finish(
         return {}
     by_key = {cell.key: cell for cell in todo}
     labels = {cell.key: cell.label for cell in todo}
-    specs = [cell.spec(plan.protocols, arguments.data, plan.reference.key, plan.tasks) for cell in todo]
+    specs = [
+        replace(
+            cell.spec(plan.protocols, arguments.data, plan.reference.key, plan.tasks), by_blocks=cell.key in by_blocks
+        )
+        for cell in todo
+    ]
+    for cell in todo:
+        if cell.key in by_blocks and arguments.load == "auto":
+            console.print(f"{cell.label}: more than this machine's memory: a block at a time (--load)", style="dim")
     with Display(console, labels, specs, done=len(runnable) - len(todo), verbose=arguments.verbose) as display:
 
         def watch(key: str, message: Message) -> None:

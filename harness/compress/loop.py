@@ -21,7 +21,9 @@ from harness.compress.block import BlockRun
 from harness.compress.forward import BlockInputs
 from harness.compressed import CompressedModel, attach_tables, round_rest
 from harness.data.sealed import believed, load_tensors, save_tensors
+from harness.data.tensor_file import TensorFile
 from harness.model import Inventory
+from harness.model.paging import pages_of, resident, tensor_of
 from harness.model.pair import Base
 from harness.progress import Progress, first_line, silent
 from kernels.dispatch import reference_only
@@ -87,16 +89,19 @@ def compress_model(
         file = folder / f"block_{index:04d}.safetensors"
         kept = believed(file, load_tensors)
         start = time.perf_counter()
-        with BlockRun(model, spec, inputs.block(index), hidden_NTH, original_NTH, tables, fisher, base) as block:
-            if kept:
-                done = _install(block, *kept, hidden_NTH.device)
-            else:
-                pack_block(block, method, configs, seed, act_bits)
-            original_NTH = block.original_outputs() if method.needs.original else None
-            hidden_NTH = block.outputs() if needs_data else hidden_NTH
-        if not kept:
-            done = CompressionReport(block.reports, time.perf_counter() - start)
-            _save_block(model, spec.layers, file, done)
+        with resident(model, index):
+            with BlockRun(model, spec, inputs.block(index), hidden_NTH, original_NTH, tables, fisher, base) as block:
+                if kept:
+                    done = _install(block, *kept, hidden_NTH.device)
+                else:
+                    pack_block(block, method, configs, seed, act_bits)
+                original_NTH = block.original_outputs() if method.needs.original else None
+                hidden_NTH = block.outputs() if needs_data else hidden_NTH
+            if not kept:
+                done = CompressionReport(block.reports, time.perf_counter() - start)
+                _save_block(model, spec.layers, file, done)
+            if pages := pages_of(model):
+                pages.packed_in(index, block.layers, TensorFile(file))
         reports |= done.layers
         seconds += done.seconds
         progress("compress", index + 1, len(stock.blocks))
@@ -230,19 +235,18 @@ def _tables(
     of_table = {config.table_key: config for config in configs.values() if config.table_key}
     if not of_table:
         return {}
-    kept = believed(file, load_tensors)
+    kept, device = believed(file, load_tensors), next(model.parameters()).device
     if kept is None:
         # Blocks packed with other tables would decode to something else.
         shutil.rmtree(file.parent, ignore_errors=True)
         fitted = method.fit_tables(
-            configs, layers, lambda name: model.get_parameter(f"{name}.weight").detach().float(), seed
+            configs, layers, lambda name: tensor_of(model, f"{name}.weight").detach().float().to(device), seed
         )
         stored = {
             f"{key}/{leaf}": table.get_buffer(leaf) for key, table in fitted.items() for leaf in table.stored_parts()
         }
         save_tensors(file, stored)
         kept = load_tensors(file)
-    device = next(model.parameters()).device
     tensors = {name: tensor.to(device) for name, tensor in kept[0].items()}
     tables = {key: config.table() for key, config in of_table.items()}
     for key, table in tables.items():

@@ -25,13 +25,15 @@ from harness.data.files import cache_dir, digest, file_sha256, locked
 from harness.data.protocols import DISTIL, Protocol
 from harness.data.streams import calibration_stream, evaluation_stream
 from harness.data.windows import Windows, stream_sha256
+from harness.engine.meter import Meter
 from harness.engine.process import WAITING, Phase, Speaker
 from harness.evaluate.score import first_nonfinite, noise_floor, score
 from harness.evaluate.zero_shot import score_tasks
 from harness.ledger import Ledger
-from harness.measure.machine import peak_process_bytes
 from harness.model import Inventory, inventory, load_reference
+from harness.model.described import describe
 from harness.model.families import known_positions
+from harness.model.paging import load_by_blocks, settle
 from harness.model.pair import Base
 from harness.plan.allocation import mixed
 from harness.plan.bayes import searched
@@ -68,6 +70,7 @@ def work(spec: CellSpec, reference_over: Path, speak: Speaker) -> None:
 
 def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Speaker) -> None:
     torch.set_num_threads(spec.threads)
+    meter = Meter(len(describe(spec.model.path).stock.blocks) if spec.by_blocks else None)
     dtype = getattr(torch, spec.dtype)
     store.put_spec(spec)
     artifact = store.artifact()
@@ -77,23 +80,24 @@ def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Spea
     if artifact is None:
         store.drop_artifact()  # scores are of the bytes that were there
         if spec.source:
-            _import(spec, spec.source, store, speak)
+            _import(spec, spec.source, store, speak, meter)
         else:
-            _compress(spec, store, speak, dtype)
+            _compress(spec, store, speak, dtype, meter)
     protocols = {key: protocol for key, protocol in spec.protocols.items() if not store.scored(key, spec.is_reference)}
     tasks = {key: task for key, task in spec.tasks.items() if store.task(key) is None}
     if not protocols and not tasks:
         return
     speak("load", 0, 1)
-    reloaded = CompressedModel.load(store.folder, spec.device, dtype, spec.base)
+    with meter.phase("load"):
+        reloaded = CompressedModel.load(store.folder, spec.device, dtype, spec.base, by_blocks=spec.by_blocks)
     for key, protocol in protocols.items():
         states = store.states(key) if spec.is_reference else _reference_states(spec, key, reference_over, speak)
-        store.put_score(key, _score(spec, protocol, reloaded, states, speak))
+        store.put_score(key, _score(spec, protocol, reloaded, states, speak, meter))
     # What a task's items are compared with is taken from the reference's result when the leaderboard is written: nobody
     # waits here.
 
     def put(key: str, result: TaskResult) -> None:
-        store.put_task(key, replace(result, peak_ram_gib=_peak_ram_gib()))
+        store.put_task(key, replace(result, peak_ram_gib=meter.peak_gib))
 
     score_tasks(reloaded.model, spec.model, tasks, put, speak)
 
@@ -109,21 +113,23 @@ def _reference_states(spec: CellSpec, protocol_key: str, reference_over: Path, s
     return store.states(protocol_key)
 
 
-def _score(spec: CellSpec, protocol: Protocol, reloaded: CompressedModel, states: Path | None, speak: Speaker) -> Score:
+def _score(
+    spec: CellSpec, protocol: Protocol, reloaded: CompressedModel, states: Path | None, speak: Speaker, meter: Meter
+) -> Score:
     """The model's score under a protocol, diverging from the reference's `states`; the reference writes them, and its
     divergence is the noise floor."""
     tokens = evaluation_stream(protocol, spec.model, spec.data)
-    start = time.perf_counter()
-    losses = score(
-        reloaded.model,
-        tokens.tokens_NT,
-        None if spec.is_reference else states,
-        states if spec.is_reference else None,
-        speak,
-        tokens.articles,
-        protocol.name,
-    )
-    seconds = time.perf_counter() - start
+    phase = f"score {protocol.name}"
+    with meter.phase(phase):
+        losses = score(
+            reloaded.model,
+            tokens.tokens_NT,
+            None if spec.is_reference else states,
+            states if spec.is_reference else None,
+            speak,
+            tokens.articles,
+            protocol.name,
+        )
     if losses.nonfinite_windows:
         _name_overflow(reloaded.model, protocol, tokens.tokens_NT)
     divergence = losses.divergence
@@ -136,8 +142,9 @@ def _score(spec: CellSpec, protocol: Protocol, reloaded: CompressedModel, states
         divergence=divergence,
         protocol=protocol,
         tokens_sha256=tokens.sha256,
-        seconds=seconds,
-        peak_ram_gib=_peak_ram_gib(),
+        seconds=meter.phases[phase].seconds,
+        peak_ram_gib=meter.peak_gib,
+        cost=meter.phases[phase],
         kind=reloaded.kind,
         resident_bpw=reloaded.resident_bpw,
         decode_s=reloaded.decode_seconds,
@@ -150,11 +157,13 @@ def _name_overflow(model: PreTrainedModel, protocol: Protocol, tokens_NT: Tensor
     log.warning("%s: losses are not finite; the first output that is not is that of %s", protocol.name, name)
 
 
-def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dtype) -> None:
+def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dtype, meter: Meter) -> None:
     speak("load", 0, 1)
     method = parse_method(spec.method)
-    model = load_reference(spec.model.path, spec.device, dtype, spec.model.fingerprint)
-    base = Base.load(spec.base, spec.device) if spec.base else None
+    load = load_by_blocks if spec.by_blocks else load_reference
+    with meter.phase("load the reference"):
+        model = load(spec.model.path, spec.device, dtype, spec.model.fingerprint)
+        base = Base.load(spec.base, spec.device) if spec.base else None
     calibration_sha256, tokens_NT = None, None
     if spec.calibration:
         windows = calibration_stream(spec.calibration, spec.model, spec.seed, spec.bos, spec.data)
@@ -164,25 +173,43 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         assert spec.training is not None
         training = calibration_stream(spec.training.windows, spec.model, spec.seed, spec.bos, spec.data)
         if spec.training.loss == DISTIL:  # while there is a model that nothing was packed of
-            remember_states(model, training.tokens_NT, store.teacher, speak)
+            with meter.phase("remember"):
+                remember_states(model, training.tokens_NT, store.teacher, speak)
     stock = inventory(model)
     allocation = store.allocation() if spec.allocate in MIXED else None
     if spec.allocate in MIXED and allocation is None:
-        allocation = _allocate(spec, method, model, stock, tokens_NT, speak, base)
+        allocation = _allocate(spec, method, model, stock, tokens_NT, speak, base, meter)
         store.put_allocation(allocation)
     configs = allocation.layers if allocation else spec.configs
-    fisher = _measured(spec, "fisher", model, tokens_NT, spec.seed, speak) if method.needs.fisher else None
-    compressed, report = compress_model(
-        model, stock, method, configs, tokens_NT, spec.seed, store.blocks, spec.half, fisher, spec.act_bits, speak, base
-    )
-    trained = _train(spec, store, method, compressed, training, speak) if training else None
+    fisher = _measured(spec, "fisher", model, tokens_NT, spec.seed, speak, meter) if method.needs.fisher else None
+    with meter.phase("compress"):
+        compressed, report = compress_model(
+            model,
+            stock,
+            method,
+            configs,
+            tokens_NT,
+            spec.seed,
+            store.blocks,
+            spec.half,
+            fisher,
+            spec.act_bits,
+            speak,
+            base,
+        )
+    trained = None
+    if training:
+        settle(model)
+        with meter.phase("train"):
+            trained = _train(spec, store, method, compressed, training, speak)
     spec.model.check()
     if spec.base:
         spec.base.check()
     ledger = compressed.ledger()
     if spec.budget and not ledger.fits(parse_budget(spec.budget)):
         raise ValueError(f"stores {ledger.stored_bpw:.6f} bits per weight, over the budget of {spec.budget}: refused")
-    compressed.save(store.folder)
+    with meter.phase("save"):
+        compressed.save(store.folder)
     layers = {
         layer.name: LayerRecord(
             role=layer.role,
@@ -192,7 +219,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         )
         for layer in stock.layers
     }
-    artifact = _artifact(spec, store, ledger, layers, report.seconds)
+    artifact = _artifact(spec, store, ledger, layers, report.seconds, meter)
     store.put_artifact(
         replace(
             artifact,
@@ -205,17 +232,17 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
     )
 
 
-def _import(spec: CellSpec, source: ResolvedModel, store: CellStore, speak: Speaker) -> None:
+def _import(spec: CellSpec, source: ResolvedModel, store: CellStore, speak: Speaker, meter: Meter) -> None:
     """Another program's checkpoint as this cell's artifact."""
     compressed, ledger, layers, seconds = bring_in(source, spec.model.path, spec.half, speak)
     compressed.save(store.folder)
     roles = {layer.name: layer.role for layer in compressed.inventory.layers}
     records = {n: LayerRecord(roles[n], bpw, config, {}) for n, (config, bpw) in layers.items()}
-    store.put_artifact(_artifact(spec, store, ledger, records, seconds))
+    store.put_artifact(_artifact(spec, store, ledger, records, seconds, meter))
 
 
 def _artifact(
-    spec: CellSpec, store: CellStore, ledger: Ledger, layers: dict[str, LayerRecord], seconds: float
+    spec: CellSpec, store: CellStore, ledger: Ledger, layers: dict[str, LayerRecord], seconds: float, meter: Meter
 ) -> Artifact:
     """Of the files in the store, which must be complete; the rest is for whoever knows of it."""
     return Artifact(
@@ -227,7 +254,8 @@ def _artifact(
         compress_s=seconds,
         training=None,
         layers=layers,
-        peak_ram_gib=_peak_ram_gib(),
+        peak_ram_gib=meter.peak_gib,
+        phases=dict(meter.phases),
         environment=environment(spec.threads),
         files={name: file_sha256(store.folder / name) for name in FILES},
     )
@@ -241,6 +269,7 @@ def _allocate(
     tokens_NT: Tensor | None,
     speak: Speaker,
     base: Base | None,
+    meter: Meter,
 ) -> AllocationRecord:
     """The allocation of least predicted divergence under the cell's budget."""
     start = time.perf_counter()
@@ -250,7 +279,7 @@ def _allocate(
     if tokens_NT is None:
         tokens_NT, seed = random_tokens(model.config.get_text_config().vocab_size, known_positions(model.config)), 0
     measure = method.needs.sensitivity
-    measured = _measured(spec, measure, model, tokens_NT, seed, speak)
+    measured = _measured(spec, measure, model, tokens_NT, seed, speak, meter)
     if data_free:
         measured = {name: sensitivity.flat for name, sensitivity in measured.items()}
     way = measure_version(measure).values()
@@ -258,7 +287,7 @@ def _allocate(
     pair = [base.fingerprint] if base else []
     key = digest([*_origin(spec), method.identity(method.later), stream_sha256(tokens_NT), seed, *way, *pair])
     path = cache_dir("costs", key[:24] + ".json")
-    with locked(path, f"estimates of {spec.method}"):
+    with meter.phase("estimate errors"), locked(path, f"estimates of {spec.method}"):
         costs = expected_costs(method, model, stock, budget, measured, seed, speak, CostCache(path), base)
     found = searched(stock, budget, costs, spec.seed) if spec.allocate == "bayes" else mixed(stock, budget, costs)
     assert found.predicted is not None and found.bound is not None and found.gap is not None
@@ -267,11 +296,18 @@ def _allocate(
 
 
 def _measured(
-    spec: CellSpec, measure: str, model: PreTrainedModel, tokens_NT: Tensor | None, seed: int, speak: Speaker
+    spec: CellSpec,
+    measure: str,
+    model: PreTrainedModel,
+    tokens_NT: Tensor | None,
+    seed: int,
+    speak: Speaker,
+    meter: Meter,
 ) -> dict[str, Sensitivity]:
     """What errors cost, or how large gradients are (harness.plan.sensitivity.MEASURES)."""
     assert tokens_NT is not None
-    return remembered_sensitivities(_origin(spec), model, tokens_NT, seed, measure, speak)
+    with meter.phase("measure layers"):
+        return remembered_sensitivities(_origin(spec), model, tokens_NT, seed, measure, speak)
 
 
 def _origin(spec: CellSpec) -> tuple[int, str, str, str]:
@@ -296,10 +332,6 @@ def _train(
     if not method.adaptation.whole:
         save_adapter(compressed, method.adaptation, store.adapter)
     return TrainingRecord(text=spec.training, tokens_sha256=windows.sha256, **vars(report))
-
-
-def _peak_ram_gib() -> float:
-    return peak_process_bytes() / 2**30
 
 
 def environment(threads: int) -> Environment:

@@ -127,10 +127,31 @@ def _processor() -> str:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping."""
+    """Memory that processes can have in all without swapping: what the machine has left, and no more than the group of
+    processes, or a process, is granted."""
     import psutil  # comes with accelerate
 
-    return int(psutil.virtual_memory().available)
+    granted = [int(psutil.virtual_memory().available)]
+    for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        soft = resource.getrlimit(limit)[0]
+        granted += [] if soft == resource.RLIM_INFINITY else [soft]
+    for folder in _groups():
+        with suppress(OSError, ValueError, KeyError):  # "max": no limit
+            limit = int((folder / "memory.max").read_text())
+            used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            granted.append(limit - int(used["anon"]))  # what is kept of files is given back when it is needed
+    return max(0, min(granted))
+
+
+def _groups() -> list[Path]:
+    """The folders of the control groups (version 2) that this process is in, the outer ones too."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                root = Path("/sys/fs/cgroup")
+                own = root / line[3:].lstrip("/")
+                return [folder for folder in (own, *own.parents) if folder == root or root in folder.parents]
+    return []
 
 
 def peak_process_bytes() -> int:

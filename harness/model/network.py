@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,27 +160,32 @@ def load_reference(path: Path, device: str, dtype: torch.dtype, fingerprint: str
             )
     except (SafetensorError, OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"the weights of {path} cannot be read ({first_line(error)}): copy them again") from error
-    _require_own(path, "lacks", "that its config.json asks for: its weights are incomplete", found["missing_keys"])
-    _require_own(
-        path, "holds", "that its config.json has no place for: it is another model's", found["unexpected_keys"]
-    )
+    require_own(path, "lacks", "that its config.json asks for: its weights are incomplete", found["missing_keys"])
+    require_own(path, "holds", "that its config.json has no place for: it is another model's", found["unexpected_keys"])
     mismatched = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
-    _require_own(path, "holds", "of other sizes than its config.json says: it is another model's", mismatched)
-    broken = [name for name, tensor in model.state_dict().items() if not _finite(tensor)]
-    _require_own(path, "holds", "with weights that are no finite numbers: download or train it again", broken)
-    if not any(bool(p.any()) for p in decoder_blocks(model)[1].parameters() if p.ndim >= 2):
-        raise ValueError(f"every matrix of {path} is zero: it was saved before it had weights")
+    require_own(path, "holds", "of other sizes than its config.json says: it is another model's", mismatched)
+    require_finite(path, model.state_dict())
+    require_weights(path, (p for p in decoder_blocks(model)[1].parameters() if p.ndim >= 2))
     model.config.name_or_path = str(path)  # not the view's
     return with_linear_layers(model).to(device).eval()
 
 
-def _require_own(path: Path, verb: str, problem: str, names: Iterable[str]) -> None:
+def require_own(path: Path, verb: str, problem: str, names: Iterable[str]) -> None:
+    """Raises ValueError where there are such tensors."""
     if found := sorted(names):
         raise ValueError(f"{path} {verb} {len(found)} tensors {problem} ({found[0]} first)")
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+def require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError where one of them holds a number that is none."""
+    broken = [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    require_own(path, "holds", "with weights that are no finite numbers: download or train it again", broken)
+
+
+def require_weights(path: Path, matrices: Iterable[torch.Tensor]) -> None:
+    """Raises ValueError where all of a model's matrices are zero."""
+    if not any(bool(matrix.any()) for matrix in matrices):
+        raise ValueError(f"every matrix of {path} is zero: it was saved before it had weights")
 
 
 @contextlib.contextmanager

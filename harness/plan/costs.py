@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from harness.data.files import digest
 from harness.data.sealed import believed, read_sealed, write_sealed
 from harness.model import Inventory
+from harness.model.paging import tensor_of
 from harness.model.pair import Base, weight_to_pack
 from harness.plan.allocation import alike, sort_of
 from harness.progress import Progress, silent
@@ -53,12 +54,12 @@ def expected_costs(
     """Predicted divergence of every candidate of every layer. A layer that no measured token reached (an expert, say)
     is taken to matter as much as the median layer of its shape, or of all. What `known` holds is not estimated again,
     and what is new is added. With a `base`, what is packed is the difference to it."""
-    costs = {}
+    costs, device = {}, next(model.parameters()).device
     known = known or CostCache(None)
     room = (budget * stock.weights - stock.uncovered_bits) / sum(layer.weights for layer in stock.layers)
     configs_of = {key: considered(method, layer, room) for key, layer in alike(stock).items()}
     for index, layer in enumerate(stock.layers):
-        weight_OI = weight_to_pack(model.get_parameter(f"{layer.name}.weight"), layer.name, base)
+        weight_OI = weight_to_pack(tensor_of(model, f"{layer.name}.weight").to(device), layer.name, base)
         sensitivity = measured.get(layer.name) or _median(measured, weight_OI)
         configs = configs_of[sort_of(layer)]
         estimate = partial(method.expected_costs, weight_OI, sensitivity, layer, configs, layer_seed(seed, layer.name))

@@ -22,41 +22,54 @@ from harness.plan.sensitivity import (
 from kernels.formats.layer import LayerSpec
 from methods.base import Method
 
+PYTHON = 0.6 * 2**30  # interpreter, torch and transformers
+
 
 def _rank(method: Method, layer: LayerSpec) -> int:
     return dict(method.candidates(layer)[0].hyper).get("rank", 0)
 
 
-def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: int) -> float:
-    """Process memory a cell will need at most, in GiB: the most of its phases, each with the whole model loaded.
+def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: int, *, by_blocks: bool = False) -> float:
+    """Process memory a cell will need at most, in GiB: the most of its phases."""
+    return max(predicted_phases(cell, stock, hidden, vocabulary, by_blocks=by_blocks).values())
+
+
+def predicted_phases(
+    cell: Cell, stock: Inventory, hidden: int, vocabulary: int, *, by_blocks: bool = False
+) -> dict[str, float]:
+    """The same phase by phase (harness.engine.cell), each with the whole model in memory or, `by_blocks`, one block.
 
     Measuring what errors cost, for a mixed plan, holds the states of some windows in front of every block (and of all
     of them, a few times, at one), and the most of three: a Gram matrix for every layer of a block, one of them being
     factored; a window's activations, to go back through a block; copies of a slice of logits. Compressing holds every
     calibration token's hidden state (in and out) and, inside one block, its widest activations and a Hessian being
     factored; twice the states for a method that also looks at the uncompressed model's. Training holds what is needed
-    on the way back and logits a few times: of a window, or of a slice for two models. Scoring holds one chunk of
-    logits."""
+    on the way back and logits a few times: of a window, or of a slice for two models. Scoring holds what is stored and
+    one chunk of logits."""
     dtype_bytes = getattr(torch, cell.compute.dtype).itemsize
     calibration, layers = cell.calibration, stock.blocks[0].layers
-    model = (stock.weights + stock.rest_weights) * dtype_bytes
+    largest = max(sum(layer.weights for layer in block.layers) for block in stock.blocks)
+    rest = stock.rest_weights * dtype_bytes
+    model = rest + (largest if by_blocks else stock.weights) * dtype_bytes
     model += 2 * (stock.weights + stock.rest_weights) if cell.base else 0
     wide = max(layer.in_features for layer in stock.layers)
     inner = sum(layer.out_features for layer in layers)
-    # A Hessian with its copies and factors; or a matrix being packed, and what is made of it.
-    working = (7 if calibration else 3) * 4 * wide * wide
-    measuring = 0
+    matrix = 4 * max(layer.weights for layer in stock.layers)
+    phases = {"load the reference": rest + 2 * matrix if by_blocks else model}
     if cell.allocate in MIXED:
         context = calibration.context if calibration else RANDOM_CONTEXT
         followed = FISHER_TOKENS if cell.method.needs.fisher else GRADIENT_TOKENS
         measured = hessian_tokens(stock) if calibration else HESSIAN_TOKENS
         states = (4 * max(measured, context) + len(stock.blocks) * max(followed, context)) * hidden * dtype_bytes
-        grams = working + sum(4 * layer.in_features**2 for layer in layers) if calibration else 0
-        measuring = states + max(grams, 2 * context * (hidden + inner) * dtype_bytes, 6 * 4 * HEAD_TOKENS * vocabulary)
+        # A Hessian with its copies and factors; or a matrix being packed, and what is made of it.
+        grams = 7 * 4 * wide * wide + sum(4 * layer.in_features**2 for layer in layers) if calibration else 0
+        logits = 6 * 4 * HEAD_TOKENS * vocabulary
+        phases["measure layers"] = model + states + max(grams, 2 * context * (hidden + inner) * dtype_bytes, logits)
+        phases["estimate errors"] = (rest if by_blocks else model) + 4 * matrix
     tokens = calibration.context * calibration.sequences if calibration else 0
     streams = 2 if cell.method.needs.original else 1
-    compressing = streams * tokens * (2 * hidden + inner) * dtype_bytes + working
-    training = 0
+    working = 7 * 4 * wide * wide if calibration else 3 * matrix
+    phases["compress"] = model + streams * tokens * (2 * hidden + inner) * dtype_bytes + working
     if cell.training:
         width = cell.training.windows.context
         kept = kept_bytes(stock, width, dtype_bytes)
@@ -65,7 +78,9 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
         factors = sum(_rank(cell.method, layer) * (layer.in_features + layer.out_features) for layer in stock.layers)
         # Value, gradient and the optimiser's two moments.
         logits = 7 * min(width, slice_tokens(vocabulary)) if cell.training.loss == DISTIL else 5 * width
-        training = kept + 4 * logits * vocabulary + 4 * 4 * factors
-    scoring = BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(HEAD_LOGITS, vocabulary)
-    python = 0.6 * 2**30  # interpreter, torch and transformers
-    return (model + max(measuring, compressing, training, scoring) + python) / 2**30
+        phases["train"] = model + kept + 4 * logits * vocabulary + 4 * 4 * factors
+    stored = float(cell.budget.bpw) / 8 if cell.budget else 2.0  # bytes per weight
+    held = rest + stored * (largest if by_blocks else stock.weights)
+    chunk = min(HEAD_LOGITS, BODY_TOKENS * vocabulary)
+    phases["score"] = held + BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(chunk, vocabulary)
+    return {name: (bytes_held + PYTHON) / 2**30 for name, bytes_held in phases.items()}

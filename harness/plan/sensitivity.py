@@ -39,6 +39,7 @@ from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.data.windows import stream_sha256
 from harness.model import BlockSpec, Inventory, inventory
 from harness.model.families import known_positions
+from harness.model.paging import resident
 from harness.plan.pivots import measure_version, pivots
 from harness.plan.unfinished import Unfinished, prefixed, under
 from harness.progress import Progress, silent
@@ -180,7 +181,7 @@ class _Walk:
             return
         for index in range(len(self.kept_NTH), len(self.blocks)):
             self.kept_NTH.append(self.hidden_NTH[: self.followed_back].clone())
-            with torch.no_grad(), _hooked(self.model, self.blocks[index], watches[index]):
+            with torch.no_grad(), resident(self.model, index), _hooked(self.model, self.blocks[index], watches[index]):
                 self.hidden_NTH = torch.cat([*map(self.inputs.block(index), self.hidden_NTH.split(1))])
             yield index
 
@@ -192,7 +193,7 @@ class _Walk:
             self.gradient_NTH = _head_gradient(self.model, last_NTH, seed, targets_NT, self.inputs.returns_tuple)
         while self.kept_NTH:
             hidden_NTH, index = self.kept_NTH[-1], len(self.kept_NTH) - 1
-            with _hooked(self.model, self.blocks[index], watches[index]):
+            with resident(self.model, index), _hooked(self.model, self.blocks[index], watches[index]):
                 for n, window_TH in enumerate(hidden_NTH):
                     given_NTH = window_TH[None].detach().requires_grad_()
                     self.inputs.block(index)(given_NTH).backward(self.gradient_NTH[n : n + 1])

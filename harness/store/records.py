@@ -17,6 +17,7 @@ from harness.data.protocols import Calibration, Protocol, Training
 from harness.data.record import Record
 from harness.data.tasks import Task
 from harness.ledger import Ledger
+from harness.store.results import PhaseCost
 from kernels.formats.bits import FULL, Scalar
 from kernels.formats.layer import LayerConfig
 
@@ -67,6 +68,7 @@ class CellSpec(Record):
     source: ResolvedModel | None = field(
         default=None, kw_only=True
     )  # a checkpoint of another program, which is the cell
+    by_blocks: bool = field(default=False, kw_only=True)  # blocks are in memory while they run (harness.model.paging)
 
     @classmethod
     def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
@@ -195,6 +197,7 @@ class Artifact(Record):
     files: dict[str, str]  # sha256 by name; none of an artifact from before they were kept
     fallback_layers: int = 0  # packed in a plainer way than asked for, because the numbers left no other
     base_bytes: int | None = None  # of a pair's base at 16 bits, which every tenant of it shares
+    phases: dict[str, PhaseCost] = field(default_factory=dict)  # by name; none from before they were kept
 
     @classmethod
     def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:

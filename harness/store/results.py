@@ -59,6 +59,15 @@ class Losses(Record):
         return math.exp(mean) if not mean > 700 else math.inf
 
 
+@dataclass(frozen=True)
+class PhaseCost(Record):
+    """What a phase of a cell took."""
+
+    seconds: float
+    read_gib: float  # from files, whether they were in the system's cache or not
+    peak_gib: float  # of the process, meanwhile
+
+
 @dataclass(frozen=True, kw_only=True)
 class Score(Losses):
     """The losses of a cell under one protocol, with what they were taken on."""
@@ -74,6 +83,7 @@ class Score(Losses):
     kind: str  # of the row (harness.compressed.KINDS)
     resident_bpw: float
     decode_s: float = 0.0  # of layers decoded when they were loaded
+    cost: PhaseCost | None = None  # not known of scores from before November 2026
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,9 @@ class ConvLinear(PackedLinear):
             self.decode_seconds = time.perf_counter() - start
         return self._loaded
 
+    def unload(self) -> None:
+        self._loaded = None
+
     @property
     def resident_bits(self) -> int:
         """Stored tensors and the decoded weight: before the first use as what `decode` will give."""

@@ -60,6 +60,9 @@ class GgmlLinear(PackedLinear):
             self.decode_seconds = time.perf_counter() - start
         return self._loaded
 
+    def unload(self) -> None:
+        self._loaded = None
+
     @property
     def resident_bits(self) -> int:
         """Stored blocks and the decoded weight: before the first use as what `decode` will give."""
@@ -68,8 +71,8 @@ class GgmlLinear(PackedLinear):
 
     def refill(self, **tensors: Tensor) -> None:
         super().refill(**tensors)
-        self._loaded = None
+        self.unload()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._loaded = None
+        self.unload()
         super()._load_from_state_dict(*args, **kwargs)

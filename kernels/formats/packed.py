@@ -145,6 +145,9 @@ class PackedLinear(StoredModule):
         """The weight [O, I] in the dtype of a product, decoded once and kept; where `decode_on_load`."""
         raise AssertionError(f"{type(self).__name__} decodes for every product")
 
+    def unload(self) -> None:
+        """Let go of what `loaded` keeps."""
+
     def decode(self) -> Tensor:
         """The weight these bytes stand for: fp32 [out_features, in_features]."""
         return self.finish(self.decode_codes(), self.lowrank.factors() if self.lowrank is not None else None)
