@@ -1,7 +1,7 @@
 """Every shell line of README.md, CONTRIBUTING.md and docs/ is run, or says what it needs.
 
-They are run on a model of two narrow blocks. The lines of a page run in order, in a folder of its own; pages share one cache of results. What is appended to a line
-makes it small: the last of two equal options wins."""
+They are run on a model of two narrow blocks. The lines of a page run in order, in a folder of its own; pages share one
+cache of results. What is appended to a line makes it small: the last of two equal options wins."""
 
 from __future__ import annotations
 
