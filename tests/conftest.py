@@ -103,14 +103,20 @@ def tokenizer(model: ResolvedModel) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def truncated(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
-    """The first four blocks of the default model, as a local folder: real weights at a seventh of the time."""
-    return _first_blocks(model, 4, session_folder / "smollm2-4-blocks")
+    """The first three blocks of the default model, as a local folder: real weights at a tenth of the time."""
+    return _first_blocks(model, 3, session_folder / "smollm2-3-blocks")
 
 
 @pytest.fixture(scope="session")
 def two_blocks(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
     """The first two blocks: for what needs a block behind a packed one, and no more."""
     return _first_blocks(model, 2, session_folder / "smollm2-2-blocks")
+
+
+@pytest.fixture(scope="session")
+def four_blocks(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
+    """The first four: for what is asked of blocks none of which is the last."""
+    return _first_blocks(model, 4, session_folder / "smollm2-4-blocks")
 
 
 def _first_blocks(model: ResolvedModel, blocks: int, folder: Path) -> ResolvedModel:
