@@ -20,15 +20,32 @@ if TYPE_CHECKING:
 # Files that take longest, and keep processes of their own busy: begun last, they would run while a worker idles.
 LONGEST = (
     "test_regression.py",
-    "test_shell_lines.py",
-    "test_python_blocks.py",
     "test_api.py",
+    "test_training.py",
+    "test_shell_lines.py",
+    "test_tables.py",
     "test_local.py",
     "test_measurement.py",
-    "test_training.py",
+    "test_loop.py",
+    "test_endings.py",
+    "test_ray.py",
+    "test_architectures.py",
+    "test_texts.py",
+    "test_damage.py",
+    "test_pair.py",
+    "test_zero_shot.py",
+    "test_slurm.py",
+    "test_python_blocks.py",
+    "test_sensitivity.py",
+    "test_formats.py",
+    "test_browser.py",
     "test_triton.py",
+    "test_run.py",
     "test_wheel.py",
     "test_example_method.py",
+    "test_act_bits.py",
+    "test_qllm.py",
+    "test_hf.py",
 )
 
 
@@ -86,14 +103,20 @@ def tokenizer(model: ResolvedModel) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def truncated(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
-    """The first four blocks of the default model, as a local folder: real weights at a seventh of the time."""
-    return _first_blocks(model, 4, session_folder / "smollm2-4-blocks")
+    """The first three blocks of the default model, as a local folder: real weights at a tenth of the time."""
+    return _first_blocks(model, 3, session_folder / "smollm2-3-blocks")
 
 
 @pytest.fixture(scope="session")
 def two_blocks(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
     """The first two blocks: for what needs a block behind a packed one, and no more."""
     return _first_blocks(model, 2, session_folder / "smollm2-2-blocks")
+
+
+@pytest.fixture(scope="session")
+def four_blocks(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
+    """The first four: for what is asked of blocks none of which is the last."""
+    return _first_blocks(model, 4, session_folder / "smollm2-4-blocks")
 
 
 def _first_blocks(model: ResolvedModel, blocks: int, folder: Path) -> ResolvedModel:
@@ -115,3 +138,34 @@ def _first_blocks(model: ResolvedModel, blocks: int, folder: Path) -> ResolvedMo
             load_tokenizer(model.path).save_pretrained(folder)
             small.save_pretrained(folder)
         return resolve_model(str(folder))
+
+
+@pytest.fixture(scope="session")
+def tiny(model: ResolvedModel, session_folder: Path) -> Path:
+    """A folder with a random model of two narrow blocks, and the real tokenizer: for what is the same on any model."""
+    return _random_blocks(model, session_folder / "tiny", width=64)
+
+
+@pytest.fixture(scope="session")
+def narrow(model: ResolvedModel, session_folder: Path) -> Path:
+    """The same of blocks that are wide enough for every method and format."""
+    return _random_blocks(model, session_folder / "narrow", width=128)
+
+
+def _random_blocks(model: ResolvedModel, folder: Path, width: int) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from harness.data.checkpoint import load_tokenizer
+    from harness.data.files import locked
+    from harness.model import read_config
+
+    with locked(folder, folder.name):
+        if not (folder / "model.safetensors").exists():
+            config = read_config(model.path)
+            sizes = {"num_hidden_layers": 2, "hidden_size": width, "intermediate_size": 2 * width, "head_dim": 32}
+            config.update({**sizes, "num_attention_heads": width // 32, "num_key_value_heads": width // 64})
+            torch.manual_seed(0)
+            load_tokenizer(model.path).save_pretrained(folder)
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder

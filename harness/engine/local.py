@@ -32,6 +32,7 @@ from harness.store.records import CellSpec, Ending, Outcome
 # Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an
 # accelerator may not survive a fork, so there every cell starts from nothing.
 START = {"cpu": "forkserver"}
+MEASURED = "spawn"  # a measurement inherits nothing: how threads wait and memory is kept is read when a process starts
 # What it imports: a cell's work, and what that would import on its way to a loaded model.
 PRELOADED = (
     "harness.engine.cell",
@@ -123,7 +124,7 @@ def measure_cells(
         with quiet(waiting), _variables(_QUIET):
             for spec in specs:
                 work = partial(measurement.work, spec, conditions)
-                outcomes[spec.key] = processes.run(work, spec.key, multiprocessing.get_context("spawn"))
+                outcomes[spec.key] = processes.run(work, spec.key, multiprocessing.get_context(MEASURED))
     except KeyboardInterrupt as stop:
         processes.stop()
         raise Interrupted(outcomes) from stop

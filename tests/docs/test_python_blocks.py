@@ -1,6 +1,6 @@
 """Every block of Python in README.md, CONTRIBUTING.md and docs/ is run as a script, or says what it needs.
 
-The blocks of a page are one script, run in a folder where `my-model` is a model of two blocks."""
+The blocks of a page are one script, run in a folder where `my-model` is a model of two narrow blocks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def python_blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
-def test_every_python_block_runs_or_says_what_it_needs(page, two_blocks, tmp_path):
+def test_every_python_block_runs_or_says_what_it_needs(page, narrow, tmp_path):
     found = python_blocks(page)
     for block in found:
         compile(block, page.name, "exec")
     script = "\n\n".join(block for block in found if not any(mark in block for mark in MARKS))
-    shutil.copytree(two_blocks.path, tmp_path / "my-model")
+    shutil.copytree(narrow, tmp_path / "my-model")
     (tmp_path / "page.py").write_text(script)
     cache = linked_cache(cache_dir().resolve(), tmp_path / "cache")
     added = {"PYTHONPATH": str(ROOT), CACHE_VARIABLE: str(cache), "TMPDIR": str(tmp_path)}  # a lock of its own

@@ -1,7 +1,7 @@
-"""Every shell line of README.md, CONTRIBUTING.md and docs/ is run on a model of two blocks, or says what it needs.
+"""Every shell line of README.md, CONTRIBUTING.md and docs/ is run, or says what it needs.
 
-The lines of a page run in order, in a folder of its own; pages share one cache of results. What is appended to a line
-makes it small: the last of two equal options wins."""
+They are run on a model of two narrow blocks. The lines of a page run in order, in a folder of its own; pages share one
+cache of results. What is appended to a line makes it small: the last of two equal options wins."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.data.assets import ResolvedModel
 from harness.data.files import CACHE_VARIABLE, cache_dir
+from harness.engine import local
 from harness.measure import machine
 from tests.helpers import linked_cache, run_harness
 
@@ -45,10 +45,13 @@ def shell_lines(page: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def cache(two_blocks: ResolvedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache that all pages share, without results at first; the lock of measurements is this file's own."""
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache that all pages share, without results at first; the lock of measurements is this file's own, and their
+    processes are forked like those of cells: what they find is not looked at."""
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
+        local._prepare("cpu")
+        patch.setattr(local, "MEASURED", "forkserver")
         patch.setattr(machine, "lock_path", lambda: folder / "machine.lock")
         yield linked_cache(cache_dir().resolve(), folder / "cache")
 
@@ -59,7 +62,7 @@ def test_every_code_block_names_its_language(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if shell_lines(page)], ids=lambda page: page.name)
-def test_every_shell_line_runs_or_says_what_it_needs(page, cache, two_blocks, tmp_path, monkeypatch):
+def test_every_shell_line_runs_or_says_what_it_needs(page, cache, narrow, tmp_path, monkeypatch):
     for line in shell_lines(page):
         words = shlex.split(line, comments=True)
         match words:
@@ -74,12 +77,12 @@ def test_every_shell_line_runs_or_says_what_it_needs(page, cache, two_blocks, tm
                     patch.setattr(importlib.import_module(f"harness.cli.{verb}"), "main", lambda arguments: 0)
                     assert run_harness(*words[3:]).returncode == 0, line
             case ["python", "-m", "harness", verb, *options]:
-                small = _smaller(verb, options, str(two_blocks.path))
+                small = _smaller(verb, options, str(narrow))
                 done = run_harness(verb, *options, *small, cwd=tmp_path, HARNESS_CACHE=str(cache))
                 assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
             case ["python", "benchmarks/scoring.py"]:
                 monkeypatch.setenv(CACHE_VARIABLE, str(cache))
-                command = [sys.executable, ROOT / words[1], "--model", two_blocks.path, *SCORING]
+                command = [sys.executable, ROOT / words[1], "--model", narrow, *SCORING]
                 subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
             case _:
                 pytest.fail(f"{page.name}: nobody knows how to run '{line}'; teach this test, or describe it in words")

@@ -57,23 +57,23 @@ def test_a_compressed_model_is_the_stored_cell_and_generates(truncated, finished
     assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, tokens.shape[1] + 3)
 
 
-def test_a_model_that_is_not_there_yet_is_compressed_once_and_not_scored(two_blocks, cache, logged, tmp_path, capsys):
-    harness.compress(str(two_blocks.path), "rtn", bits="3.25")
+def test_a_model_that_is_not_there_yet_is_compressed_once_and_not_scored(narrow, cache, logged, tmp_path, capsys):
+    harness.compress(str(narrow), "rtn", bits="3.25")
     (cell,) = (folder.name for folder in (cache / "cells").iterdir() if folder.is_dir())
     assert CellStore(cell).artifact() is not None and not list((cache / "cells" / cell).glob("score_*"))
     assert "not repeated" not in capsys.readouterr().err
-    harness.compress(str(two_blocks.path), "rtn", bits=3.25)
+    harness.compress(str(narrow), "rtn", bits=3.25)
     assert "not repeated" in capsys.readouterr().err
-    done = run_harness("run", "--model", str(two_blocks.path), "--methods", "rtn", *SMALL, "--out", str(tmp_path / "o"))
+    done = run_harness("run", "--model", str(narrow), "--methods", "rtn", *SMALL, "--out", str(tmp_path / "o"))
     assert done.returncode == 0 and cell in (tmp_path / "o" / "leaderboard.csv").read_text()
     assert {entry.name for entry in logged} == {"fp16", "rtn 3.25"}  # when they ended
     assert all("ppl_wiki-mini@128/4" in entry.numbers for entry in logged)
 
 
-def test_a_script_needs_no_guard(two_blocks, cache, tmp_path):
+def test_a_script_needs_no_guard(narrow, cache, tmp_path):
     (tmp_path / "script.py").write_text(
         "import harness\n"
-        f"board = harness.compare({str(two_blocks.path)!r}, 'rtn', protocols='wiki-mini@64/5', bench=False)\n"
+        f"board = harness.compare({str(narrow)!r}, 'rtn', protocols='wiki-mini@64/5', bench=False)\n"
         "print(board['status'].tolist())\n"
     )
     root = str(Path(__file__).parents[2])

@@ -171,7 +171,7 @@ def test_costs_of_an_allocation_are_those_of_the_difference(two_blocks, tuned):
         (("--methods", "svd", "--base", "nowhere"), "no folder nowhere: give a folder, a hub id"),
         (("--methods", "svd", "--base", "TUNED"), "are the same model, smollm2-2-blocks-tuned: there is no difference"),
         (
-            ("--methods", "svd", "--base", "FOUR"),
+            ("--methods", "svd", "--base", "THREE"),
             "are no pair (model.layers.2.self_attn.q_proj is absent in one and 576 x",
         ),
         (("--methods", "svd", "--base", "llama2-7b"), "no folder llama2-7b"),
@@ -182,7 +182,7 @@ def test_costs_of_an_allocation_are_those_of_the_difference(two_blocks, tuned):
     ],
 )
 def test_what_is_no_pair_says_so_in_one_line(options, line, tuned, two_blocks, truncated, cache):
-    places = {"BASE": two_blocks.path, "TUNED": tuned.path, "FOUR": truncated.path}
+    places = {"BASE": two_blocks.path, "TUNED": tuned.path, "THREE": truncated.path}
     typed = [str(places.get(word, word)) for word in options]
     done = run_harness("run", "--model", str(tuned.path), *typed, *SMALL)
     assert done.returncode != 0 and line in done.stderr + done.stdout and "Traceback" not in done.stderr

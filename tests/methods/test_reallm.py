@@ -196,9 +196,9 @@ def test_data_helps(weight, shape):
 
 
 @pytest.fixture(scope="module")
-def inputs(truncated, tokenizer) -> dict[str, torch.Tensor]:
+def inputs(four_blocks, tokenizer) -> dict[str, torch.Tensor]:
     """What two layers of the fourth block see of eight windows of text, [8, T, I]."""
-    model = load_reference(truncated.path, "cpu", torch.float32)
+    model = load_reference(four_blocks.path, "cpu", torch.float32)
     seen = {}
     for name in ("self_attn.v_proj", "mlp.up_proj"):
         model.get_submodule(f"model.layers.3.{name}").register_forward_pre_hook(

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.data.assets import ResolvedModel
 from harness.data.files import CACHE_VARIABLE, cache_dir
 from tests.helpers import linked_cache
 
@@ -23,10 +22,10 @@ sys.exit(main(["ls", "methods"]) or main(["plan", *plan]) or main(["run", *plan,
 """
 
 
-def test_a_method_of_another_package(example: Path, two_blocks: ResolvedModel, tmp_path: Path) -> None:
+def test_a_method_of_another_package(example: Path, narrow: Path, tmp_path: Path) -> None:
     cache = linked_cache(cache_dir().resolve(), tmp_path / "cache")
     added = {"PYTHONPATH": str(example), CACHE_VARIABLE: str(cache), "TMPDIR": str(tmp_path)}  # a lock of its own
-    command = [sys.executable, "-c", ALL_VERBS, two_blocks.path, tmp_path / "out", *TINY]
+    command = [sys.executable, "-c", ALL_VERBS, narrow, tmp_path / "out", *TINY]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | added)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\nclipped  Round to nearest on a symmetric grid" in done.stdout  # ls methods

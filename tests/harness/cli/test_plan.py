@@ -5,7 +5,7 @@ from tests.helpers import PLANNED, run_harness
 
 def test_a_plan_names_every_layer(truncated, finished_cache):
     plan = run_harness("plan", "--model", str(truncated.path), "--methods", "gptq", *PLANNED)
-    assert plan.stdout.count("model.layers.") == 28 and "predicted divergence" in plan.stdout
+    assert plan.stdout.count("model.layers.") == 21 and "predicted divergence" in plan.stdout
 
 
 def test_plan_counts_without_weights():

@@ -9,29 +9,53 @@ import pytest
 from harness.model import PRESETS, inventory, laid_out, read_config, skeleton
 
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "pandas", "scipy", "peft", "pyarrow")
-# Runs the command line, and says how it ended and which of those it has imported.
+# Runs command lines, one a line of its input, each in a fork of a process that has imported the entry point and no
+# more; says how each ended and which of those it has imported.
 SCRIPT = f"""
-import json, sys
+import json, os, sys
 from harness.cli import main
-try:
-    code = main(sys.argv[1:])
-except SystemExit as stop:
-    code = stop.code
-sys.stdout.flush()
-print(json.dumps([code, [name for name in {HEAVY} if name in sys.modules]]))
+for line in sys.stdin:
+    os.environ["HARNESS_CACHE"], *arguments = json.loads(line)
+    answer, said = os.pipe()
+    if not os.fork():
+        os.dup2(2, 1)  # what is printed is shown when a test fails
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+        sys.stdout.flush()
+        os.write(said, json.dumps([code, [name for name in {HEAVY} if name in sys.modules]]).encode())
+        os._exit(0)
+    os.close(said)
+    with os.fdopen(answer) as found:
+        print(found.read() or "null", flush=True)
+    os.wait()
 """
 
 
-def imported(*arguments, cache):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments],
-        capture_output=True,
-        text=True,
-        env={"HARNESS_CACHE": str(cache), "PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path))},
-    )
-    assert done.stdout, done.stderr
-    code, found = json.loads(done.stdout.splitlines()[-1])
-    return code, set(found)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    errors = tmp_path_factory.mktemp("startup") / "errors.txt"
+    environment = {"PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path))}
+    command = [sys.executable, "-c", SCRIPT]
+    with open(errors, "w") as out:
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True, env=environment)
+        with subprocess.Popen(command, **pipes) as process:
+            yield process, errors
+
+
+@pytest.fixture
+def imported(server, tmp_path):
+    """Words of a command line -> (exit code, which heavy packages it imported)."""
+    process, errors = server
+
+    def answer(*arguments):
+        print(json.dumps([str(tmp_path), *arguments]), file=process.stdin, flush=True)
+        found = json.loads(process.stdout.readline() or "null")
+        assert found, errors.read_text()
+        return found[0], set(found[1])
+
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -60,8 +84,8 @@ def imported(*arguments, cache):
     ],
     ids=" ".join,
 )
-def test_help_and_lists_import_nothing_heavy(arguments, tmp_path):
-    assert imported(*arguments, cache=tmp_path) == (0, set())
+def test_help_and_lists_import_nothing_heavy(arguments, imported):
+    assert imported(*arguments) == (0, set())
 
 
 @pytest.mark.parametrize(
@@ -92,17 +116,17 @@ def test_help_and_lists_import_nothing_heavy(arguments, tmp_path):
     ],
     ids=" ".join,
 )
-def test_a_refusal_imports_nothing_heavy(arguments, tmp_path):
-    assert imported(*arguments, cache=tmp_path) == (2, set())
+def test_a_refusal_imports_nothing_heavy(arguments, imported):
+    assert imported(*arguments) == (2, set())
 
 
-def test_an_option_of_a_method_is_refused_with_torch_alone(tmp_path):
-    assert imported("run", "--methods", "gptq:grop=64", cache=tmp_path) == (2, {"torch"})
+def test_an_option_of_a_method_is_refused_with_torch_alone(imported):
+    assert imported("run", "--methods", "gptq:grop=64") == (2, {"torch"})
 
 
-def test_a_preset_is_planned_without_transformers(tmp_path):
+def test_a_preset_is_planned_without_transformers(imported):
     arguments = ("plan", "--model", "smollm2-135m", "--methods", "gptq,nf", "--bits", "3.25")
-    assert imported(*arguments, cache=tmp_path) == (0, {"torch"})
+    assert imported(*arguments) == (0, {"torch"})
 
 
 @pytest.mark.parametrize("preset", PRESETS)

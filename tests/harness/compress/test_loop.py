@@ -29,7 +29,7 @@ def tokens(tokenizer) -> torch.Tensor:
     from harness.data.protocols import parse_calibration
     from harness.data.windows import calibration_windows
 
-    return calibration_windows(parse_calibration("c4-mini@128x8"), tokenizer, seed=0).tokens_NT
+    return calibration_windows(parse_calibration("c4-mini@128x4"), tokenizer, seed=0).tokens_NT
 
 
 def compress(folder, method, tokens, path, budget=Fraction(13, 4), seed=0):

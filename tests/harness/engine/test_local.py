@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -18,57 +19,65 @@ def test_killed_at_three_random_moments_the_same_command_goes_on(two_blocks, ass
     arguments = [sys.executable, "-m", "harness", "run", "--model", str(two_blocks.path), "--methods", "gptq", *SMALL]
     caches = {name: linked_cache(assets_cache, tmp_path / name) for name in ("whole", "killed")}
 
-    def start(name, out):
-        environment = os.environ | {CACHE_VARIABLE: str(caches[name])}
-        return subprocess.Popen(
-            [*arguments, "--out", str(tmp_path / out)],
-            env=environment,
-            start_new_session=True,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def finish(process):
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+    def finish(name, out):
+        done = run_harness(*arguments[3:], "--out", str(tmp_path / out), HARNESS_CACHE=str(caches[name]))
+        assert done.returncode == 0, done.stderr
 
     begin = time.monotonic()
-    finish(start("whole", "a"))
+    finish("whole", "a")
     duration = time.monotonic() - begin
 
-    moments = sorted(random.SystemRandom().uniform(0.1, 0.75) * duration for _ in range(3))
+    moments = sorted(random.SystemRandom().uniform(0.0, 0.75) * duration for _ in range(3))
     # Shown when the test fails.
-    print("killed after", [round(moment, 2) for moment in moments], "s of", round(duration, 2))
+    print("killed", [round(moment, 2) for moment in moments], "s after its first cell began, of", round(duration, 2))
     seen = set()
     for moment in moments:
-        process = start("killed", "b")
+        process = subprocess.Popen(
+            [*arguments, "--out", str(tmp_path / "b")],
+            env=os.environ | {CACHE_VARIABLE: str(caches["killed"])},
+            start_new_session=True,
+            stderr=subprocess.DEVNULL,
+        )
+        before = time.time()
+        while process.poll() is None and not _began(caches["killed"], before):
+            time.sleep(0.02)
         time.sleep(moment)
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()
         found = {path for path in caches["killed"].glob("cells/*/**/*") if path.suffix in (".json", ".safetensors")}
         done = {path for path in found if ".tmp" not in path.name and path.parent.name != "blocks"}
         assert seen <= found  # nothing finished is ever lost
         seen = done
-    finish(start("killed", "b"))
+    finish("killed", "b")
     assert steady(read_rows(tmp_path / "b")) == steady(read_rows(tmp_path / "a"))
+
+
+def _began(cache, moment):
+    """Whether a cell's process has taken its cell since then."""
+    return any(path.exists() and path.stat().st_mtime > moment for path in (cache / "cells").glob("*.lease"))
 
 
 def test_one_crash_is_one_failed_row(two_blocks, cache, tmp_path):
     out = str(tmp_path / "out")
     arguments = ["run", "--model", str(two_blocks.path), "--methods", "rtn,gptq", *SMALL, "--out", out]
-    process = subprocess.Popen([sys.executable, "-m", "harness", *arguments], stderr=subprocess.PIPE, text=True)
-    victim = None
-    deadline = time.time() + 300
-    while victim is None and time.time() < deadline:
-        time.sleep(0.02)
-        if list(cache.glob("cells/*/blocks/block_0000.safetensors")):
-            # Of all processes below it, the cells: they are children of the server they were forked from.
-            family = psutil.Process(process.pid).children(recursive=True)
-            victim = next((p for p in family if p.parent().pid != process.pid), None)
-    assert victim is not None, process.stderr.read()
-    victim.kill()
-    _, errors = process.communicate()
-    assert process.returncode == 1, errors
+    over = threading.Event()
+
+    def kill() -> None:
+        """Of all processes below this one, a cell: those are children of the server they were forked from."""
+        while not over.wait(0.02):
+            if list(cache.glob("cells/*/blocks/block_0000.safetensors")):
+                family = psutil.Process().children(recursive=True)
+                victim = next((p for p in family if p.parent().pid != os.getpid()), None)
+                if victim is not None:
+                    victim.kill()
+                    return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    done = run_harness(*arguments)
+    over.set()
+    killer.join()
+    assert done.returncode == 1, done.stderr
     rows = read_rows(tmp_path / "out")
     assert sorted(row["status"] for row in rows.values()) == ["killed", "ok", "ok"]
     assert "killed by SIGKILL" in next(row["reason"] for row in rows.values() if row["status"] == "killed")

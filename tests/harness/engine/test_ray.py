@@ -18,11 +18,14 @@ def cluster():
 
     before = signal.getsignal(signal.SIGTERM)  # Ray sets one of its own
     small = dict(object_store_memory=80 << 20, num_cpus=1, memory=8 << 30)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_worker_niceness", "0")  # its own is 15: beside the other tests its cells would hardly run
     cluster = Cluster(initialize_head=True, head_node_args=small | {"num_cpus": 0, "include_dashboard": False})
     cluster.doomed = [cluster.add_node(**small), cluster.add_node(**small)]
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    patch.undo()
     signal.signal(signal.SIGTERM, before)
 
 

@@ -110,8 +110,8 @@ def _is_cell(process: psutil.Process) -> bool:
         return False
 
 
-def test_two_runs_share_a_cell_and_the_second_says_for_whom_it_waits(two_blocks, cache, tmp_path):
-    typed = [sys.executable, "-m", "harness", "run", "--model", str(two_blocks.path), "--methods", "rtn", *SHORT]
+def test_two_runs_share_a_cell_and_the_second_says_for_whom_it_waits(tiny, cache, tmp_path):
+    typed = [sys.executable, "-m", "harness", "run", "--model", str(tiny), "--methods", "rtn", *SHORT]
     environment = os.environ | {CACHE_VARIABLE: str(cache)}
     both = [
         subprocess.Popen([*typed, "--out", str(tmp_path / out)], stderr=subprocess.PIPE, text=True, env=environment)

@@ -25,8 +25,8 @@ def tokens(tokenizer) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def reference(truncated):
-    return load_reference(truncated.path, "cpu", torch.float32)
+def reference(four_blocks):
+    return load_reference(four_blocks.path, "cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
