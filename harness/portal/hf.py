@@ -74,7 +74,7 @@ class HuggingFace(Exporter):
                     yield f"{name}.weight", torch.empty(0, dtype=torch.float16)
             yield from reader.rest()
             if pair:
-                own = {name for name, _ in reader.rest()}
+                own = {name for tensors in (reader.rest(), reader.uncovered()) for name, _ in tensors}
                 yield from standing_on(Base.load(pair, "cpu"), layers, own, HALF_DTYPES[reader.description.half])
 
         base = request.option == "base"
@@ -85,7 +85,7 @@ class HuggingFace(Exporter):
 
 def standing_on(base: Base, layers: Container[str], own: Container[str], half: torch.dtype) -> Tensors:
     """What a cell of a pair does not store: the weight under every difference, and what the tuned model has of its base
-    unchanged, each under one of its names. `own` are the names of what the cell stores beside its layers."""
+    unchanged, each under one of its names. `own` are the names of what the cell stores beside packed layers."""
     seen = {tensor.data_ptr() for name, tensor in base.tensors.items() if name in own}
     for name, tensor in base.tensors.items():
         owner, _, leaf = name.rpartition(".")

@@ -48,8 +48,8 @@ class FromHqq(Importer):
         config = quantization.get("quant_config")
         if not isinstance(config, Mapping):
             raise ValueError(f"its quantization_config has quant_config={config!r}, which is no hqq of a version known")
-        said = config.get("weight_quant_params")  # else it has one for every role of layers
-        self.said = {name: said[name] for name in ("nbits", "group_size", "axis") if said.get(name)} if said else {}
+        said = config.get("weight_quant_params") or {}  # else it has one for every role of layers
+        self.said = {n: said[n] for n in ("nbits", "group_size", "axis") if said.get(n) is not None}
 
     def layer(self, checkpoint: Checkpoint, spec: LayerSpec) -> Brought | None:
         name, rows, columns = spec.name, spec.out_features, spec.in_features
