@@ -2,7 +2,7 @@
 
 Files of one name are mixtures: a Q4_K_M has some matrices of Q6_K. So a name is held to be true where more weights of
 the blocks are of the type it stands for than of any other. It often is not where the rows of a model are no multiple of
-256: llama.cpp then stores another type (IQ4_NL for Q2_K), and the file keeps its name."""
+256: llama.cpp then stores another type (Q4_0 for Q2_K), and the file keeps its name."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_llama_cpp_agrees(cell, tmp_path):
 
 
 def told(model, *arguments) -> str:
-    command = [PROGRAM, "-m", model, *arguments, "-t", 1, "-ub", 64, "-b", 64]
+    command = [PROGRAM, "-m", model, *arguments, "-t", 1, "-ub", 64, "-b", 64, "--no-repack"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
