@@ -1,6 +1,6 @@
 """GPTQ of its reference implementation beside ours: one model, one calibration text, the same bits of codes, one run.
 
-    pip install gptqmodel==7.6.0          # and, or: pip install auto-gptq==0.7.1 --no-deps
+    pip install gptqmodel==7.6.0 optimum      # and, or: pip install auto-gptq==0.7.1 --no-deps
     python benchmarks/gptq_reference.py [--model NAME] [--blocks N] [--bits 3] [--group 64] [--out FOLDER]
 
 Rows, all symmetric, one grid to a group of columns:
@@ -61,7 +61,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the leaderboards and of gptqmodel's checkpoints")
     arguments = parser.parse_args()
     if not find_spec("gptqmodel") and not find_spec("auto_gptq"):
-        raise SystemExit("no reference is installed: pip install gptqmodel==7.6.0, or auto-gptq==0.7.1 --no-deps")
+        raise SystemExit(
+            "no reference is installed: pip install gptqmodel==7.6.0 optimum, or auto-gptq==0.7.1 --no-deps"
+        )
     with TemporaryDirectory() as temporary:
         out = (arguments.out or Path(temporary)).resolve()
         model = resolve_model(arguments.model)

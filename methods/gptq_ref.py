@@ -5,7 +5,7 @@ its successor gptqmodel 7.6, makes every matrix, and what its `QuantLinear` woul
 points, codes of the fp32 grid) is what is stored. Of auto-gptq only the two modules of the algorithm are loaded: the
 rest asks for a transformers of 2024. Which of the two ran is in a cell's key.
 
-    pip install auto-gptq==0.7.1 --no-deps        or        pip install gptqmodel==7.6.0
+    pip install auto-gptq==0.7.1 --no-deps        or        pip install gptqmodel==7.6.0 optimum
 
 One thing both do otherwise than their paper says: with groups of fewer than 128 columns that are not static, a grid is
 placed on weights that the errors of its own lazy block have not reached yet. With static groups, or of 128, their codes
@@ -38,7 +38,10 @@ from methods.uniform_grid import UniformGridMethod
 
 AUTO_GPTQ, GPTQMODEL = "auto-gptq", "gptqmodel"
 MODULES = {AUTO_GPTQ: "auto_gptq", GPTQMODEL: "gptqmodel"}
-INSTALL = {AUTO_GPTQ: "auto-gptq==0.7.1 --no-deps", GPTQMODEL: "gptqmodel==7.6.0"}
+INSTALL = {
+    AUTO_GPTQ: "auto-gptq==0.7.1 --no-deps",
+    GPTQMODEL: "gptqmodel==7.6.0 optimum",
+}  # peft refuses gptqmodel alone
 NORM = 2.4  # of a search for a grid, auto-gptq's own
 
 

@@ -80,7 +80,7 @@ def without_packages(monkeypatch):
 def test_without_the_package_it_says_what_to_type(layer, without_packages):
     for text, install in {
         "gptq-ref": "auto-gptq==0.7.1 --no-deps",
-        "gptq-ref:package=gptqmodel": "gptqmodel==7.6.0",
+        "gptq-ref:package=gptqmodel": "gptqmodel==7.6.0 optimum",
     }.items():
         with pytest.raises(ValueError, match=f"pip install {install}"):
             packed(text, layer, 4, 32, "symmetric")
