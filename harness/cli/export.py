@@ -29,9 +29,12 @@ def main(arguments: argparse.Namespace) -> int:
     from harness.portal.folder import Request
 
     cell = stored_cell(arguments.cell, arguments.row)
-    if cell.artifact.spec.base:
-        raise ValueError(f"{cell.label} is the difference to a base, which no format holds: give a cell of one model")
     exporter = EXPORTS.get(arguments.format)
+    if (base := cell.artifact.spec.base) and not exporter.holds_pairs:
+        raise ValueError(
+            f"{cell.label} is the difference to {base.name}, which {arguments.format} has no form for: "
+            "write --format hf"
+        )
     variant = arguments.variant or next(iter(exporter.options), "")
     if arguments.variant and variant not in exporter.options:
         raise ValueError(f"{arguments.format} has no variant '{variant}': {_choice(exporter.options)}")

@@ -28,6 +28,7 @@ def main(arguments: argparse.Namespace) -> int:
     import torch
 
     from harness.compressed import CompressedModel
+    from harness.data.checkpoint import load_tokenizer
     from harness.data.streams import evaluation_stream
     from harness.portal import kl_file
     from harness.portal.cells import stored_cell
@@ -40,14 +41,15 @@ def main(arguments: argparse.Namespace) -> int:
     name = arguments.protocol or next(iter(known), "")
     if base is None and name not in known:
         raise ValueError(f"{cell.label} was not scored by '{name}': {suggestion(name, list(known))}")
+    bos = kl_file.beginning(load_tokenizer(spec.model.path))
     model = CompressedModel.load(cell.store.folder, spec.device, getattr(torch, spec.dtype), spec.base).model
     if base is None:
         tokens_NT = evaluation_stream(known[name], spec.model, spec.data).tokens_NT
-        kl_file.write(model, tokens_NT, arguments.write)
+        kl_file.write(model, tokens_NT, arguments.write, bos)
         found: dict[str, object] = {"cell": cell.store.key, "protocol": name, "file": arguments.write}
         text = f"{arguments.write}: {len(tokens_NT)} windows of {tokens_NT.shape[1]} tokens of {name}"
     else:
-        agreement = kl_file.compare(model, base)
+        agreement = kl_file.compare(model, base, bos)
         found = {"cell": cell.store.key, "base": arguments.base, **asdict(agreement)}
         text = (
             f"{cell.label}: kld {agreement.kld:.6f} +- {agreement.stderr:.6f} nats over {agreement.predictions} "

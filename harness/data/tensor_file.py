@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class TensorFile:
         held = torch.empty(spec.bytes, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as handle:
             handle.seek(self._start + first)
-            view, done = memoryview(held.numpy()), 0
+            view, done = _bytes_of(held), 0
             while done < len(view):  # a read of more than 2 GiB comes in parts
                 if not (count := handle.readinto(view[done:])):
                     raise ValueError(f"{self.path} ends in the middle of {name}: copy it again")
@@ -119,8 +120,14 @@ def write_tensor_file(
             tensor = read(name)
             assert TensorSpec.of(tensor) == specs[name], f"{name}: {TensorSpec.of(tensor)}, announced as {specs[name]}"
             if tensor.numel():
-                handle.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+                handle.write(_bytes_of(tensor.contiguous().flatten().view(torch.uint8)))
     path.chmod(PLAIN_MODE)
+
+
+def _bytes_of(flat: Tensor) -> memoryview:
+    """The memory of a uint8 tensor."""
+    array: Any = flat.numpy()  # numpy's own types do not say that an array is a buffer
+    return memoryview(array)
 
 
 def in_files(paths: Iterable[Path]) -> dict[str, TensorFile]:

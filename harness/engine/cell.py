@@ -234,11 +234,12 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
 
 def _import(spec: CellSpec, source: ResolvedModel, store: CellStore, speak: Speaker, meter: Meter) -> None:
     """Another program's checkpoint as this cell's artifact."""
-    compressed, ledger, layers, seconds = bring_in(source, spec.model.path, spec.half, speak)
-    compressed.save(store.folder)
-    roles = {layer.name: layer.role for layer in compressed.inventory.layers}
-    records = {n: LayerRecord(roles[n], bpw, config, {}) for n, (config, bpw) in layers.items()}
-    store.put_artifact(_artifact(spec, store, ledger, records, seconds, meter))
+    found = bring_in(source, spec.model.path, spec.half, speak)
+    found.compressed.save(store.folder)
+    roles = {layer.name: layer.role for layer in found.compressed.inventory.layers}
+    records = {n: LayerRecord(roles[n], bpw, config, {}) for n, (config, bpw) in found.layers.items()}
+    artifact = _artifact(spec, store, found.ledger, records, found.seconds, meter)
+    store.put_artifact(replace(artifact, source_note=found.note))
 
 
 def _artifact(

@@ -48,8 +48,8 @@ class Pages:
         self.blocks: list[nn.Module] = list(model.get_submodule(prefix).children())
         self.sources: list[dict[str, Read]] = [{} for _ in self.blocks]
         for name, read in sources.items():
-            index, _, inside = name.removeprefix(f"{prefix}.").partition(".")
-            self.sources[int(index)][inside] = read
+            number, _, inside = name.removeprefix(f"{prefix}.").partition(".")
+            self.sources[int(number)][inside] = read
         self._users = [0] * len(self.blocks)
         for index, block in enumerate(self.blocks):
             self._let_go(index)

@@ -32,6 +32,7 @@ IMPORTS: Registry = Registry(
         "compressed-tensors": "harness.portal.compressed_tensors:IMPORTER",
         "awq": "harness.portal.awq:IMPORTER",
         "bitsandbytes": "harness.portal.bnb:IMPORTER",
+        "hqq": "harness.portal.hqq:IMPORTER",
         "gguf": "harness.portal.gguf:IMPORTER",
     },
     group="ptq_harness.imports",

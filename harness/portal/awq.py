@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.portal.foreign import Brought, Checkpoint, Importer, bits_of, requires
-from harness.portal.uniform import Numbers, exact_half
+from harness.portal.uniform import Numbers, exact_half, groups_of
 from kernels.formats.layer import LayerSpec
 
 BITS = 4
@@ -33,8 +33,7 @@ class FromAwq(Importer):
         name, rows, columns = spec.name, spec.out_features, spec.in_features
         if f"{name}.qweight" not in checkpoint:
             return None
-        group = columns if self.group == -1 else self.group
-        groups = -(-columns // group)
+        group, groups = groups_of(columns, self.group)
         tensors = {
             "qweight": checkpoint.shaped(f"{name}.qweight", columns, rows // 8),
             "qzeros": checkpoint.shaped(f"{name}.qzeros", groups, rows // 8),

@@ -39,9 +39,9 @@ def card(cell: StoredCell, format: str, load: str) -> str:
         "",
         f"# {spec.model.name}, {cell.label}",
         "",
-        f"{spec.model.name} compressed by `{spec.method_text}` and exported as `{format}` by ptq-harness "
-        f"{artifact.environment.harness}.",
+        f"{_origin(spec)} and exported as `{format}` by ptq-harness {artifact.environment.harness}.",
         *([f"Of the model: {spec.model.note}."] if spec.model.note else []),
+        *([f"Of the checkpoint: {artifact.source_note}."] if artifact.source_note else []),
         "",
         "```python",
         load,
@@ -49,7 +49,7 @@ def card(cell: StoredCell, format: str, load: str) -> str:
         "",
         "## Ledger",
         "",
-        "Of the cell, counted from the bytes of its tensors; this folder's own may be laid out otherwise.",
+        f"{_counted(spec)}; this folder's own may be laid out otherwise.",
         "",
         "| | |",
         "| --- | --- |",
@@ -76,12 +76,33 @@ def card(cell: StoredCell, format: str, load: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _origin(spec: CellSpec) -> str:
+    if spec.source:
+        return f"{spec.model.name} as the checkpoint `{spec.source.name}` of another program has it, read"
+    what = f"{spec.model.name} compressed by `{spec.method_text}`"
+    return f"{what} to its difference from {spec.base.name}" if spec.base else what
+
+
+def _counted(spec: CellSpec) -> str:
+    """What the ledger is of."""
+    if spec.source:
+        return f"Of the checkpoint `{spec.source.name}`, counted from the bytes of its own tensors"
+    if spec.base:
+        return f"Of the difference, counted from the bytes of its tensors; {spec.base.name} is here in 16 bits as well"
+    return "Of the cell, counted from the bytes of its tensors"
+
+
 def command(spec: CellSpec) -> str:
     """What makes the cell again."""
-    words = ["python", "-m", "harness", "run", "--model", spec.model.name, "--methods", spec.method_text]
-    words += ["--bits", spec.budget] if spec.budget else []
-    words += ["--act-bits", str(spec.act_bits)] if spec.act_bits != FULL else []
-    words += ["--allocate", spec.allocate, "--seeds", str(spec.seed)]
+    words = ["python", "-m", "harness", "run", "--model", spec.model.name]
+    words += ["--base", spec.base.name] if spec.base else []
+    if spec.source:  # its method is no text that can be typed; the reference is there without being named
+        words += ["--methods", "fp16", "--model-cell", str(spec.source.path)]
+    else:
+        words += ["--methods", spec.method_text]
+        words += ["--bits", spec.budget] if spec.budget else []
+        words += ["--act-bits", str(spec.act_bits)] if spec.act_bits != FULL else []
+        words += ["--allocate", spec.allocate, "--seeds", str(spec.seed)]
     words += ["--calibration", spec.calibration.text] if spec.calibration else []
     words += ["--training", spec.training.text] if spec.training else []
     words += ["--protocols", ",".join(p.name for p in spec.protocols.values())] if spec.protocols else []

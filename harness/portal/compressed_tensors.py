@@ -18,7 +18,7 @@ import torch
 
 from harness.portal.folder import CellReader, Exporter, Request, Tensors, write_folder
 from harness.portal.foreign import Brought, Checkpoint, Importer, bits_of, requires
-from harness.portal.uniform import Numbers, exact_half, of_layer
+from harness.portal.uniform import WHOLE_ROW, Numbers, exact_half, groups_of, of_layer
 from kernels.formats.bitpack import pack, packed_words, unpack
 from kernels.formats.layer import LayerSpec
 
@@ -111,6 +111,8 @@ class FromCompressedTensors(Importer):
                 raise ValueError(
                     f"it has {kind} weights of {bits} bits by {strategy}: only int by group or channel is read"
                 )
+            if strategy == "group":
+                requires(weights, "group_size", int, "compressed-tensors")
 
     def layer(self, checkpoint: Checkpoint, spec: LayerSpec) -> Brought | None:
         name, rows, columns = spec.name, spec.out_features, spec.in_features
@@ -124,8 +126,8 @@ class FromCompressedTensors(Importer):
                 f"{checkpoint.path}: {name} has an order of columns (weight_g_idx), which is not read here"
             )
         bits = weights["num_bits"]
-        group = columns if weights["strategy"] == "channel" else weights["group_size"]
-        groups = -(-columns // group)
+        by_row = weights["strategy"] == "channel"
+        group, groups = groups_of(columns, WHOLE_ROW if by_row else weights["group_size"])
         tensors = {
             "weight_packed": checkpoint.shaped(f"{name}.weight_packed", rows, packed_words(columns, bits)),
             "weight_scale": checkpoint.shaped(f"{name}.weight_scale", rows, groups),

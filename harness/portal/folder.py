@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from safetensors import safe_open
 
@@ -51,6 +51,7 @@ class Exporter(ABC):
     """A format that cells leave in."""
 
     options: tuple[str, ...] = ()  # of `--variant`; the first is the default
+    holds_pairs: ClassVar[bool] = False  # whether a difference can leave in it, with the base it stands on
 
     @abstractmethod
     def write(self, request: Request) -> None:

@@ -90,6 +90,10 @@ class Importer(ABC):
     def check(self, quantization: Mapping[str, Any]) -> None:  # noqa: B027  nothing to check is a case
         """Raises ValueError for a checkpoint of a version or kind that is not understood."""
 
+    def mislabelled(self, checkpoint: Checkpoint) -> str:
+        """What a checkpoint says of itself that the layers which were read are not; empty where it says what it is."""
+        return ""
+
     @abstractmethod
     def layer(self, checkpoint: Checkpoint, spec: LayerSpec) -> Brought | None:
         """The quantised layer of this name; None where the checkpoint holds plain weights of it. Raises ValueError for

@@ -28,6 +28,7 @@ from harness.data.files import atomic_path, write_text
 from harness.portal.card import card
 from harness.portal.folder import CellReader, Exporter, Request, claim
 from harness.portal.foreign import Brought, Checkpoint, Importer
+from harness.portal.gguf_label import mislabelled
 from harness.portal.uniform import Numbers, of_layer
 from kernels.formats.bits import StoredBits
 from kernels.formats.ggml import GgmlLinear, row_bytes
@@ -72,7 +73,7 @@ class GgufFile(Checkpoint):
         self._tensors = {theirs.get(t.name, t.name): t for t in reader.tensors}
         self._left = {name for name in self._tensors if name != "rope_freqs.weight"}
         self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        self.kinds: dict[str, int] = {}  # type -> weights of blocks
+        self.kinds: Counter[str] = Counter()  # type -> weights of blocks that were read
         self.said = _field(reader, "general.file_type")
 
     def __exit__(self, *raised: object) -> None:
@@ -140,10 +141,14 @@ class FromGguf(Importer):
     def open(self, path: Path, model: PreTrainedModel) -> GgufFile:
         return GgufFile(path, model)
 
+    def mislabelled(self, checkpoint: Checkpoint) -> str:
+        assert isinstance(checkpoint, GgufFile)
+        return mislabelled(checkpoint.said, checkpoint.kinds)
+
     def layer(self, checkpoint: Checkpoint, spec: LayerSpec) -> Brought | None:
         assert isinstance(checkpoint, GgufFile)
         kind, data = checkpoint.raw(f"{spec.name}.weight", spec.out_features, spec.in_features)
-        checkpoint.kinds[kind] = checkpoint.kinds.get(kind, 0) + spec.weights
+        checkpoint.kinds[kind] += spec.weights
         if kind in FLOATS:
             return None
         bits = 8 * data.nbytes

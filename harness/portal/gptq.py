@@ -18,7 +18,7 @@ import torch
 from harness import __version__
 from harness.portal.folder import CellReader, Exporter, Request, Tensors, write_folder
 from harness.portal.foreign import Brought, Checkpoint, Importer, bits_of, requires
-from harness.portal.uniform import Numbers, exact_half, of_layer
+from harness.portal.uniform import WHOLE_ROW, Numbers, exact_half, groups_of, of_layer
 from kernels.formats.bitpack import WORD_BITS, pack, packed_words, unpack
 from kernels.formats.layer import LayerSpec
 
@@ -51,7 +51,7 @@ class Gptq(Exporter):
         quantization: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": numbers.bits,
-            "group_size": -1 if numbers.group >= columns else numbers.group,
+            "group_size": WHOLE_ROW if numbers.group >= columns else numbers.group,
             "desc_act": numbers.order_I is not None,
             "sym": numbers.zero_OG is None,
             "lm_head": False,
@@ -123,8 +123,7 @@ class FromGptq(Importer):
         name, rows, columns = spec.name, spec.out_features, spec.in_features
         if f"{name}.qweight" not in checkpoint:
             return None
-        group = columns if self.group == -1 else self.group
-        groups = -(-columns // group)
+        group, groups = groups_of(columns, self.group)
         tensors = {
             "qweight": checkpoint.shaped(f"{name}.qweight", packed_words(columns, self.bits), rows),
             "qzeros": checkpoint.shaped(f"{name}.qzeros", groups, packed_words(rows, self.bits)),

@@ -6,7 +6,9 @@ Embeddings, head, norms and biases are rounded to 16 bits, like everybody's."""
 
 from __future__ import annotations
 
+import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,19 @@ from kernels.registry import suggestion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A checkpoint that was read."""
+
+    compressed: CompressedModel
+    ledger: Ledger  # the checkpoint's own
+    layers: dict[str, tuple[LayerConfig, float]]  # configuration and the checkpoint's bits per weight, by name
+    note: str  # what the checkpoint says of itself and is not
+    seconds: float
 
 
 def format_of(path: Path) -> str:
@@ -65,13 +80,10 @@ def imported_cell(source: ResolvedModel, model: ResolvedModel, compute: Compute,
     )
 
 
-def bring_in(
-    source: ResolvedModel, base: Path, half: str, progress: Progress
-) -> tuple[CompressedModel, Ledger, dict[str, tuple[LayerConfig, float]], float]:
-    """(model, the checkpoint's own ledger, configuration and bits per weight of every layer, seconds it took).
-
-    `base` is the folder of the uncompressed model, whose configuration, less its weights, the result has. Raises
-    ValueError, with the names, where the checkpoint is of another model, or is not what it says."""
+def bring_in(source: ResolvedModel, base: Path, half: str, progress: Progress) -> Arrived:
+    """`base` is the folder of the uncompressed model, whose configuration, less its weights, the result has. Raises
+    ValueError, with the names, where the checkpoint is of another model, or its tensors are not what its configuration
+    needs them to be; one that only has the wrong name is read, and a warning logged."""
     start = time.perf_counter()
     importer: Importer = IMPORTS.get(format_of(source.path))
     model = empty_model(read_config(base), torch.float32)
@@ -88,6 +100,7 @@ def bring_in(
             hyper = {k: v for k, v in brought.layer.spec().items() if k not in ("in_features", "out_features", "bias")}
             configs[layer.name] = (LayerConfig.from_json(hyper), brought.bits.total / layer.weights)
             progress("import", done + 1, len(stock.layers))
+        note = importer.mislabelled(checkpoint)
         _fill(model, checkpoint, HALF_DTYPES[half])
         if left := checkpoint.left:
             raise ValueError(f"{source.path} holds {len(left)} tensors that {base.name} has no place for ({left[0]})")
@@ -99,7 +112,10 @@ def bring_in(
     if all(isinstance(layer, DenseLinear) for layer in compressed.packed.values()):
         raise ValueError(f"{source.path} holds no quantised matrix, whatever its config says: it is mislabelled")
     ledger = Ledger(total, stock.uncovered_bits, stock.weights)
-    return compressed, ledger, configs, time.perf_counter() - start
+    if note:
+        note = f"{source.name} is {note}: {ledger.stored_bpw:.4f} bits per weight are stored"
+        log.warning("%s", note)
+    return Arrived(compressed, ledger, configs, note, time.perf_counter() - start)
 
 
 def _plain(checkpoint: Checkpoint, spec: LayerSpec, half: str) -> Brought:

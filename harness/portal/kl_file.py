@@ -10,8 +10,10 @@ With it a model that llama.cpp runs and a cell are compared on the same tokens, 
         numbers                        uint16 [n_vocab], one more where that is odd
 
 A position's numbers predict the token behind it: the second half of a chunk, less what would predict the next one.
-Log-probabilities more than 16 nats below the largest are rounded up to it, and in a divergence those below -16 count
-as nothing; all else is rounded to 2**-16 of the range. (From the source of llama.cpp's tools/perplexity.)"""
+Models whose tokenizer puts a token in front of every text are run with it in the place of each chunk's first one, which
+the file keeps as it was in the text. Log-probabilities more than 16 nats below the largest are rounded up to it, and in
+a divergence those below -16 count as nothing; all else is rounded to 2**-16 of the range. (From the source of
+llama.cpp's tools/perplexity.)"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from harness.model.head import head_of, hidden_states
 from harness.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAGIC = b"_logits_"
 RANGE = 16.0  # nats below the most likely token that are kept
@@ -56,22 +58,32 @@ def first_scored(context: int) -> int:
 
 
 @torch.inference_mode()
-def write(model: PreTrainedModel, tokens_NT: Tensor, path: Path, progress: Progress = silent) -> None:
-    """The log-probabilities of windows of T tokens, whole or not at all."""
+def write(
+    model: PreTrainedModel, tokens_NT: Tensor, path: Path, bos: int | None = None, progress: Progress = silent
+) -> None:
+    """The log-probabilities of windows of T tokens, whole or not at all; `bos` takes the place of every first token."""
     count, context = tokens_NT.shape
     vocabulary = model.config.get_text_config().vocab_size
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
         out.write(MAGIC + struct.pack("<iii", context, vocabulary, count))
         out.write(tokens_NT.to(torch.int32).contiguous().numpy().tobytes())
         for index in range(count):
-            for logits_NV in _logits(model, tokens_NT[index]):
+            for logits_NV in _logits(model, tokens_NT[index], bos):
                 out.write(rounded(logits_NV).tobytes())
             progress("write", index + 1, count)
 
 
-def _logits(model: PreTrainedModel, tokens_T: Tensor) -> Iterator[Tensor]:
+def beginning(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that every text begins with, where there is one."""
+    tokens = tokenizer("a").input_ids
+    return tokens[0] if tokens and tokens[0] == tokenizer.bos_token_id else None
+
+
+def _logits(model: PreTrainedModel, tokens_T: Tensor, bos: int | None) -> Iterator[Tensor]:
     """Logits of the scored positions of a window, fp32, a few at a time."""
     context = len(tokens_T)
+    if bos is not None:
+        tokens_T = torch.cat([torch.tensor([bos]), tokens_T[1:]])
     device = next(model.parameters()).device
     hidden_NH = hidden_states(model, tokens_T[None].to(device), context)[first_scored(context) :]
     with head_of(model) as head:
@@ -141,9 +153,9 @@ class Base:
 
 
 @torch.inference_mode()
-def compare(model: PreTrainedModel, base: Base, progress: Progress = silent) -> Agreement:
-    """The divergence of a model from the one that a file is of, as llama.cpp sums it. Raises ValueError for a file of
-    another vocabulary."""
+def compare(model: PreTrainedModel, base: Base, bos: int | None = None, progress: Progress = silent) -> Agreement:
+    """The divergence of a model from the one that a file is of, as llama.cpp sums it; `bos` takes the place of every
+    window's first token. Raises ValueError for a file of another vocabulary."""
     vocabulary = model.config.get_text_config().vocab_size
     if vocabulary != base.vocabulary:
         raise ValueError(
@@ -152,7 +164,7 @@ def compare(model: PreTrainedModel, base: Base, progress: Progress = silent) -> 
     kld, nll, base_nll, same = [], [], [], []
     for index, tokens_T in enumerate(base.tokens_NT):
         base_PV = base.log_probabilities(index)
-        logits_PV = torch.cat(list(_logits(model, tokens_T)))
+        logits_PV = torch.cat(list(_logits(model, tokens_T, bos)))
         own_PV = logits_PV - logits_PV.logsumexp(dim=1, keepdim=True)
         term_PV = base_PV.exp() * (base_PV - own_PV)
         kld.append(torch.where(base_PV > -RANGE, term_PV, 0.0).double().sum(dim=1))

@@ -53,12 +53,16 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from harness.compressed import attach_tables
         from harness.model.linear_layers import with_linear_layers
+        from kernels.formats.delta import DeltaLinear
         from kernels.formats.packed import PackedLinear
         from kernels.formats.tables import Table
 
         with_linear_layers(model)
         for name, spec in self.quantization_config.layers.items():
-            model.set_submodule(name, as_linear(PackedLinear.from_spec(spec)))
+            layer = PackedLinear.from_spec(spec)
+            if isinstance(layer, DeltaLinear):
+                layer.keep_base()
+            model.set_submodule(name, as_linear(layer))
         attach_tables(model, {key: Table.from_spec(spec) for key, spec in self.quantization_config.tables.items()})
         # The empty tensors that keep a transformers without us from going on (harness.portal.hf).
         placeholders = {rf"^{name.replace('.', '[.]')}[.]weight$" for name in self.quantization_config.layers}

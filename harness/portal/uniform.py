@@ -14,6 +14,8 @@ from kernels.formats.bitpack import unpack
 from kernels.formats.packed import PackedLinear
 from kernels.formats.uniform import UniformLinear
 
+WHOLE_ROW = -1  # what others write for the group of a row that has one
+
 
 @dataclass(frozen=True)
 class Numbers:
@@ -86,6 +88,17 @@ def of_layer(layer: PackedLinear, name: str, format: str) -> Numbers:
     if layer.zeros is not None:
         zero_OG = unpack(layer.zeros, layer.bits, layer.scales.numel()).view_as(layer.scales)
     return Numbers(layer.bits, layer.group, codes_OI, layer.scales, zero_OG, layer.minima, order_I)
+
+
+def groups_of(columns: int, group: int) -> tuple[int, int]:
+    """(columns of a group, groups of a row) for a size that a checkpoint names; the last group may be ragged. Raises
+    ValueError for a size that is none."""
+    if group < 1 and group != WHOLE_ROW:
+        raise ValueError(
+            f"its quantization_config has groups of {group}, which is no number of columns, nor {WHOLE_ROW} for a row"
+        )
+    found = columns if group == WHOLE_ROW else group
+    return found, -(-columns // found)
 
 
 def exact_half(tensor: Tensor, name: str) -> Tensor:

@@ -48,11 +48,11 @@ def write_leaderboard(board: Board, folder: Path) -> tuple[list[Row], list[Sheet
         sheets.append(allocation_sheet(mixed))
         text += sheets[1].markdown()
     write_page(board, rows, summary if seeded else [], folder)
-    note = rows[0]["model_note"]
-    write_text(
-        folder / "leaderboard.md",
-        text + (f"\nNote on {escaped(str(rows[0]['model']))}: {escaped(str(note))}.\n" if note else ""),
-    )
+    notes = {str(rows[0]["model"]): str(rows[0]["model_note"])}
+    notes |= {label(row): artifact.source_note for row in rows if (artifact := reports[str(row["cell"])].artifact)}
+    for name, note in notes.items():
+        text += f"\nNote on {escaped(name)}: {escaped(note)}.\n" if note else ""
+    write_text(folder / "leaderboard.md", text)
     return rows, sheets
 
 

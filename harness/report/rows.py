@@ -267,6 +267,8 @@ def _artifact_values(artifact: Artifact) -> Row:
             column: (artifact.base_bytes + count * artifact.checkpoint_bytes) / 2**30
             for column, count in TENANTS.items()
         }
+    if artifact.source_note:
+        row["model_note"] = "; ".join(filter(None, (artifact.spec.model.note, artifact.source_note)))
     if found := artifact.allocation:
         row |= {"plan_cost": found.predicted, "plan_gap": found.gap, "plan_s": found.seconds}
     for name in ("tuning_steps", "tuning_tokens"):  # the same for every block

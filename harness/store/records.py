@@ -198,6 +198,7 @@ class Artifact(Record):
     fallback_layers: int = 0  # packed in a plainer way than asked for, because the numbers left no other
     base_bytes: int | None = None  # of a pair's base at 16 bits, which every tenant of it shares
     phases: dict[str, PhaseCost] = field(default_factory=dict)  # by name; none from before they were kept
+    source_note: str = ""  # what an imported checkpoint says of itself and is not
 
     @classmethod
     def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from kernels.formats.bits import Scalar, Spec
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.packed import FORMATS, PackedLinear
 
+BASE = "base"  # the buffer's name
+
 
 class DeltaLinear(PackedLinear):
     """A difference of format `of`, described by `hyper`, on a base [O, I] of 16-bit type `half`."""
@@ -31,7 +33,7 @@ class DeltaLinear(PackedLinear):
             in_features=in_features, out_features=out_features, bias=False, **hyper
         )
         shape = (out_features, in_features)
-        self.register_buffer("base", torch.empty(shape, dtype=HALF_DTYPES[half]), persistent=False)
+        self.register_buffer(BASE, torch.empty(shape, dtype=HALF_DTYPES[half]), persistent=False)
 
     @classmethod
     def standing(cls, delta: PackedLinear, base_OI: Tensor, bias: bool) -> DeltaLinear:
@@ -49,6 +51,10 @@ class DeltaLinear(PackedLinear):
         """Hand in the base, in the dtype that the layer was laid out for."""
         assert base_OI.shape == self.base.shape and base_OI.dtype == self.base.dtype
         self.base = base_OI
+
+    def keep_base(self) -> None:
+        """Have the base among what is saved and loaded with the layer, in a folder that stands alone."""
+        self.register_buffer(BASE, self.base)
 
     def spec(self) -> Spec:
         inner = self.delta.spec()

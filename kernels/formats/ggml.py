@@ -8,8 +8,10 @@ plain grids, and are no affair of this format (harness.portal.gguf)."""
 from __future__ import annotations
 
 import time
+from functools import cache
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,15 +19,27 @@ from kernels.formats.packed import PackedLinear
 
 
 def row_bytes(kind: str, columns: int) -> int:
-    """Bytes of a row. Raises ValueError for a type that gguf does not know, or blocks that do not fill a row."""
+    """Bytes of a row. Raises ValueError for a type that gguf does not decode, or blocks that do not fill a row."""
+    weights, size = block_size(kind)
+    if columns % weights:
+        raise ValueError(f"{kind} has blocks of {weights} weights, which do not fill rows of {columns}")
+    return columns // weights * size
+
+
+@cache
+def block_size(kind: str) -> tuple[int, int]:
+    """(weights of a block, its bytes). Raises ValueError for a type that gguf does not decode."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
 
     if kind not in GGMLQuantizationType.__members__:
         raise ValueError(f"'{kind}' is no type of ggml that gguf knows: update gguf")
     weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    if columns % weights:
-        raise ValueError(f"{kind} has blocks of {weights} weights, which do not fill rows of {columns}")
-    return columns // weights * size
+    try:
+        dequantize(np.zeros((1, size), dtype=np.uint8), GGMLQuantizationType[kind])
+    except NotImplementedError:
+        raise ValueError(f"gguf decodes no blocks of type {kind}: update gguf") from None
+    return weights, size
 
 
 class GgmlLinear(PackedLinear):

@@ -257,6 +257,7 @@ FORMATS: Registry[type[PackedLinear]] = Registry(
         "signs": "kernels.formats.signs:SignsLinear",
         "delta": "kernels.formats.delta:DeltaLinear",
         "ggml": "kernels.formats.ggml:GgmlLinear",
+        "hqq": "kernels.formats.hqq:HqqLinear",
     },
     group="ptq_harness.formats",
 )

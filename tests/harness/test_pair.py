@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from benchmarks.tuned_pair import tune
 from harness.compress.loop import compress_model
@@ -106,6 +107,25 @@ def test_the_reference_of_a_pair_is_that_of_the_tuned_model_alone(board, tuned):
     rows, cache = board
     plan = run_harness("plan", "--model", str(tuned.path), "--methods", "rtn", HARNESS_CACHE=str(cache))
     assert rows["fp16"]["cell"] in plan.stdout
+
+
+@pytest.mark.parametrize("method", ["delta-come", "bitdelta"])
+def test_a_difference_leaves_with_the_base_it_stands_on(method, board, two_blocks, tuned, tmp_path):
+    rows, cache = board
+    key, there = rows[method]["cell"], tmp_path / "there"
+    for format in ("gptq", "gguf"):
+        done = run_harness("export", key, "--to", str(there), "--format", format, HARNESS_CACHE=str(cache))
+        assert done.returncode == 2 and not there.exists()
+        assert f"difference to {two_blocks.name}, which {format} has no form for: write --format hf" in done.stderr
+    done = run_harness("export", key, "--to", str(there), HARNESS_CACHE=str(cache))
+    assert done.returncode == 0, done.stderr
+    cell = CompressedModel.load(cache / "cells" / key, "cpu", torch.float32, two_blocks).model
+    model, tokens = AutoModelForCausalLM.from_pretrained(there), torch.arange(5, 29)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, cell(tokens).logits)
+    card = (there / "README.md").read_text()
+    assert f"--model {tuned.name} --base {two_blocks.name} --methods {method}" in card
+    assert f"Of the difference, counted from the bytes of its tensors; {two_blocks.name} is here in 16 bits" in card
 
 
 @pytest.mark.parametrize("text", ["delta-come", "svd"])

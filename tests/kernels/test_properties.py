@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 
 from kernels.formats.bitpack import pack, packed_words, unpack
 from kernels.formats.codebook import CodebookLinear
+from kernels.formats.hqq import NUMBERS, WIDTHS
 from kernels.formats.numbers import NUMBER_BITS
 from kernels.formats.packed import FORMATS, PackedLinear
 from kernels.formats.scales import SCHEMES, STEP_DTYPES
@@ -109,6 +110,17 @@ def bands(draw: st.DrawFn, rows: int, columns: int) -> Spec:
     )
 
 
+@st.composite
+def hqq(draw: st.DrawFn, rows: int, columns: int) -> Spec:
+    count = rows * columns
+    return dict(
+        width=draw(st.sampled_from(list(WIDTHS))),
+        group=draw(st.sampled_from([part for part in range(1, count + 1) if count % part == 0])),
+        axis=draw(st.integers(0, 1)),
+        numbers=draw(st.sampled_from(list(NUMBERS))),
+    )
+
+
 # Not drawn: a difference stands on a base that no file of it holds, and ggml's blocks fill rows of fixed sizes.
 APART = {"delta", "ggml"}
 OF_FORMAT = {
@@ -121,6 +133,7 @@ OF_FORMAT = {
     "conv": conv,
     "factors": factors,
     "mpo": mpo,
+    "hqq": hqq,
 }
 
 

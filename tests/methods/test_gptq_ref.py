@@ -1,4 +1,4 @@
-"""auto-gptq's own quantiser beside ours: the same codes on one Hessian and one grid."""
+"""The quantisers of auto-gptq and of gptqmodel beside ours: the same codes on one Hessian and one grid."""
 
 from importlib.util import find_spec
 
@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from kernels.formats.layer import LayerSpec
-from methods import parse_method
+from methods import gptq_ref, parse_method
 from methods.base import LayerData
+from methods.gptq_ref import MODULES, reference
 from tests.helpers import hessian_of
 
-installed = pytest.mark.skipif(find_spec("auto_gptq") is None, reason="auto-gptq is not installed")
+PACKAGES = [
+    pytest.param(name, marks=pytest.mark.skipif(find_spec(module) is None, reason=f"{name} is not installed"))
+    for name, module in MODULES.items()
+]
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +23,9 @@ def layer():
 
 
 @pytest.fixture
-def rounded_scales(monkeypatch):
+def rounded_scales(monkeypatch, package):
     """Theirs rounds a scale to 16 bits after codes are chosen, ours before: on one grid means one or the other."""
-    from methods.gptq_ref import reference
-
-    quantiser = reference().Quantizer
+    quantiser = reference(package).Quantizer
     place = quantiser.find_params
 
     def placed(self, x, weight=False):
@@ -42,13 +44,14 @@ def packed(text, layer, bits, group, offset):
     return method.compress(LayerData(weight_OI, hessian_II=hessian_II), spec, config).packed
 
 
-@installed
+@pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("options", ["", "act_order=true", "act_order=true,static_groups=true"])
 @pytest.mark.parametrize("bits, group, offset", [(4, 128, "symmetric"), (3, 128, "zero"), (2, 0, "zero")])
-def test_the_same_codes_on_one_hessian_and_one_grid(options, bits, group, offset, layer, rounded_scales):
+def test_the_same_codes_on_one_hessian_and_one_grid(package, options, bits, group, offset, layer, rounded_scales):
     if "static" in options and not group:
         pytest.skip("a whole row is no group")
-    theirs = packed(f"gptq-ref:{options}" if options else "gptq-ref", layer, bits, group, offset)
+    named = ",".join(filter(None, (f"package={package}", options)))
+    theirs = packed(f"gptq-ref:{named}", layer, bits, group, offset)
     settings = options or "act_order=false"
     if "static" not in settings:
         settings += ",static_groups=false"
@@ -64,13 +67,32 @@ def test_the_same_codes_on_one_hessian_and_one_grid(options, bits, group, offset
     assert lost[0] == pytest.approx(float(lost[1]), rel=0.01)
 
 
-def test_without_the_package_it_says_what_to_type(layer, monkeypatch):
-    from methods import gptq_ref
+@pytest.fixture
+def without_packages(monkeypatch):
+    """As where none of `there` is installed."""
+    there = []
+    monkeypatch.setattr(gptq_ref, "find_spec", lambda name: name if name in there else None)
+    reference.cache_clear()
+    yield there
+    reference.cache_clear()
 
-    monkeypatch.setattr(gptq_ref, "find_spec", lambda name: None)
-    gptq_ref.reference.cache_clear()
-    try:
-        with pytest.raises(ValueError, match="pip install auto-gptq==0.7.1 --no-deps"):
-            packed("gptq-ref", layer, 4, 32, "symmetric")
-    finally:
-        gptq_ref.reference.cache_clear()
+
+def test_without_the_package_it_says_what_to_type(layer, without_packages):
+    for text, install in {
+        "gptq-ref": "auto-gptq==0.7.1 --no-deps",
+        "gptq-ref:package=gptqmodel": "gptqmodel==7.6.0 optimum",
+    }.items():
+        with pytest.raises(ValueError, match=f"pip install {install}"):
+            packed(text, layer, 4, 32, "symmetric")
+    with pytest.raises(ValueError, match="package=gptq is not one of auto-gptq, gptqmodel"):
+        parse_method("gptq-ref:package=gptq")
+
+
+def test_the_package_that_runs_is_the_installed_one_and_in_the_key(without_packages):
+    first = parse_method("gptq-ref").identity()
+    assert parse_method("gptq-ref").runs == "auto-gptq" and "package" not in first
+    without_packages.append("gptqmodel")
+    assert parse_method("gptq-ref").runs == "gptqmodel"
+    assert parse_method("gptq-ref").identity() == first | {"package": "gptqmodel"}
+    without_packages.append("auto_gptq")
+    assert parse_method("gptq-ref").identity() == first

@@ -7,50 +7,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from harness.compressed import CompressedModel
-from harness.data.assets import MODELS, fetch
-from harness.portal import EXPORTS
+from harness.portal.card import command
 from harness.portal.files import resolve
-from harness.portal.folder import Request
-from harness.portal.gguf import GRIDS, blocks_of, numbers_of, require_same, vocabulary
-from harness.portal.incoming import bring_in
-from harness.progress import silent
-from kernels.dispatch import kind, reference_only
-from kernels.formats.ggml import GgmlLinear
-from tests.harness.portal.conftest import run_here
+from kernels.dispatch import kind
+from tests.harness.portal.conftest import block_bytes, exported, imported, keys_of, load, logits, run_here
 
 GPTQ = "gptq:bits=3,group=64,offset=zero,static_groups=false"
 RTN4 = "rtn:bits=4,group=32,offset=symmetric"
 RTN8 = "rtn:bits=8,group=32,offset=symmetric"
 NF4 = "nf:bits=4,block=64"
 QLORA = "qlora:bits=4,block=64,rank=4"
-
-
-def load(cell):
-    return CompressedModel.load(cell.store.folder, "cpu", torch.float32)
-
-
-def logits(model):
-    with torch.inference_mode(), reference_only():
-        return model(torch.arange(5, 29)[None]).logits
-
-
-def exported(cell, format, folder, variant="") -> Path:
-    EXPORTS.get(format).write(Request(cell, folder, variant or next(iter(EXPORTS.get(format).options), "")))
-    return next(folder.glob("*.gguf"), folder)
-
-
-def imported(path, base):
-    compressed, ledger, _, _ = bring_in(resolve(str(path)), base.path, "float16", silent)
-    return compressed, ledger
-
-
-def block_bytes(path: Path) -> int:
-    """Bytes of all tensors of layers in a file."""
-    tensors = load_file(path / "model.safetensors")
-    return sum(t.nbytes for name, t in tensors.items() if "_proj." in name)
 
 
 @pytest.mark.parametrize(
@@ -160,70 +128,6 @@ def test_a_checkpoint_of_bitsandbytes_is_what_it_runs(double, two_blocks, tmp_pa
         assert kind(layer, "cpu") == "fused"
 
 
-def test_transformers_and_we_load_gguf(cell, two_blocks, tokenizer, tmp_path, monkeypatch):
-    found = cell(RTN4)
-    words = vocabulary(two_blocks.path, 49152)
-    assert words["token_list"] == tokenizer.convert_ids_to_tokens(range(49152))
-    assert words["token_types"][:18] == [3] * 17 + [1] and words["eos_token_id"] == tokenizer.eos_token_id
-    monkeypatch.setattr("harness.portal.gguf.vocabulary", lambda model, size: {})  # gguf takes seconds to read one
-    path = exported(found, "gguf", tmp_path / "out")
-    plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=plain
-    )
-    assert torch.equal(logits(model), logits(load(found).model))
-    compressed, ledger = imported(path, two_blocks)
-    assert torch.equal(logits(compressed.model), logits(model)) and ledger.stored_bpw == 4.5
-
-
-@pytest.mark.parametrize("kind", GRIDS)
-def test_a_grid_of_gguf_is_its_blocks(kind):
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
-    blocks = random_blocks(kind, 6, 3 * size, size)
-    numbers = numbers_of(kind, torch.from_numpy(blocks))
-    assert np.array_equal(numbers.layer(False).decode().numpy(), dequantize(blocks, GGMLQuantizationType[kind]))
-    again, bytes_OB = blocks_of(numbers)
-    assert again == kind and np.array_equal(bytes_OB.numpy(), blocks)
-
-
-def random_blocks(kind: str, rows: int, width: int, size: int) -> np.ndarray:
-    """Bytes of a type's blocks: random, but for 16-bit numbers that must be finite wherever they stand."""
-    blocks = np.random.default_rng(0).integers(0, 256, (rows, width), dtype=np.uint8)
-    view = blocks.reshape(rows, -1, size)
-    view[:, :, 1::2] &= 0x3B  # neither the sign nor the largest exponents of an fp16 at any even place
-    return blocks
-
-
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ3_XXS", "IQ4_XS", "Q2_K", "TQ2_0"])
-def test_other_types_of_ggml_are_kept_as_the_blocks_they_are(kind):
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    blocks = random_blocks(kind, 4, 2 * size, size)
-    layer = GgmlLinear(2 * weights, 4, False, kind=kind)
-    layer.fill(blocks=torch.from_numpy(blocks))
-    assert np.array_equal(layer.decode().numpy(), dequantize(blocks, GGMLQuantizationType[kind]), equal_nan=True)
-    assert layer.stored_bits().total == 8 * blocks.nbytes
-    x = torch.ones(1, 2 * weights)
-    assert layer(x).shape == (1, 4) and layer.resident_bits == 8 * blocks.nbytes + 32 * layer.decode().numel()
-
-
-def test_the_published_gguf_is_the_default_model(model, weights):
-    """210 matrices of Q4_1, each exactly what the converted copy holds; 5 bits, whatever '4_1' may sound like."""
-    compressed, ledger = imported(published(model), model)
-    assert ledger.stored_bpw == 5.0 and ledger.bits.codes == 4 * ledger.weights
-    for name, layer in list(compressed.packed.items())[::30]:
-        assert torch.equal(layer.decode(), weights[f"{name}.weight"].float()), name
-
-
-def published(model) -> Path:
-    return fetch(MODELS[model.name].file)
-
-
 def awq_words(codes_NO: torch.Tensor) -> torch.Tensor:
     """AutoAWQ's gemm words, by a loop over its order."""
     order = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -259,7 +163,7 @@ def test_a_checkpoint_of_awq_is_what_its_words_say(two_blocks, tmp_path):
 
 def test_a_checkpoint_is_a_row_like_any_other(cell, outgoing, two_blocks, tmp_path):
     path = exported(cell(RTN4), "compressed-tensors", tmp_path / "theirs")
-    keys = run_here(two_blocks, ["fp16"], model_cell=str(path))
+    keys = keys_of(run_here(two_blocks, ["fp16"], model_cell=str(path)))
     row = cell_of(keys["imported:theirs"])
     own = cell(RTN4)
     (score,), (same,) = (list(map(c.store.score, c.artifact.spec.protocols)) for c in (row, own))
@@ -267,6 +171,12 @@ def test_a_checkpoint_is_a_row_like_any_other(cell, outgoing, two_blocks, tmp_pa
     assert score.divergence.kld == same.divergence.kld
     assert row.artifact.ledger.stored_bits == 8 * block_bytes(path) > own.artifact.ledger.stored_bits
     assert row.artifact.spec.source.fingerprint == resolve(str(path)).fingerprint
+    assert command(row.artifact.spec).startswith(
+        f"python -m harness run --model {two_blocks.name} --methods fp16 --model-cell {path} --protocols"
+    )
+    card = (exported(row, "hf", tmp_path / "again") / "README.md").read_text()
+    assert command(row.artifact.spec) in card and "as the checkpoint `theirs` of another program has it" in card
+    assert f"| {row.artifact.ledger.stored_bits:,} |" in card and "imported:theirs`" not in card
     name = "self_attn.q_proj"
     assert {layer.config["bits"] for layer in row.artifact.layers.values() if layer.role == name} == {4}
 
@@ -315,7 +225,8 @@ DAMAGES = [
     (_say(group_size=64), "qzeros is .* belongs: the file is mislabelled"),
     (_say(checkpoint_format="marlin"), "of gptq's form 'marlin': save it as gptq or gptq_v2"),
     (_say(bits=None), "bits=None, which is no gptq of a version known here"),
-    (_say(quant_method="hqq"), "quantised by 'hqq', which is not read here"),
+    (_say(group_size=0), "groups of 0, which is no number of columns"),
+    (_say(quant_method="quip"), "quantised by 'quip', which is not read here"),
     (_pickled, "is a pickle, .* python -c"),
 ]
 
@@ -326,21 +237,6 @@ def test_a_checkpoint_that_is_not_what_it_says_is_refused_by_name(damage, reason
     damage(path)
     with pytest.raises(ValueError, match=reason):
         imported(path, two_blocks)
-
-
-def test_a_file_of_another_model_is_refused(two_blocks, tmp_path):
-    config = AutoConfig.from_pretrained(two_blocks.path)
-    said = {"general.architecture": "llama", "llama.block_count": 30}
-    with pytest.raises(ValueError, match="has block_count 30, --model 2: give the model it is of"):
-        require_same(said.get, tmp_path / "x.gguf", config)
-    with pytest.raises(ValueError, match="is of architecture 'qwen2', --model of 'llama'"):
-        require_same({"general.architecture": "qwen2"}.get, tmp_path / "x.gguf", config)
-    config.model_type = "phi3"
-    with pytest.raises(ValueError, match="models of type phi3 are not read from GGUF"):
-        require_same(said.get, tmp_path / "x.gguf", config)
-    (tmp_path / "x.gguf").write_bytes(b"GGUX" * 9)
-    with pytest.raises(ValueError, match="is no GGUF file that can be read"):
-        imported(tmp_path / "x.gguf", two_blocks)
 
 
 REFUSED = [

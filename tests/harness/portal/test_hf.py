@@ -1,5 +1,6 @@
 """An exported cell is the cell: in transformers, under peft and in lm-eval's hands; without us it is refused."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import auto
 
 from harness.compressed import CompressedModel
+from harness.data.checkpoint import load_tokenizer
+from harness.data.task_documents import write_task_file
+from harness.data.tasks import parse_tasks
+from harness.evaluate.zero_shot import open_lm, score_task
 from harness.portal.folder import Request
 from harness.portal.hf import EXPORTER
 from kernels.dispatch import kind
@@ -58,27 +63,39 @@ def test_without_this_package_transformers_refuses_the_folder(cell, tmp_path, mo
 
 
 def test_an_installed_package_is_found_by_the_command_lines_of_others(cell, tmp_path):
-    """lm-eval imports nothing of ours; what pyproject.toml announces to torch does."""
-    EXPORTER.write(Request(cell(GPTQ), tmp_path / "there"))
+    """lm-eval imports nothing of ours; what pyproject.toml announces to torch does. It gives the row's accuracies."""
+    found = cell(GPTQ)
+    EXPORTER.write(Request(found, tmp_path / "there"))
+    (task,) = parse_tasks("piqa", limit=10)
+    (tmp_path / "tasks").mkdir()
+    write_task_file(task, tmp_path / "tasks")
     installed = tmp_path / "site" / "announced-1.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: announced\nVersion: 1\n")
     (installed / "entry_points.txt").write_text("[torch.backends]\nptq = harness.portal.hook:announce\n")
     assert 'ptq_harness_exports = "harness.portal.hook:announce"' in (ROOT / "pyproject.toml").read_text()
-    script = (
-        "from lm_eval.models.huggingface import HFLM\n"
-        f"lm = HFLM(pretrained={str(tmp_path / 'there')!r}, device='cpu')\n"
-        "print(type(lm.model.model.layers[0].mlp.up_proj).__name__, lm.model.dtype)"
+    options = (
+        f"--model hf --model_args pretrained=there --tasks tasks/{task.name}.yaml --limit {task.limit} --device cpu "
+        "--batch_size 4 --log_samples --output_path out"
     )
     path = os.pathsep.join([str(ROOT), str(tmp_path / "site")])
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-m", "lm_eval", *options.split()],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
     )
-    assert done.stdout.splitlines()[-1:] == ["UniformLinear torch.float32"], done.stderr
+    assert done.returncode == 0, done.stderr
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    (samples,) = (tmp_path / "out").rglob("samples_piqa_*.jsonl")
+    theirs = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    ours = score_task(open_lm(of_cell(found), load_tokenizer(found.artifact.spec.model.path)), task)
+    for metric, accuracy in ours.metrics.items():
+        assert json.loads(results.read_text())["results"]["piqa"][f"{metric},none"] == accuracy.value
+        assert ours.correct[metric] == "".join(str(int(sample[metric])) for sample in theirs)
+    for values, sample in zip(ours.loglikelihoods, theirs, strict=True):
+        assert list(values) == pytest.approx([float(value) for value, _ in sample["filtered_resps"]], abs=1e-2)
 
 
 def test_peft_adapts_packed_layers(cell, tmp_path):

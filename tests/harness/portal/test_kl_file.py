@@ -1,14 +1,18 @@
 """llama.cpp's file of log-probabilities: written as its program does, read as its program does."""
 
 import math
+import re
+import shutil
 import struct
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 
-from harness.compressed import CompressedModel
+from harness.data.texts import mini_documents
 from harness.portal import kl_file
+from tests.harness.portal.conftest import exported, load
 from tests.helpers import run_harness
 
 RTN4 = "rtn:bits=4,group=32,offset=symmetric"
@@ -41,7 +45,7 @@ def test_a_prediction_is_rounded_as_llama_cpp_rounds_it():
 
 def test_both_ends_agree_on_the_same_logits(cell, tmp_path):
     """The divergence of one cell from another, through a file, is that of their logits; a few windows of 64 tokens."""
-    models = [CompressedModel.load(cell(method).store.folder, "cpu", torch.float32).model for method in (RTN8, RTN4)]
+    models = [load(cell(method)).model for method in (RTN8, RTN4)]
     tokens_NT = torch.randint(1000, 9000, (2, 64), generator=torch.Generator().manual_seed(1))
     path = tmp_path / "base.kld"
     kl_file.write(models[0], tokens_NT, path)
@@ -61,6 +65,52 @@ def test_both_ends_agree_on_the_same_logits(cell, tmp_path):
     path.write_bytes(b"GGUF" * 8)
     with pytest.raises(ValueError, match="is no file of llama-perplexity"):
         kl_file.Base.open(path)
+
+
+def test_a_token_in_front_of_texts_takes_the_place_of_every_first_one(cell, tokenizer, tmp_path):
+    """As llama.cpp runs a model whose vocabulary says so; the file keeps the tokens of the text."""
+    model = load(cell(RTN8)).model
+    tokens_NT = torch.randint(1000, 9000, (2, 16), generator=torch.Generator().manual_seed(1))
+    begun_NT = torch.cat([torch.full((2, 1), 7), tokens_NT[:, 1:]], dim=1)
+    for name, tokens, bos in (("given", tokens_NT, 7), ("there", begun_NT, None)):
+        kl_file.write(model, tokens, tmp_path / name, bos)
+    bases = [kl_file.Base.open(tmp_path / name) for name in ("given", "there")]
+    assert torch.equal(bases[0].tokens_NT, tokens_NT) and torch.equal(bases[1].tokens_NT, begun_NT)
+    assert torch.equal(*(base.log_probabilities(1) for base in bases))
+    assert abs(kl_file.compare(model, bases[0], 7).kld) < 1e-4 < kl_file.compare(model, bases[0]).kld
+    assert kl_file.beginning(tokenizer) is None
+
+
+PROGRAM = shutil.which("llama-perplexity")
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="llama-perplexity is not on the PATH")
+def test_llama_cpp_agrees(cell, tmp_path):
+    """Its program writes and we read, and the other way round. It rounds inputs of products to 8 bits, we do not."""
+    paths = {method: exported(cell(method), "gguf", tmp_path / method[:10]) for method in (RTN8, RTN4)}
+    text, file = tmp_path / "text.txt", tmp_path / "theirs.kld"
+    text.write_text("\n\n".join(mini_documents("wiki-mini", "evaluation"))[:4000])
+    told(paths[RTN8], "-f", text, "-c", 64, "--chunks", 8, "--kl-divergence-base", file)
+    base = kl_file.Base.open(file)
+    ours = kl_file.compare(load(cell(RTN4)).model, base)
+    theirs = told(paths[RTN4], "--kl-divergence-base", file, "--kl-divergence")
+    assert ours.predictions == 8 * 31 and ours.kld == pytest.approx(said("Mean +KLD", theirs), rel=0.05)
+    assert ours.ppl == pytest.approx(said("Mean PPL.Q.", theirs), rel=0.05)
+    assert 100 * ours.top1 == pytest.approx(said("Same top p", theirs), abs=3)
+    kl_file.write(load(cell(RTN8)).model, base.tokens_NT, tmp_path / "ours.kld")
+    again = told(paths[RTN4], "--kl-divergence-base", tmp_path / "ours.kld", "--kl-divergence")
+    assert said("Mean +KLD", again) == pytest.approx(said("Mean +KLD", theirs), rel=0.05)
+
+
+def told(model, *arguments) -> str:
+    command = [PROGRAM, "-m", model, *arguments, "-t", 1, "-ub", 64, "-b", 64, "--no-repack"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def said(name: str, text: str) -> float:
+    return float(re.search(rf"{name} *: +([\d.]+)", text)[1])
 
 
 def test_the_command_line_writes_and_reads(finished, finished_cache, tmp_path):
