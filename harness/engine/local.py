@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Literal
 
 from harness.engine import cell, process
 from harness.engine.process import INTERRUPTED, WAITING, Ended, Message, Note, Phase, Watch
@@ -32,7 +33,8 @@ from harness.store.records import CellSpec, Ending, Outcome
 # Cells are forked from a server that has the imports done, which take longer than a small cell. A driver of an
 # accelerator may not survive a fork, so there every cell starts from nothing.
 START = {"cpu": "forkserver"}
-MEASURED = "spawn"  # a measurement inherits nothing: how threads wait and memory is kept is read when a process starts
+# A measurement inherits nothing: how threads wait and memory is kept is read when a process starts.
+MEASURED: Literal["spawn"] = "spawn"
 # What it imports: a cell's work, and what that would import on its way to a loaded model.
 PRELOADED = (
     "harness.engine.cell",
