@@ -86,6 +86,7 @@ class BlockRun:
         abandon(self._originals)
         for name, slot in self._slots.items():
             self.model.set_submodule(name, slot.layer)
+        self._slots.clear()  # they know this object: weights would be kept until somebody looks for circles
 
     def stages(self) -> list[list[str]]:
         return self._stages

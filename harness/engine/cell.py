@@ -30,6 +30,7 @@ from harness.engine.process import WAITING, Phase, Speaker
 from harness.evaluate.score import first_nonfinite, noise_floor, score
 from harness.evaluate.zero_shot import score_tasks
 from harness.ledger import Ledger
+from harness.measure.machine import return_what_is_freed
 from harness.model import Inventory, inventory, load_reference
 from harness.model.described import describe
 from harness.model.families import known_positions
@@ -70,6 +71,8 @@ def work(spec: CellSpec, reference_over: Path, speak: Speaker) -> None:
 
 def run_cell(spec: CellSpec, store: CellStore, reference_over: Path, speak: Speaker) -> None:
     torch.set_num_threads(spec.threads)
+    if spec.by_blocks:
+        return_what_is_freed()
     meter = Meter(len(describe(spec.model.path).stock.blocks) if spec.by_blocks else None)
     dtype = getattr(torch, spec.dtype)
     store.put_spec(spec)

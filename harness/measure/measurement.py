@@ -63,10 +63,17 @@ def work(spec: CellSpec, conditions: Conditions, progress: Progress) -> None:
     store, reference = CellStore(spec.key), CellStore(spec.reference)
     torch.set_num_threads(conditions.threads)
     dtype = getattr(torch, spec.dtype)
-    for used in (store, reference):
+    need = 0
+    for used in {store.folder: store, reference.folder: reference}.values():
         artifact = used.artifact()
         if artifact is None or (damage := used.damage(artifact)):
             raise ValueError(f"{damage or f'{used.folder} is not complete'}: `run` makes it again, then measure")
+        need += artifact.checkpoint_bytes
+    if spec.device == "cpu" and need > (free := machine.available_bytes()):
+        raise ValueError(
+            f"what is stored and its reference take {need / 2**30:.1f} GiB beside each other, and {free / 2**30:.1f} "
+            "are free: measure on a larger machine (--no-bench leaves it out here)"
+        )
     load = partial(CompressedModel.load, store.folder, spec.device, dtype, spec.base)
     load_reference = None
     if reference.folder != store.folder:

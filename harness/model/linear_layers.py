@@ -21,12 +21,19 @@ def with_linear_layers(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself, such weights in place replaced by linear layers of the same values."""
     from transformers.pytorch_utils import Conv1D
 
-    for name, module in list(model.named_modules()):
+    for name, module in otherwise_named(model):
         if isinstance(module, Conv1D):
             model.set_submodule(name, linear_of(module.weight.detach().t().contiguous(), module.bias.detach()))
-        elif _are_experts(module):
+        else:
             model.set_submodule(name, LinearExperts(module))
     return model
+
+
+def otherwise_named(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The modules that hold such weights, by name."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, Conv1D) or _are_experts(m)]
 
 
 def linear_of(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:

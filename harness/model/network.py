@@ -125,11 +125,16 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without weights, but with the buffers that no checkpoint holds (rotary frequencies)."""
+    return with_linear_layers(as_published(config, dtype))
+
+
+def as_published(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The same with transformers' own modules, whose tensors are those of a checkpoint."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return with_linear_layers(AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def half_dtype(config: PretrainedConfig) -> str:

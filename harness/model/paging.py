@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from harness.data import checkpoint
 from harness.data.checkpoint import require_unchanged
 from harness.data.tensor_file import TensorFile, in_files
-from harness.model.network import decoder_blocks, empty_model, read_config, require_finite, require_own, require_weights
+from harness.model.linear_layers import otherwise_named
+from harness.model.network import (
+    as_published,
+    decoder_blocks,
+    read_config,
+    require_finite,
+    require_own,
+    require_weights,
+)
 from kernels.formats.packed import PackedLinear
 from kernels.views import forget
 
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PAGES = "_pages"  # the attribute of a model that is paged
+WHOLE = "write --load whole"
 Read = Callable[[], Tensor]  # the tensor of a name, from its file
 
 
@@ -124,7 +133,9 @@ def load_by_blocks(path: Path, device: str, dtype: torch.dtype, fingerprint: str
     that the modules have (transposed weights, experts in one tensor)."""
     config = read_config(path)
     require_unchanged(path, not fingerprint or checkpoint.fingerprint(path) == fingerprint)
-    model = empty_model(config, dtype)
+    model = as_published(config, dtype)
+    if others := otherwise_named(model):
+        raise ValueError(f"{path} keeps weights otherwise than linear layers do ({others[0][0]} first): {WHOLE}")
     files = in_files(file for file in checkpoint.weight_files(path) if file.suffix == ".safetensors")
     prefix, own = decoder_blocks(model)[0], model.state_dict()
     inside = [name for name in own if name.startswith(f"{prefix}.")]
@@ -136,7 +147,7 @@ def load_by_blocks(path: Path, device: str, dtype: torch.dtype, fingerprint: str
     if lacking := sorted({n for n, t in held if t.is_meta and n not in inside} | (set(inside) - files.keys())):
         raise ValueError(
             f"{path} cannot be read block by block: it lacks {len(lacking)} tensors by the names that its modules have "
-            f"({lacking[0]} first): write --load whole"
+            f"({lacking[0]} first): {WHOLE}"
         )
     ignored = "|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^"
     unknown = [name for name in files.keys() - own.keys() if not re.search(ignored, name)]

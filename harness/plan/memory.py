@@ -22,7 +22,7 @@ from harness.plan.sensitivity import (
 from kernels.formats.layer import LayerSpec
 from methods.base import Method
 
-PYTHON = 0.6 * 2**30  # interpreter, torch and transformers
+PYTHON = 0.33 * 2**30  # interpreter, torch and transformers
 
 
 def _rank(method: Method, layer: LayerSpec) -> int:
@@ -35,9 +35,16 @@ def predicted_peak_gib(cell: Cell, stock: Inventory, hidden: int, vocabulary: in
 
 
 def predicted_phases(
-    cell: Cell, stock: Inventory, hidden: int, vocabulary: int, *, by_blocks: bool = False
+    cell: Cell,
+    stock: Inventory,
+    hidden: int,
+    vocabulary: int,
+    *,
+    by_blocks: bool = False,
+    scored: int = BODY_TOKENS,
 ) -> dict[str, float]:
-    """The same phase by phase (harness.engine.cell), each with the whole model in memory or, `by_blocks`, one block.
+    """The same phase by phase (harness.engine.cell), each with the whole model in memory or, `by_blocks`, one block;
+    `scored` tokens go through the model at once.
 
     Measuring what errors cost, for a mixed plan, holds the states of some windows in front of every block (and of all
     of them, a few times, at one), and the most of three: a Gram matrix for every layer of a block, one of them being
@@ -55,7 +62,8 @@ def predicted_phases(
     wide = max(layer.in_features for layer in stock.layers)
     inner = sum(layer.out_features for layer in layers)
     matrix = 4 * max(layer.weights for layer in stock.layers)
-    phases = {"load the reference": rest + 2 * matrix if by_blocks else model}
+    # Whole, the checkpoint's 16 bits are in memory beside what is made of them.
+    phases = {"load the reference": rest + 2 * matrix if by_blocks else model + 2 * stock.weights}
     if cell.allocate in MIXED:
         context = calibration.context if calibration else RANDOM_CONTEXT
         followed = FISHER_TOKENS if cell.method.needs.fisher else GRADIENT_TOKENS
@@ -81,6 +89,6 @@ def predicted_phases(
         phases["train"] = model + kept + 4 * logits * vocabulary + 4 * 4 * factors
     stored = float(cell.budget.bpw) / 8 if cell.budget else 2.0  # bytes per weight
     held = rest + stored * (largest if by_blocks else stock.weights)
-    chunk = min(HEAD_LOGITS, BODY_TOKENS * vocabulary)
-    phases["score"] = held + BODY_TOKENS * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(chunk, vocabulary)
+    chunk = min(HEAD_LOGITS, scored * vocabulary)
+    phases["score"] = held + scored * (4 * hidden + 3 * wide) * dtype_bytes + 4 * 4 * max(chunk, vocabulary)
     return {name: (bytes_held + PYTHON) / 2**30 for name, bytes_held in phases.items()}

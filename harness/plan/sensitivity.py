@@ -272,6 +272,7 @@ class _Grams:
         """Every layer's costs by column [I]; the sums are let go."""
         column_I = {name: self._column(name, total / max(1, self.tokens[name])) for name, total in self.sum.items()}
         self.sum.clear()
+        self._last = None  # which is as large as a block's widest activation
         return {name: column_I[owner] for name, owner in self.owner.items()}
 
     def _column(self, name: str, mean: Tensor) -> Tensor:
