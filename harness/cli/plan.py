@@ -68,9 +68,12 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.scope == "paper" and cell.budget:
             cells.append(_paper_scope(cell, stock))
             continue
-        peak = predicted_peak_gib(cell, stock, known.hidden, known.vocabulary)
+        peak, by_blocks = (
+            predicted_peak_gib(cell, stock, known.hidden, known.vocabulary, by_blocks=way) for way in (False, True)
+        )
         key = cell.key if model.fingerprint else None
-        cells.append({"cell": key, "predicted_peak_gib": peak, **_planned(cell, stock, arguments.all)})
+        peaks = {"predicted_peak_gib": peak, "predicted_peak_by_blocks_gib": None if cell.base else by_blocks}
+        cells.append({"cell": key, **peaks, **_planned(cell, stock, arguments.all)})
     if arguments.json:
         print_json({**found, "cells": cells})
     else:
@@ -177,7 +180,9 @@ def _paper_lines(cell: Found) -> Iterator[str]:
 def _cell_lines(cell: Found) -> Iterator[str]:
     key = f"  [{cell['cell']}]" if cell["cell"] else ""
     budget = f"under {cell['budget']}" if cell["budget"] else "no budget"
-    yield f"{cell['method']} {budget}{key}  predicted peak {cell['predicted_peak_gib']:.1f} GiB"
+    blocks = cell["predicted_peak_by_blocks_gib"]
+    less = f", a block at a time {blocks:.1f}" if blocks else ""
+    yield f"{cell['method']} {budget}{key}  predicted peak {cell['predicted_peak_gib']:.1f} GiB{less}"
     if cell["refusal"]:
         yield f"  refused: {cell['refusal']}"
     count, shown = cell["candidates"], cell["shown"]
