@@ -214,7 +214,7 @@ def test_scores_tasks_and_measurements_of_an_earlier_version_are_read(store):
     was = earlier("score")
     assert (score.ppl, score.nonfinite_windows) == (was["ppl"], was["nonfinite_windows"])
     was["divergence"] |= {"kld_p999": None, "reverse_kld": None, "histogram": [], "position_kld": []}  # added since
-    assert score.to_json() == {"version": 1, **was}
+    assert score.to_json() == {"version": 1, "cost": None, **was}
     assert task.marks("acc") == [0, 1, 1] and task.to_json() == {"version": 1, **earlier("task")}
     assert bench.decode["1"].speed_up.median > 0 and len(bench.kernels) == 2 and bench.machine.gpu is None
     assert bench.memory.peak_bytes == bench.memory.process_peak_bytes
