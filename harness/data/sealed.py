@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from harness.data.files import PLAIN_MODE, atomic_path, digest, file_sha256, json_text, write_text
+from harness.data.files import atomic_path, digest, file_sha256, json_text, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +25,6 @@ SEAL = "sha256"
 BLANK = "0" * 64
 OTHER_CONTENT = "is damaged (its checksum is of other content)"
 _SEAL_IN_HEADER = re.compile(rb'"sha256":"([0-9a-f]{64})"')
-_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 CHUNK = 1 << 22
 T = TypeVar("T")
 
@@ -100,27 +98,14 @@ def damaged_files(folder: Path, sums: Mapping[str, str], sha256: Callable[[Path]
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Written whole or not at all, on the CPU."""
     assert metadata is None or SEAL not in metadata
-    plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    from harness.data.tensor_file import write_tensors
+
     with atomic_path(path) as temporary:
-        write_tensors(plain, temporary, {**(metadata or {}), SEAL: BLANK})
+        write_tensors(temporary, tensors, {**(metadata or {}), SEAL: BLANK})
         found, place = _seal_of(temporary)
         with open(temporary, "r+b") as handle:
             handle.seek(place)
             handle.write(found.encode())
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """safetensors' own file. Raises OSError for what the system refuses, as every other writer does."""
-    from safetensors.torch import save_file
-
-    try:
-        save_file(dict(tensors), path, metadata=metadata)
-        path.chmod(PLAIN_MODE)  # it makes files that only their owner reads, and a cache may be shared
-    except SafetensorError as error:
-        if found := _SYSTEM_ERROR.search(str(error)):
-            number = int(found[1])
-            raise OSError(number, os.strerror(number), str(path)) from None
-        raise
 
 
 def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:

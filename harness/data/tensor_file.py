@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class TensorFile:
                 if size > path.stat().st_size:
                     raise ValueError("it is shorter than it says")
                 header = json.loads(handle.read(size))
-            self.metadata: dict[str, str] = header.pop(METADATA, {})
+            header.pop(METADATA, None)
             self._start = 8 + size
             self._places = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
             self.specs = {n: TensorSpec(DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in header.items()}
@@ -94,6 +95,12 @@ class TensorFile:
         return held.view(spec.dtype).view(spec.shape)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors that are in memory, on whatever device. Raises OSError, naming the file, for what the system refuses."""
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    write_tensor_file(path, specs, lambda name: tensors[name].detach().cpu(), metadata)
+
+
 def write_tensor_file(
     path: Path,
     specs: Mapping[str, TensorSpec],
@@ -101,7 +108,7 @@ def write_tensor_file(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """`read` is asked for one tensor after the other, on the CPU, in the order of the file; each is let go when it is
-    written."""
+    written. Raises OSError, naming the file, for what the system refuses."""
     order = sorted(specs, key=lambda name: (RANK[specs[name].dtype], name))
     header: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
     end = 0
@@ -114,7 +121,7 @@ def write_tensor_file(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    with open(path, "wb") as handle:
+    with _named(path), open(path, "wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = read(name)
@@ -122,6 +129,17 @@ def write_tensor_file(
             if tensor.numel():
                 handle.write(_bytes_of(tensor.contiguous().flatten().view(torch.uint8)))
     path.chmod(PLAIN_MODE)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A write that the system refuses does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _bytes_of(flat: Tensor) -> memoryview:

@@ -18,7 +18,8 @@ from safetensors import safe_open
 
 from harness.data.checkpoint import CONFIG, INDEX, TOKENIZER, WEIGHTS
 from harness.data.files import atomic_path, write_json, write_text
-from harness.data.sealed import read_object, write_tensors
+from harness.data.sealed import read_object
+from harness.data.tensor_file import write_tensors
 from harness.portal.card import card
 from harness.portal.cells import StoredCell
 from kernels.dispatch import reference_only
@@ -159,7 +160,7 @@ def _write_shards(folder: Path, tensors: Tensors, shard_bytes: int) -> None:
         parts.append(list(part))
         total += sum(tensor.numel() * tensor.element_size() for tensor in part.values())
         with atomic_path(folder / f"model-part-{len(parts)}.safetensors") as path:
-            write_tensors(part, path, {"format": "pt"})
+            write_tensors(path, part, {"format": "pt"})
     names = [WEIGHTS] if len(parts) == 1 else [_shard(i + 1, len(parts)) for i in range(len(parts))]
     for number, name in enumerate(names, 1):
         (folder / f"model-part-{number}.safetensors").rename(folder / name)

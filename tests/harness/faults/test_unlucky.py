@@ -15,14 +15,14 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from harness.cli import _told_to_end, clean, main
 from harness.cli.leaderboard import keeps_what_is_there
 from harness.compress.loop import _compressed
-from harness.data import checkpoint, sealed
+from harness.data import checkpoint
 from harness.data.assets import resolve_model
 from harness.data.files import CACHE_VARIABLE, atomic_path
+from harness.data.tensor_file import write_tensors
 from harness.engine.local import INTERRUPTED, LONGEST_POLL_S, Interrupted, _Processes, measure_cells
 from harness.engine.process import Ended, Speaker, ended
 from harness.measure import machine
@@ -48,13 +48,14 @@ def _caught(raise_it) -> Ended:
 
 
 def _serialise() -> None:
-    """The writer of tensor files has errors of its own."""
-    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    with mock.patch("safetensors.torch.save_file", side_effect=full):
-        sealed.write_tensors({"a": torch.zeros(9)}, Path("/x/y"))
+    """The writer of tensor files says which one."""
+    opened = mock.mock_open()
+    opened.return_value.write.side_effect = _full
+    with mock.patch("harness.data.tensor_file.open", opened, create=True):
+        write_tensors(Path("/x/y"), {"a": torch.zeros(9)})
 
 
-def _full() -> None:
+def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a write(), which names no file
 
 
