@@ -26,7 +26,7 @@ from harness.data.record import Record
 from harness.data.tensor_file import TensorSpec, in_files, write_tensor_file
 from harness.ledger import Ledger, payload_bytes
 from harness.model import Inventory, decoder_blocks, empty_model, inventory
-from harness.model.paging import Pages, pages_of, put, tensor_of
+from harness.model.paging import Pages, pages_of, tensor_of
 from harness.model.pair import Base
 from kernels.dispatch import kind
 from kernels.formats.bits import Spec, StoredBits
@@ -121,14 +121,16 @@ class CompressedModel:
         packed: dict[str, TensorSpec] = {}
         rest: dict[str, TensorSpec] = {}
         shared = self._of_base
-        seen: set[tuple[int, ...]] = set()
+        seen: set[tuple[object, ...]] = set()
         for name, tensor in self.model.state_dict().items():
             rounded = TensorSpec.of(tensor, half if tensor.is_floating_point() else None)
             if name in stored_names:
                 packed[name] = TensorSpec.of(tensor) if name not in self.inventory.uncovered else rounded
-            elif tensor.is_meta or (identity := (tensor.data_ptr(), *tensor.shape)) not in seen:
-                if not tensor.is_meta:  # tied tensors are stored once; none of a block is tied
-                    seen.add(identity)
+                continue
+            # Tied tensors are stored once; of those that are not in memory none is tied.
+            identity = (name,) if tensor.is_meta else (tensor.data_ptr(), *tensor.shape)
+            if identity not in seen:
+                seen.add(identity)
                 if name not in shared or not torch.equal(tensor.to(rounded.dtype), shared[name]):
                     rest[name] = rounded
         for file, specs in (("packed", packed), ("rest", rest)):
@@ -216,12 +218,10 @@ class CompressedModel:
         # Stored tensors are what they are; and a product that gradients pass through is not a fused one.
         model.requires_grad_(False)
         if by_blocks:
-            for name, tensor in held.items():
-                if not tensor.is_meta:
-                    put(model, name, tensor.detach().to(device))
-            model.tie_weights()
             Pages(model, prefix.removesuffix("."), {name: partial(computed, name) for name in paged}, device)
-        loaded = cls((model if by_blocks else model.to(device)).eval(), stock, description.half, standing)
+        else:
+            model.to(device)
+        loaded = cls(model.eval(), stock, description.half, standing)
         assert 8 * payload_bytes(folder / "packed.safetensors") == loaded.ledger().stored_bits, (
             "payload and ledger disagree"
         )

@@ -52,7 +52,11 @@ class Pages:
         self, model: PreTrainedModel, prefix: str, sources: Mapping[str, Read], device: str | torch.device
     ) -> None:
         """`sources` by full name, those of blocks, whose list stands at `prefix`; each becomes of the dtype that it has
-        in the model, on the `device`."""
+        in the model, on the `device`, where all else is put for good."""
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_meta:
+                put(model, name, tensor.detach().to(device))
+        model.tie_weights()
         self.device, self.prefix = device, prefix
         self.blocks: list[nn.Module] = list(model.get_submodule(prefix).children())
         self.sources: list[dict[str, Read]] = [{} for _ in self.blocks]
@@ -141,7 +145,7 @@ def load_by_blocks(path: Path, device: str, dtype: torch.dtype, fingerprint: str
     inside = [name for name in own if name.startswith(f"{prefix}.")]
     rest = {name: files[name].read(name) for name in own.keys() & files.keys() - set(inside)}
     require_finite(path, rest)
-    model.load_state_dict({name: t.to(device, own[name].dtype) for name, t in rest.items()}, strict=False, assign=True)
+    model.load_state_dict({name: t.to(own[name].dtype) for name, t in rest.items()}, strict=False, assign=True)
     model.tie_weights()
     held = (*model.named_parameters(), *model.named_buffers())
     if lacking := sorted({n for n, t in held if t.is_meta and n not in inside} | (set(inside) - files.keys())):
@@ -155,9 +159,6 @@ def load_by_blocks(path: Path, device: str, dtype: torch.dtype, fingerprint: str
     mismatched = [n for n in own.keys() & files.keys() if files[n].specs[n].shape != tuple(own[n].shape)]
     require_own(path, "holds", "of other sizes than its config.json says: it is another model's", mismatched)
     require_weights(path, (files[name].read(name) for name in inside if own[name].ndim >= 2))
-    for name, buffer in model.named_buffers():  # those that no checkpoint holds
-        if not buffer.is_meta:
-            put(model, name, buffer.to(device))
     Pages(model, prefix, {name: partial(_finite, path, files[name], name) for name in inside}, device)
     model.config.name_or_path = str(path)
     return model.eval()

@@ -198,14 +198,14 @@ class ConvLinear(PackedLinear):
 
     def fill(self, **tensors: Tensor) -> None:
         super().fill(**tensors)
-        self._loaded = None
+        self.unload()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._loaded = None
+        self.unload()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._loaded = None
+        self.unload()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
