@@ -96,15 +96,16 @@ class GPTQ(UniformGridMethod):
         packed = config.layout(layer, data.weight_OI.device)
         assert isinstance(packed, UniformLinear)
         weight_OI, hessian_II, rotation = turned(packed, data.weight_OI, data.hessian_II, data.seed)
-        feedback = prepare(hessian_II, act_order=self.act_order, damp=self.damp)
-        first_O = None
+        drift = None
         if data.drift_II is not None:
             drift_II = data.drift_II if packed.rotation is None else packed.rotation.turn_both(data.drift_II)
             drift = (hessian_II, drift_II, self.follow, self.follow_damp)
-            first_O = first_column(weight_OI, *drift, int(feedback.order_I[0])) if self.qronos else None
-            weight_OI = followed(weight_OI, *drift)
+        target_OI = followed(weight_OI, *drift) if drift else weight_OI
+        feedback = prepare(hessian_II, act_order=self.act_order, damp=self.damp)
+        column = int(feedback.order_I[0])
+        first_O = first_column(weight_OI, *drift, column) if drift and self.qronos else None
         solve = self._static if self.static_groups else self._dynamic
-        codes_OI, grid = solve(weight_OI, feedback, packed.bits, packed.group, packed.offset, first_O)
+        codes_OI, grid = solve(target_OI, feedback, packed.bits, packed.group, packed.offset, first_O)
         order_I = feedback.order_I if packed.order is not None else None
         packed.fill(**packed.tensors(codes_OI, **grid.stored, order_I=order_I), **rotation)
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})

@@ -38,9 +38,8 @@ class GPTVQ(UnderHessian):
         assert data.hessian_II is not None
         packed = config.layout(layer, data.weight_OI.device)
         assert isinstance(packed, CodebookLinear)
+        target_OI = self.target(data)
         feedback = prepare(data.hessian_II, act_order=self.act_order, damp=self.damp)
         damped_II = damped_hessian(data.hessian_II, feedback)
-        packed.fill(
-            **quantise_vectors(self.target(data), packed, feedback, damped_II, refit=self.refit, seed=data.seed)
-        )
+        packed.fill(**quantise_vectors(target_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed))
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.compress.forward import BATCH_TOKENS, PausedForward, abandon, advanced
-from harness.compress.statistics import add_gram, completed
+from harness.compress.states import States
+from harness.compress.statistics import add_gram, complete
 from harness.model import BlockSpec
 from harness.model.linear_layers import is_expert
 from harness.model.pair import Base, weight_to_pack
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAMPLED = 512  # tokens whose inputs a method sees as they are
+PASSES_BYTES = 4 * 2**30  # of passes that stand in a block at once; what would take more runs once for every stage
+
+
+def passes_bytes(block: BlockSpec, tokens: int, hidden: int, dtype_bytes: int, streams: int) -> int:
+    """What passes over so many tokens hold at most while they stand inside the block."""
+    inner = sum(layer.out_features for layer in block.layers)
+    return streams * tokens * (hidden + inner) * dtype_bytes
 
 
 class _Slot(nn.Module):
@@ -46,8 +54,8 @@ class _Slot(nn.Module):
 class BlockRun:
     """methods.base.Block over a live block and the calibration activations in front of it; `forward` runs the block.
 
-    `original_NTH` are the activations of the uncompressed model; without them `drift` and `original_outputs` are not to
-    be had. Use as a context: inside, the block's linear layers are slots; on leaving, what is installed in them takes
+    `original` are the activations of the uncompressed model; without them `drift` and `original_outputs` are not to be
+    had. Use as a context: inside, the block's linear layers are slots; on leaving, what is installed in them takes
     their place."""
 
     def __init__(
@@ -55,16 +63,20 @@ class BlockRun:
         model: PreTrainedModel,
         spec: BlockSpec,
         forward: Callable[[Tensor], Tensor],
-        hidden_NTH: Tensor,
-        original_NTH: Tensor | None = None,
+        hidden: States,
+        original: States | None = None,
         tables: Mapping[str, Table] | None = None,
         fisher: Mapping[str, Sensitivity] | None = None,
         base: Base | None = None,
     ) -> None:
         self.model, self._forward = model, forward
         self.tables, self._fisher, self._base = tables or {}, fisher or {}, base
-        self.hidden_NTH, self.original_NTH = hidden_NTH, original_NTH
+        self.hidden, self.original, self.device = hidden, original, hidden.device
         self.layers: dict[str, LayerSpec] = {layer.name: layer for layer in spec.layers}
+        # The batches of a text, each standing in front of the same stage; or one after the other.
+        streams = 1 if original is None else 2
+        standing = passes_bytes(spec, hidden.tokens, hidden.shape[2], hidden.dtype.itemsize, streams)
+        self._together = standing <= PASSES_BYTES
         self.reports: dict[str, dict[str, float]] = {}
         self._slots = {name: _Slot(model.get_submodule(name), partial(self._reached, name)) for name in self.layers}
         self._passes: list[PausedForward] = []
@@ -101,11 +113,11 @@ class BlockRun:
     @torch.no_grad()
     def hessian(self, name: str) -> Tensor:
         size = self.layers[name].in_features
-        hessian_II = torch.zeros(size, size, device=self.hidden_NTH.device)
+        hessian_II = torch.zeros(size, size, device=self.device)
         if name not in self._uncalled:
             for paused in self._advance_to(self._stage_of[name]):
                 add_gram(hessian_II, paused.stage_input.reshape(-1, size).float())
-            hessian_II = completed(hessian_II)
+            complete(hessian_II)
         return hessian_II
 
     @torch.no_grad()
@@ -113,7 +125,7 @@ class BlockRun:
         """fp32 [I, I]: sum of (x' - x) x^T, x' being the uncompressed model's input of the layer where `hessian` sees
         x. Zero for an expert: the two models send it other tokens, so that no x' belongs to an x."""
         size = self.layers[name].in_features
-        drift_II = torch.zeros(size, size, device=self.hidden_NTH.device)
+        drift_II = torch.zeros(size, size, device=self.device)
         if name not in self._uncalled and not is_expert(self.model, name):
             stage = self._stage_of[name]
             for paused, original in zip(self._advance_to(stage), self._originals_to(stage), strict=True):
@@ -125,7 +137,7 @@ class BlockRun:
     def pooled(self, name: str) -> Pooled:
         """Zero for a layer that no calibration token reached; for an expert all of a batch's tokens are one window."""
         size = self.layers[name].in_features
-        total_II = torch.zeros(size, size, device=self.hidden_NTH.device)
+        total_II = torch.zeros(size, size, device=self.device)
         mean_I, windows = torch.zeros(size, device=total_II.device), 0
         if name not in self._uncalled:
             for paused in self._advance_to(self._stage_of[name]):
@@ -134,14 +146,14 @@ class BlockRun:
                     own_I = x_TI.mean(dim=0)
                     add_gram(total_II, (x_TI - own_I) / max(1, len(x_TI) - 1) ** 0.5)
                     mean_I, windows = mean_I + own_I, windows + 1
-        return Pooled(mean_I / max(1, windows), completed(total_II) / max(1, windows))
+        return Pooled(mean_I / max(1, windows), complete(total_II).div_(max(1, windows)))
 
     @torch.no_grad()
     def inputs(self, name: str) -> Inputs:
         """Zero, and a sample of none, for a layer that no calibration token reached."""
         size = self.layers[name].in_features
-        peak_I, some = torch.zeros(size, device=self.hidden_NTH.device), []
-        apart = max(1, self.hidden_NTH[..., 0].numel() // SAMPLED)
+        peak_I, some = torch.zeros(size, device=self.device), []
+        apart = max(1, self.hidden.tokens // SAMPLED)
         if name not in self._uncalled:
             for paused in self._advance_to(self._stage_of[name]):
                 x_NI = paused.stage_input.reshape(-1, size).float()
@@ -152,7 +164,7 @@ class BlockRun:
     def fisher(self, name: str) -> Sensitivity:
         """Zero for a layer that no calibration token reached."""
         layer = self.layers[name]
-        zeros = (torch.zeros(size, device=self.hidden_NTH.device) for size in (layer.out_features, layer.in_features))
+        zeros = (torch.zeros(size, device=self.device) for size in (layer.out_features, layer.in_features))
         return self._fisher.get(name) or Sensitivity(*zeros)
 
     def install(self, name: str, compressed: Compressed) -> None:
@@ -181,38 +193,40 @@ class BlockRun:
         return self._forward(hidden_NTH)
 
     def windows(self) -> tuple[Tensor, Tensor]:
-        return self.hidden_NTH, self.original_outputs()
+        return self.hidden.whole(), torch.cat([*self.original_outputs()])
 
-    @torch.no_grad()
-    def outputs(self) -> Tensor:
-        """Hidden states behind the block as it is now: the inputs of the next one."""
-        return torch.cat([paused.result for paused in self._advance_to(len(self._stages))])
+    def outputs(self) -> Iterator[Tensor]:
+        """Hidden states behind the block as it is now, the inputs of the next one; a batch of windows at a time."""
+        return (paused.result for paused in self._advance_to(len(self._stages)))
 
-    @torch.no_grad()
-    def original_outputs(self) -> Tensor:
+    def original_outputs(self) -> Iterator[Tensor]:
         """Hidden states behind the uncompressed block."""
-        return torch.cat([paused.result for paused in self._originals_to(len(self._stages))])
+        return (paused.result for paused in self._originals_to(len(self._stages)))
 
     def _advance_to(self, stage: int) -> Iterator[PausedForward]:
         """The pass of every batch, standing in front of `stage` (beyond the last one: finished)."""
         if self._stale or any(paused.stage > stage or paused.output is not None for paused in self._passes):
             self._restart()
-        self._passes = self._passes or self._begin(self.hidden_NTH)
-        return advanced(self._passes, stage)
+        return self._standing(self._passes, self.hidden, stage)
 
     def _originals_to(self, stage: int) -> Iterator[PausedForward]:
-        assert self.original_NTH is not None, "the block was not given the uncompressed model's activations"
+        assert self.original is not None, "the block was not given the uncompressed model's activations"
         if any(paused.stage > stage for paused in self._originals):
             abandon(self._originals)
-        if not self._originals:
-            self._originals += self._begin(self.original_NTH)
-        return advanced(self._originals, stage)
+        return self._standing(self._originals, self.original, stage)
 
-    def _begin(self, hidden_NTH: Tensor) -> list[PausedForward]:
-        return [
-            PausedForward(self._forward, batch_NTH)
-            for batch_NTH in hidden_NTH.split(max(1, BATCH_TOKENS // hidden_NTH.shape[1]))
-        ]
+    def _standing(self, passes: list[PausedForward], states: States, stage: int) -> Iterator[PausedForward]:
+        """`passes` holds those that have begun and not been abandoned."""
+        batches = states.split(max(1, BATCH_TOKENS // states.shape[1]))
+        if self._together:
+            if not passes:
+                passes += [PausedForward(self._forward, batch_NTH) for batch_NTH in batches]
+            yield from advanced(passes, stage)
+            return
+        for batch_NTH in batches:
+            passes[:] = [PausedForward(self._forward, batch_NTH)]
+            yield from advanced(passes, stage)
+            abandon(passes)
 
     def _restart(self) -> None:
         abandon(self._passes)
@@ -233,7 +247,7 @@ class BlockRun:
     def _find_stages(self) -> list[list[str]]:
         """Found by watching one window: layers called with the same tensor share a stage, in order of first call."""
         self._watch = []
-        self._forward(self.hidden_NTH[:1])
+        self._forward(self.hidden.read(0, 1))
         calls, self._watch = self._watch, None
         stages: list[tuple[Tensor, list[str]]] = []
         for tensor, name in calls:

@@ -12,6 +12,7 @@ few hundred tokens at a time, nothing is computed twice, and the blocks get thei
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from harness.compress.forward import BlockInputs, stubbed_blocks
 from harness.data.sealed import believed, check_tensors, load_tensors, save_tensors
+from harness.model import decoder_blocks
 from harness.model.head import head_of, hidden_states
+from harness.model.paging import pages_of, resident
 from harness.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -33,12 +37,30 @@ SLICE_LOGITS = 1 << 24  # of a model, held at once (64 MiB in fp32)
 @torch.no_grad()
 def remember_states(model: PreTrainedModel, tokens_NT: Tensor, folder: Path, progress: Progress = silent) -> None:
     """Write the states [T - 1, H] of every window, in the model's own dtype; what is there, and whole, stays."""
-    device = next(model.parameters()).device
-    for index, window_T in enumerate(tokens_NT):
-        file = states_file(folder, index)
-        if believed(file, _checked) is None:
-            save_tensors(file, {"states": hidden_states(model, window_T[None].to(device), len(window_T))})
-        progress("remember", index + 1, len(tokens_NT))
+    lacking = [index for index in range(len(tokens_NT)) if believed(states_file(folder, index), _checked) is None]
+    done = len(tokens_NT) - len(lacking)
+    progress("remember", done, len(tokens_NT))
+    for index, states_NH in zip(lacking, _states(model, tokens_NT[lacking], folder), strict=True):
+        save_tensors(states_file(folder, index), {"states": states_NH})
+        done += 1
+        progress("remember", done, len(tokens_NT))
+
+
+def _states(model: PreTrainedModel, tokens_NT: Tensor, folder: Path) -> Iterator[Tensor]:
+    """In front of the head, window by window; of a model that is not in memory every block is read once."""
+    tokens_NT = tokens_NT.to(next(model.parameters()).device)
+    if pages_of(model) is None or not len(tokens_NT):
+        for window_T in tokens_NT:
+            yield hidden_states(model, window_T[None], len(window_T))
+        return
+    inputs = BlockInputs(model, tokens_NT, folder)
+    for index in range(len(decoder_blocks(model)[1])):
+        with resident(model, index):
+            inputs.hidden.replace(map(inputs.block(index), inputs.hidden.split(1)))
+    with stubbed_blocks(model, inputs.returns_tuple) as stubs:
+        for window_T, behind_NTH in zip(tokens_NT, inputs.hidden.split(1), strict=True):
+            stubs[-1].replay = behind_NTH
+            yield hidden_states(model, window_T[None], len(window_T))
 
 
 def states_file(folder: Path, index: int) -> Path:

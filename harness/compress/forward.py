@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from harness.compress.states import States
 from harness.model import decoder, decoder_blocks, states_of
 
 if TYPE_CHECKING:
@@ -39,16 +41,16 @@ class Arguments:
 
 
 class BlockStub(nn.Module):
-    """Stands in for a block: notes its arguments and hands the hidden state on, or `replay`, if that is set, in its
-    place."""
+    """Stands in for a block: notes what it is called with and hands the hidden state on, or `replay`, if that is set,
+    in its place."""
 
     arguments: Arguments
+    hidden: Tensor
 
     def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
         self.returns_tuple = returns_tuple
         object.__setattr__(self, "block", block)  # not a submodule: .to() and state_dict() must not see it twice
-        self.hidden: list[Tensor] = []
         self.replay: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks (attention_type)
@@ -60,7 +62,7 @@ class BlockStub(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         out = self.replay
         if out is None:
-            self.hidden.append(hidden_states)
+            self.hidden = hidden_states
             self.arguments = Arguments(args, kwargs)
             out = hidden_states
         return (out,) if self.returns_tuple else out
@@ -108,22 +110,27 @@ def _body(model: PreTrainedModel, tokens_BT: Tensor) -> None:
 
 
 class BlockInputs:
-    """Hidden states [N, T, H] in front of the first block, and blocks that run on as many such windows as one likes.
+    """The states in front of the first block (`hidden`: in memory, or in a file in `spill`), and blocks that run on as
+    many such windows as one likes.
 
     What else a block is called with is found by handing the model a batch of that size: masks and biases need not
     broadcast (Bloom's hold the batch and the heads in one dimension). Raises ValueError where it depends on the tokens
     themselves: blocks run on states whose tokens nobody knows."""
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, tokens_NT: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, tokens_NT: Tensor, spill: Path | None = None) -> None:
         self.model, self.first_T = model, tokens_NT[0]
         self.returns_tuple = _returns_tuple(model)
         with stubbed_blocks(model, self.returns_tuple) as stubs:
             _body(model, tokens_NT[:1])
             self._known = {1: [stub.arguments for stub in stubs]}
-            for window_T in tokens_NT[1:]:
+            first_NTH = stubs[0].hidden
+            shape = (*tokens_NT.shape, first_NTH.shape[-1])
+            self.hidden = States(shape, first_NTH.dtype, first_NTH.device, spill)
+            self.hidden.write(0, first_NTH)
+            for index, window_T in enumerate(tokens_NT[1:], start=1):
                 _body(model, window_T[None])
-        self.hidden_NTH = torch.cat(stubs[0].hidden)
+                self.hidden.write(index, stubs[0].hidden)
         if not all(stub.arguments.same(first) for stub, first in zip(stubs, self._known[1], strict=True)):
             raise ValueError(
                 f"models of type {model.config.model_type} tell their blocks something of every token besides its "

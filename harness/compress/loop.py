@@ -78,11 +78,14 @@ def compress_model(
     needs = method.needs
     needs_data = needs.hessian or needs.pooled or needs.inputs or needs.original
     assert tokens_NT is not None or not needs_data
+    pages = pages_of(model)
     inputs = BlockInputs(
-        model, tokens_NT if tokens_NT is not None and needs_data else torch.zeros(1, 8, dtype=torch.long)
+        model,
+        tokens_NT if tokens_NT is not None and needs_data else torch.zeros(1, 8, dtype=torch.long),
+        folder if pages else None,
     )
-    hidden_NTH = inputs.hidden_NTH
-    original_NTH = hidden_NTH if method.needs.original else None
+    hidden = inputs.hidden
+    original = hidden.copy() if needs.original else None
     reports: dict[str, dict[str, float]] = {}
     seconds = 0.0
     for index, spec in enumerate(stock.blocks):
@@ -90,17 +93,19 @@ def compress_model(
         kept = believed(file, load_tensors)
         start = time.perf_counter()
         with resident(model, index):
-            with BlockRun(model, spec, inputs.block(index), hidden_NTH, original_NTH, tables, fisher, base) as block:
+            with BlockRun(model, spec, inputs.block(index), hidden, original, tables, fisher, base) as block:
                 if kept:
-                    done = _install(block, *kept, hidden_NTH.device)
+                    done = _install(block, *kept, hidden.device)
                 else:
                     pack_block(block, method, configs, seed, act_bits)
-                original_NTH = block.original_outputs() if method.needs.original else None
-                hidden_NTH = block.outputs() if needs_data else hidden_NTH
+                if original is not None:
+                    original.replace(block.original_outputs())
+                if needs_data:
+                    hidden.replace(block.outputs())
             if not kept:
                 done = CompressionReport(block.reports, time.perf_counter() - start)
                 _save_block(model, spec.layers, file, done)
-            if pages := pages_of(model):
+            if pages:
                 pages.packed_in(index, block.layers, TensorFile(file))
         reports |= done.layers
         seconds += done.seconds

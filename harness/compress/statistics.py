@@ -11,6 +11,10 @@ def add_gram(gram_II: Tensor, x_NI: Tensor, strip: int = 256) -> None:
         gram_II[start : start + strip, start:].addmm_(x_NI[:, start : start + strip].t(), x_NI[:, start:])
 
 
-def completed(gram_II: Tensor) -> Tensor:
-    """The symmetric matrix whose upper triangle `add_gram` filled."""
-    return gram_II.triu().add_(gram_II.triu(1).t())
+def complete(gram_II: Tensor, strip: int = 256) -> Tensor:
+    """The symmetric matrix whose upper triangle `add_gram` filled, in the same memory."""
+    for start in range(0, len(gram_II), strip):
+        corner_SS = gram_II[start : start + strip, start : start + strip]
+        corner_SS.copy_(corner_SS.triu().add_(corner_SS.triu(1).t()))
+        gram_II[start + strip :, start : start + strip] = gram_II[start : start + strip, start + strip :].t()
+    return gram_II

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,8 @@ class TensorFile:
         held = torch.empty(spec.bytes, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as handle:
             handle.seek(self._start + first)
-            view, done = _bytes_of(held), 0
-            while done < len(view):  # a read of more than 2 GiB comes in parts
-                if not (count := handle.readinto(view[done:])):
-                    raise ValueError(f"{self.path} ends in the middle of {name}: copy it again")
-                done += count
+            if not fill(handle, held):
+                raise ValueError(f"{self.path} ends in the middle of {name}: copy it again")
         return held.view(spec.dtype).view(spec.shape)
 
 
@@ -121,18 +119,28 @@ def write_tensor_file(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    with _named(path), open(path, "wb") as handle:
+    with named(path), open(path, "wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = read(name)
             assert TensorSpec.of(tensor) == specs[name], f"{name}: {TensorSpec.of(tensor)}, announced as {specs[name]}"
             if tensor.numel():
-                handle.write(_bytes_of(tensor.contiguous().flatten().view(torch.uint8)))
+                handle.write(bytes_of(tensor))
     path.chmod(PLAIN_MODE)
 
 
+def fill(handle: FileIO, held_B: Tensor) -> bool:
+    """Read into the memory of a uint8 tensor; False where the file ends before it is full."""
+    view, done = bytes_of(held_B), 0
+    while done < len(view):  # a read of more than 2 GiB comes in parts
+        if not (count := handle.readinto(view[done:])):
+            return False
+        done += count
+    return True
+
+
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """A write that the system refuses does not say of which file."""
     try:
         yield
@@ -142,9 +150,11 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _bytes_of(flat: Tensor) -> memoryview:
-    """The memory of a uint8 tensor."""
-    array: Any = flat.numpy()  # numpy's own types do not say that an array is a buffer
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the CPU, copied only where it is not in one piece."""
+    array: Any = (
+        tensor.contiguous().flatten().view(torch.uint8).numpy()
+    )  # numpy's own types do not say that an array is a buffer
     return memoryview(array)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from harness.compress.block import PASSES_BYTES, passes_bytes
 from harness.compress.distil import slice_tokens
+from harness.compress.forward import BATCH_TOKENS
 from harness.compress.training import KEPT_BYTES, kept_bytes
 from harness.data.protocols import DISTIL
 from harness.evaluate.score import BODY_TOKENS, HEAD_LOGITS
@@ -23,6 +25,16 @@ from kernels.formats.layer import LayerSpec
 from methods.base import Method
 
 PYTHON = 0.33 * 2**30  # interpreter, torch and transformers
+
+
+# Matrices of a layer's inputs by its inputs (tests/harness/plan/test_memory.py):
+FACTORING = 2.2  # beside a Gram matrix whose pivots are computed
+PACKING = 5  # a Hessian with all that methods make of it
+TURNING = 3  # of a layer whose inputs are rotated, besides
+
+
+def _turns(method: Method, layer: LayerSpec) -> bool:
+    return any(dict(config.hyper).get("rotated") for config in method.candidates(layer))
 
 
 def _rank(method: Method, layer: LayerSpec) -> int:
@@ -47,10 +59,11 @@ def predicted_phases(
     `scored` tokens go through the model at once.
 
     Measuring what errors cost, for a mixed plan, holds the states of some windows in front of every block (and of all
-    of them, a few times, at one), and the most of three: a Gram matrix for every layer of a block, one of them being
-    factored; a window's activations, to go back through a block; copies of a slice of logits. Compressing holds every
-    calibration token's hidden state (in and out) and, inside one block, its widest activations and a Hessian being
-    factored; twice the states for a method that also looks at the uncompressed model's. Training holds what is needed
+    of them at one), and the most of three: a Gram matrix for every layer of a block, one of them being factored; a
+    window's activations, to go back through a block; copies of a slice of logits. Compressing holds every calibration
+    token's hidden state and, inside one block, what passes hold that stand in it and a Hessian with what is made of it;
+    twice the states for a method that also looks at the uncompressed model's. `by_blocks` states are in files, but for
+    a method that tunes blocks. Training holds what is needed
     on the way back and logits a few times: of a window, or of a slice for two models. Scoring holds what is stored and
     one chunk of logits."""
     dtype_bytes = getattr(torch, cell.compute.dtype).itemsize
@@ -68,16 +81,24 @@ def predicted_phases(
         context = calibration.context if calibration else RANDOM_CONTEXT
         followed = FISHER_TOKENS if cell.method.needs.fisher else GRADIENT_TOKENS
         measured = hessian_tokens(stock) if calibration else HESSIAN_TOKENS
-        states = (4 * max(measured, context) + len(stock.blocks) * max(followed, context)) * hidden * dtype_bytes
-        # A Hessian with its copies and factors; or a matrix being packed, and what is made of it.
-        grams = 7 * 4 * wide * wide + sum(4 * layer.in_features**2 for layer in layers) if calibration else 0
+        # By blocks: those of the windows followed back, and their gradients, once for a checkpoint.
+        states = max(measured, context) + len(stock.blocks) * max(followed, context) if not by_blocks else 0
+        states = (states + 3 * max(followed, context)) * hidden * dtype_bytes
+        inputs = {layer.role: layer.in_features for layer in layers}
+        grams = FACTORING * 4 * wide * wide + sum(4 * size**2 for size in inputs.values()) if calibration else 0
         logits = 6 * 4 * HEAD_TOKENS * vocabulary
         phases["measure layers"] = model + states + max(grams, 2 * context * (hidden + inner) * dtype_bytes, logits)
         phases["estimate errors"] = (rest if by_blocks else model) + 4 * matrix
     tokens = calibration.context * calibration.sequences if calibration else 0
     streams = 2 if cell.method.needs.original else 1
-    working = 7 * 4 * wide * wide if calibration else 3 * matrix
-    phases["compress"] = model + streams * tokens * (2 * hidden + inner) * dtype_bytes + working
+    states = 3 * tokens if cell.method.needs.outputs else 0 if by_blocks else streams * tokens
+    standing = passes_bytes(stock.blocks[0], tokens, hidden, dtype_bytes, streams)
+    if standing > PASSES_BYTES:
+        batch = min(tokens, max(BATCH_TOKENS, calibration.context if calibration else 0))
+        standing = passes_bytes(stock.blocks[0], batch, hidden, dtype_bytes, streams)
+    squares = PACKING + TURNING * _turns(cell.method, stock.layers[0])
+    working = squares * 4 * wide * wide if calibration else 3 * matrix
+    phases["compress"] = model + states * hidden * dtype_bytes + standing + working
     if cell.training:
         width = cell.training.windows.context
         kept = kept_bytes(stock, width, dtype_bytes)

@@ -33,18 +33,19 @@ import torch
 from torch import Tensor, nn
 
 from harness.compress.forward import BlockInputs, stubbed_blocks
-from harness.compress.statistics import add_gram, completed
+from harness.compress.states import States
+from harness.compress.statistics import add_gram, complete
 from harness.data.files import cache_dir, digest, locked
 from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.data.windows import stream_sha256
 from harness.model import BlockSpec, Inventory, inventory
 from harness.model.families import known_positions
-from harness.model.paging import resident
+from harness.model.paging import pages_of, resident
 from harness.plan.pivots import measure_version, pivots
-from harness.plan.unfinished import Unfinished, prefixed, under
+from harness.plan.unfinished import Asked, Unfinished, joined, part
 from harness.progress import Progress, silent
 from methods.base import Sensitivity
-from methods.codecs.error_feedback import Indefinite, NotFinite
+from methods.codecs.error_feedback import Indefinite, NotFinite, all_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,14 +86,17 @@ def measure_sensitivities(
     blocks = stock.blocks
     tokens_NT = tokens_NT[: -(-(hessian_tokens(stock) if feedback else HESSIAN_TOKENS) // tokens_NT.shape[1])]
     followed_back = -(-GRADIENT_TOKENS // tokens_NT.shape[1])
-    _, kept = unfinished.state(str(next(model.parameters()).device))
-    column_I, square_O = under("column", kept), under("square", kept)
+    device = next(model.parameters()).device
+    _, kept = unfinished.state()
+    column_I, square_O = (
+        {name: tensor.to(device) for name, tensor in part(of, kept).items()} for of in ("column", "square")
+    )
     with _frozen(model):
         walk = _Walk(model, tokens_NT, followed_back)
         walk.go_on(kept)
 
-        def found() -> dict[str, Tensor]:
-            return prefixed("column", column_I) | prefixed("square", square_O) | walk.state()
+        def found() -> Mapping[str, Tensor]:
+            return joined(column=column_I, square=square_O, **walk.state())
 
         grams = [_Grams(feedback) for _ in blocks]
         for index in walk.forward(grams):
@@ -115,10 +119,11 @@ def measure_fisher(
     reaches it is zero. A window is a sequence; its loss is that of predicting its own tokens."""
     blocks = inventory(model).blocks
     squares = [_Gradients() for _ in blocks]
-    done, kept = unfinished.state(str(next(model.parameters()).device))
+    device = next(model.parameters()).device
+    done, kept = unfinished.state()
     of_layer = {layer.name: squares[index].means for index, block in enumerate(blocks) for layer in block.layers}
-    for name, row_O in under("row", kept).items():
-        of_layer[name][name] = (row_O, kept[f"column/{name}"])
+    for name, row_O in part("row", kept).items():
+        of_layer[name][name] = (row_O.to(device), kept[f"column/{name}"].to(device))
     at_once = max(1, FISHER_TOKENS // tokens_NT.shape[1])
     with _frozen(model):
         for start in range(done, len(tokens_NT), at_once):
@@ -136,70 +141,79 @@ def measure_fisher(
     return found
 
 
-def _means(blocks: Sequence[_Gradients]) -> dict[str, Tensor]:
+def _means(blocks: Sequence[_Gradients]) -> Mapping[str, Tensor]:
     found = {name: means for block in blocks for name, means in block.means.items()}
     rows, columns = ({name: means[side] for name, means in found.items()} for side in (0, 1))
-    return prefixed("row", rows) | prefixed("column", columns)
+    return joined(row=rows, column=columns)
 
 
 class _Walk:
     """A pass through the model block by block, and back: each block is run again with gradients, from the states kept
-    in front of it."""
+    in front of it. Of a model that is not in memory the states are not either."""
 
     def __init__(self, model: PreTrainedModel, tokens_NT: Tensor, followed_back: int) -> None:
         """Only the first `followed_back` windows are gone back through."""
-        self.model, self.tokens_NT, self.followed_back = model, tokens_NT, followed_back
+        self.model, self.back = model, min(followed_back, len(tokens_NT))
         self.blocks = inventory(model).blocks
-        self.inputs = BlockInputs(model, tokens_NT)
-        self.hidden_NTH = self.inputs.hidden_NTH  # in front of the next block
-        self.kept_NTH: list[Tensor] = []  # of the windows that are followed back, in front of every block so far
+        spill = cache_dir("sensitivities") if pages_of(model) else None
+        self.inputs = BlockInputs(model, tokens_NT, spill)
+        self.hidden = self.inputs.hidden  # in front of the next block
+        self.tokens_NT = tokens_NT[: self.back]  # those followed back, and their states in front of every block so far
+        _, tokens, width = self.hidden.shape
+        shape = (len(self.blocks) * self.back, tokens, width)
+        self.kept, self.reached = States(shape, self.hidden.dtype, self.hidden.device, spill), 0
         self.gradient_NTH: Tensor | None = None  # with respect to what the last block gone back through was given
 
     @property
     def tokens(self) -> int:
         """How many tokens are followed back."""
-        return self.tokens_NT[: self.followed_back].numel()
+        return self.tokens_NT.numel()
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Mapping[str, Tensor]]:
         """What `go_on` needs to continue from here."""
-        found = {f"kept/{index}": kept_NTH for index, kept_NTH in enumerate(self.kept_NTH)}
-        if self.gradient_NTH is None:
-            return found | {"hidden": self.hidden_NTH}
-        return found | {"gradient": self.gradient_NTH}
+        kept = {str(n): partial(self.kept.read, n, n + 1) for n in range(self.reached * self.back)}
+        if self.gradient_NTH is not None:
+            return {"kept": Asked(kept), "gradient": {"": self.gradient_NTH}}
+        return {
+            "kept": Asked(kept),
+            "hidden": Asked({str(n): partial(self.hidden.read, n, n + 1) for n in range(len(self.hidden))}),
+        }
 
     def go_on(self, state: Mapping[str, Tensor]) -> None:
         """Take up a walk where it was left; from nothing at its beginning."""
-        if state:
-            kept = under("kept", state)
-            self.kept_NTH = [kept[str(index)] for index in range(len(kept))]
-            self.hidden_NTH = state.get("hidden", self.hidden_NTH)
-            self.gradient_NTH = state.get("gradient")
+        for name, states in (("kept", self.kept), ("hidden", self.hidden)):
+            for number, state_NTH in part(name, state).items():
+                states.write(int(number), state_NTH)
+        self.reached = len(part("kept", state)) // self.back
+        for gradient_NTH in part("gradient", state).values():
+            self.gradient_NTH = gradient_NTH.to(self.hidden.device)
 
     def forward(self, watches: Sequence[Watch]) -> Iterator[int]:
         """Yields the index of every block when it has run."""
         if self.gradient_NTH is not None:
             return
-        for index in range(len(self.kept_NTH), len(self.blocks)):
-            self.kept_NTH.append(self.hidden_NTH[: self.followed_back].clone())
+        for index in range(self.reached, len(self.blocks)):
+            self.kept.write(index * self.back, self.hidden.read(0, self.back))
             with torch.no_grad(), resident(self.model, index), _hooked(self.model, self.blocks[index], watches[index]):
-                self.hidden_NTH = torch.cat([*map(self.inputs.block(index), self.hidden_NTH.split(1))])
+                self.hidden.replace(map(self.inputs.block(index), self.hidden.split(1)))
+            self.reached = index + 1
             yield index
 
     def backward(self, watches: Sequence[Watch], *, seed: int = 0, targets_NT: Tensor | None = None) -> Iterator[int]:
         """From the loss of predicting `targets_NT` (of the last place of a window nothing), or tokens drawn by `seed`;
         yields the index of every block when it has been gone back through."""
         if self.gradient_NTH is None:
-            last_NTH = self.hidden_NTH[: self.followed_back]
+            last_NTH = self.hidden.read(0, self.back)
             self.gradient_NTH = _head_gradient(self.model, last_NTH, seed, targets_NT, self.inputs.returns_tuple)
-        while self.kept_NTH:
-            hidden_NTH, index = self.kept_NTH[-1], len(self.kept_NTH) - 1
+        for index in reversed(range(self.reached)):
             with resident(self.model, index), _hooked(self.model, self.blocks[index], watches[index]):
-                for n, window_TH in enumerate(hidden_NTH):
-                    given_NTH = window_TH[None].detach().requires_grad_()
+                for n in range(self.back):
+                    given_NTH = self.kept.read(index * self.back + n, index * self.back + n + 1).detach()
+                    given_NTH.requires_grad_()
                     self.inputs.block(index)(given_NTH).backward(self.gradient_NTH[n : n + 1])
                     assert given_NTH.grad is not None
                     self.gradient_NTH[n] = given_NTH.grad[0]
-            self.kept_NTH.pop()
+            self.reached = index
             yield index
 
 
@@ -270,13 +284,14 @@ class _Grams:
 
     def columns(self) -> dict[str, Tensor]:
         """Every layer's costs by column [I]; the sums are let go."""
-        column_I = {name: self._column(name, total / max(1, self.tokens[name])) for name, total in self.sum.items()}
-        self.sum.clear()
+        column_I = {
+            name: self._column(name, self.sum.pop(name).div_(max(1, self.tokens[name]))) for name in [*self.sum]
+        }
         self._last = None  # which is as large as a block's widest activation
         return {name: column_I[owner] for name, owner in self.owner.items()}
 
     def _column(self, name: str, mean: Tensor) -> Tensor:
-        if not bool(torch.isfinite(mean).all()):
+        if not all_finite(mean):
             raise NotFinite(
                 f"the inputs of {name} are not finite: the model overflows on this text; try --dtype float32"
             )
@@ -285,7 +300,7 @@ class _Grams:
         if not mean.any():  # an expert no token was sent to
             return mean.diagonal()
         try:
-            return pivots(completed(mean), self.tokens[name], DAMP)
+            return pivots(complete(mean), self.tokens[name], DAMP)
         except Indefinite:  # as when it is packed: no feedback
             return mean.diagonal().clamp_min(0.0)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor
 
-from harness.data.sealed import believed, load_tensors, save_tensors
+from harness.data.sealed import believed, check_tensors, save_tensors
+from harness.data.tensor_file import TensorFile
 
 SAVE_S = 15.0  # seconds between two writes, at least
 SHARE = 0.1  # of the time, at most, that goes into writing
+FORM = "2"  # of what is kept; what another version kept is measured again
 
 
 class Unfinished:
@@ -20,20 +24,23 @@ class Unfinished:
     def __init__(self, path: Path | None = None) -> None:
         self.path, self._written, self._cost = path, time.monotonic(), 0.0
 
-    def state(self, device: str = "cpu") -> tuple[int, dict[str, Tensor]]:
-        """(steps that are done, what was kept after them)."""
-        kept = self.path and believed(self.path, load_tensors)
-        if not kept:
+    def state(self) -> tuple[int, Mapping[str, Tensor]]:
+        """(steps that are done, what was kept after them), on the CPU."""
+        if self.path is None or believed(self.path, _checked) is None:
             return 0, {}
-        tensors, metadata = kept
-        return int(metadata["steps"]), {name: tensor.to(device) for name, tensor in tensors.items()}
+        with safe_open(self.path, framework="pt") as handle:
+            metadata = handle.metadata()
+        if metadata.get("form") != FORM:
+            return 0, {}
+        file = TensorFile(self.path)
+        return int(metadata["steps"]), Asked({name: partial(file.read, name) for name in file.specs})
 
     def keep(self, steps: int, state: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Write, if it is time to. What is written is cloned: parts of one tensor are not stored as such."""
+        """Write, if it is time to."""
         if self.path is None or time.monotonic() - self._written < max(SAVE_S, self._cost / SHARE):
             return
         start = time.monotonic()
-        save_tensors(self.path, {name: tensor.clone() for name, tensor in state().items()}, {"steps": str(steps)})
+        save_tensors(self.path, state(), {"steps": str(steps), "form": FORM})
         self._written = time.monotonic()
         self._cost = self._written - start
 
@@ -42,10 +49,38 @@ class Unfinished:
             self.path.unlink(missing_ok=True)
 
 
-def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+class Asked(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for: all of them together may be more than memory."""
+
+    def __init__(self, reads: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.reads = reads
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.reads[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.reads)
+
+    def __len__(self) -> int:
+        return len(self.reads)
 
 
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that `prefixed` named so, by their own names."""
-    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+def joined(**parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """All tensors of some parts, under `part/name`; none is asked for yet."""
+    return Asked({f"{part}/{name}": partial(of.__getitem__, name) for part, of in parts.items() for name in of})
+
+
+def part(name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors that `joined` named so, by their own names."""
+    return Asked(
+        {
+            full.removeprefix(f"{name}/"): partial(tensors.__getitem__, full)
+            for full in tensors
+            if full.startswith(f"{name}/")
+        }
+    )
+
+
+def _checked(path: Path) -> Path:
+    check_tensors(path)
+    return path

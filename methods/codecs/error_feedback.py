@@ -42,6 +42,11 @@ class Indefinite(ValueError):
     """A Hessian that no damping makes positive definite."""
 
 
+def all_finite(values: Tensor) -> bool:
+    """Without another tensor of that size, as `isfinite` would make two."""
+    return all(math.isfinite(extreme.item()) for extreme in (values.amin(), values.amax()))
+
+
 def check_damp(damp: float, name: str = "damp") -> None:
     """Raises ValueError."""
     if not 0 < damp < math.inf:
@@ -56,8 +61,7 @@ def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
 
     Raises NotFinite when H is not finite, and Indefinite when no step of the damping ladder makes it positive definite.
     """
-    hessian_II = hessian_II.clone()
-    diagonal_I = hessian_II.diagonal()
+    diagonal_I = hessian_II.diagonal().clone()
     dead_I = diagonal_I == 0
     mean = diagonal_I[~dead_I].mean().item() if not bool(dead_I.all()) else 1.0
     diagonal_I[dead_I] = mean
@@ -66,24 +70,34 @@ def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
         if act_order
         else torch.arange(len(diagonal_I), device=hessian_II.device)
     )
-    if not bool(torch.isfinite(hessian_II).all()):
+    if not all_finite(hessian_II):
         raise NotFinite(
             "the Hessian of this layer is not finite: the model or an earlier packed layer overflows "
             "on the calibration text"
         )
     for attempt in range(DAMP_LADDER):
         used = damp * 10**attempt
-        damped_II = hessian_II.clone()
-        damped_II.diagonal().add_(used * mean)
-        damped_II = damped_II[order_I][:, order_I]
-        lower_II, info = torch.linalg.cholesky_ex(damped_II)
-        if info == 0:
-            upper_II, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-        if info == 0 and bool(torch.isfinite(upper_II).all()):
-            return Feedback(order_I, upper_II, diagonal_I + used * mean, int(dead_I.sum()), used)
+        damped_I = diagonal_I + used * mean
+        upper_II = _factor(hessian_II, damped_I, order_I)
+        if upper_II is not None:
+            return Feedback(order_I, upper_II, damped_I, int(dead_I.sum()), used)
     raise Indefinite(
         f"the Hessian of this layer is not positive definite even with damping {used:g}; use more calibration tokens"
     )
+
+
+def _factor(hessian_II: Tensor, diagonal_I: Tensor, order_I: Tensor) -> Tensor | None:
+    """Upper Cholesky factor of the inverse, in processing order, of the Hessian with another diagonal; None where it is
+    not positive definite. A wide layer's matrix is gigabytes: each is let go of before the next but one is made."""
+    ordered_II = hessian_II[order_I][:, order_I]
+    ordered_II.diagonal().copy_(diagonal_I[order_I])
+    factor_II, info = torch.linalg.cholesky_ex(ordered_II)
+    del ordered_II
+    if info == 0:
+        inverse_II = torch.cholesky_inverse(factor_II)
+        del factor_II
+        factor_II, info = torch.linalg.cholesky_ex(inverse_II, upper=True)
+    return factor_II if info == 0 and all_finite(factor_II) else None
 
 
 def run(

@@ -19,6 +19,7 @@ from harness.compress.block import BlockRun
 from harness.compress.distil import remember_states
 from harness.compress.forward import BlockInputs, stubbed_blocks
 from harness.compress.loop import compress_model
+from harness.compress.states import States
 from harness.compress.training import finetune
 from harness.compressed import CompressedModel
 from harness.evaluate.branches import Text, follows_branches, log_likelihoods, longest_tree, plant
@@ -129,17 +130,17 @@ def test_block_by_block_is_the_models_own_forward(family, made):
         whole = model(tokens, use_cache=False).logits
     expected = plain(tokens, use_cache=False).logits
     assert close(whole, expected)
-    hidden = inputs.hidden_NTH
+    hidden = inputs.hidden
     for index, block in enumerate(stock.blocks):
         with BlockRun(model, block, inputs.block(index), hidden) as run:
             assert sorted(name for stage in run.stages() for name in stage) == sorted(x.name for x in block.layers)
             for stage in run.stages():
                 x = seen[stage[0]]
                 assert close(run.hessian(stage[0]), x.T @ x, 1e-4), stage
-            after = run.outputs()
-        assert close(inputs.block(index)(hidden[:3]), after[:3])  # of another number of windows
-        hidden = after
-    with replayed(model, hidden, inputs.returns_tuple):
+            after = torch.cat([*run.outputs()])
+        assert close(inputs.block(index)(hidden.read(0, 3)), after[:3])  # of another number of windows
+        hidden = States.of(after)
+    with replayed(model, hidden.whole(), inputs.returns_tuple):
         states = hidden_states(model, tokens, POSITIONS)
     with head_of(model) as head:
         assert close(head(states).view(5, POSITIONS - 1, -1), expected[:, :-1])
@@ -243,7 +244,8 @@ def test_experts_are_packed_one_by_one_and_only_routers_count_at_sixteen_bits(fa
     assert stock.weights == sum(p.numel() for p in inside if p.ndim > 1)
     assert "router" in stock.uncovered_note or "mlp.gate.weight" in stock.uncovered_note
     inputs = BlockInputs(loaded(folder), tokens)
-    with BlockRun(inputs.model, stock.blocks[0], inputs.block(0), inputs.hidden_NTH, 0.9 * inputs.hidden_NTH) as block:
+    original = States.of(0.9 * inputs.hidden.whole())
+    with BlockRun(inputs.model, stock.blocks[0], inputs.block(0), inputs.hidden, original) as block:
         for layer in stock.blocks[0].layers:  # what a router sends elsewhere has no drift
             assert bool(block.drift(layer.name).any()) != (".experts." in layer.name), layer.name
 

@@ -149,7 +149,7 @@ def test_pooled_statistics_are_means_over_windows_each_about_its_own_mean(two_bl
         model(tokens)
     handle.remove()
     (x,) = seen
-    with BlockRun(model, spec, inputs.block(0), inputs.hidden_NTH) as block:
+    with BlockRun(model, spec, inputs.block(0), inputs.hidden) as block:
         found = block.pooled(name)
     assert torch.allclose(found.mean_I, x.flatten(0, 1).mean(dim=0), atol=1e-5)
     expected = torch.stack([torch.cov(window.T) for window in x]).mean(dim=0)

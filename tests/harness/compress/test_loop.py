@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from harness.compress.block import BlockRun
 from harness.compress.forward import BlockInputs
 from harness.compress.loop import compress_model
+from harness.compress.states import States
 from harness.compressed import CompressedModel
 from harness.ledger import payload_bytes, planned
 from harness.model import decoder_blocks, half_dtype, inventory, load_reference, read_config, skeleton
@@ -96,7 +97,7 @@ def test_true_sequential_inputs_are_those_of_the_packed_prefix(truncated, tokens
     inputs = BlockInputs(model, tokens)
     rtn = parse_method("rtn")
     plan = uniform(rtn, stock, Fraction(13, 4)).layers
-    with BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden_NTH) as block:
+    with BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden) as block:
         assert [[n.rpartition(".")[2] for n in stage] for stage in block.stages()] == [
             ["q_proj", "k_proj", "v_proj"],
             ["o_proj"],
@@ -109,15 +110,15 @@ def test_true_sequential_inputs_are_those_of_the_packed_prefix(truncated, tokens
             slot = model.get_submodule(stage[0])
             hook = slot.layer.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
             with torch.no_grad():
-                block._forward(inputs.hidden_NTH)
+                block._forward(inputs.hidden.whole())
             hook.remove()
             x = seen[0].reshape(-1, got.shape[0])
             assert torch.allclose(got, x.T @ x, rtol=1e-4, atol=1e-4 * got.diagonal().max())
             for name in stage:
                 block.install(name, rtn.compress(LayerData(block.weight(name)), block.layers[name], plan[name]))
-        behind = block.outputs()
+        behind = torch.cat([*block.outputs()])
     with torch.no_grad():
-        assert torch.equal(behind, block._forward(inputs.hidden_NTH))
+        assert torch.equal(behind, block._forward(inputs.hidden.whole()))
     assert isinstance(model.get_submodule(stage[0]), PackedLinear)
 
 
@@ -126,7 +127,7 @@ def test_a_method_that_looks_again_gets_a_fresh_pass(truncated, tokens):
     model = load_reference(truncated.path, "cpu", torch.float32)
     stock = inventory(model)
     inputs = BlockInputs(model, tokens)
-    with BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden_NTH) as block:
+    with BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden) as block:
         q, down = block.stages()[0][0], block.stages()[3][0]
         first = block.hessian(q)
         before = block.hessian(down)
@@ -139,6 +140,29 @@ def test_a_method_that_looks_again_gets_a_fresh_pass(truncated, tokens):
         assert not torch.allclose(block.hessian(down), before)
 
 
+@torch.no_grad()
+def test_passes_that_take_turns_see_what_passes_that_stand_together_see(truncated, tokens, monkeypatch, tmp_path):
+    """Batches of one window, held in a file and run anew for every stage, give the same bits."""
+    monkeypatch.setattr("harness.compress.block.BATCH_TOKENS", tokens.shape[1])
+    rtn, found = parse_method("rtn"), []
+    for most, spill in ((2**40, None), (0, tmp_path)):
+        monkeypatch.setattr("harness.compress.block.PASSES_BYTES", most)
+        model = load_reference(truncated.path, "cpu", torch.float32)
+        stock, inputs = inventory(model), BlockInputs(model, tokens, spill)
+        hidden, original, seen = inputs.hidden, States.of(0.9 * inputs.hidden.whole()), []
+        with BlockRun(model, stock.blocks[0], inputs.block(0), hidden, original) as block:
+            for stage in block.stages():
+                seen += [block.hessian(stage[0]), block.drift(stage[0]), block.pooled(stage[0]).covariance_II]
+                assert len(block._passes) == (len(tokens) if most else 0)
+                for name in stage:
+                    layer = block.layers[name]
+                    block.install(name, rtn.compress(LayerData(block.weight(name)), layer, rtn.candidates(layer)[0]))
+            original.replace(block.original_outputs())
+            hidden.replace(block.outputs())
+        found.append([*seen, hidden.whole(), original.whole()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_an_error_inside_a_block_reaches_the_caller(truncated, tokens):
     model = load_reference(truncated.path, "cpu", torch.float32)
     stock = inventory(model)
@@ -146,7 +170,7 @@ def test_an_error_inside_a_block_reaches_the_caller(truncated, tokens):
     module = decoder_blocks(model)[1][0]
     with (
         pytest.raises(RuntimeError, match="broken"),
-        BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden_NTH) as block,
+        BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden) as block,
     ):
 
         def broken(*_):

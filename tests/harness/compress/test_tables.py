@@ -146,10 +146,10 @@ def test_drift_is_the_difference_of_two_models(truncated, tokens):
     tokens = tokens[:4]
     stock = inventory(model)
     inputs, rtn = BlockInputs(model, tokens), parse_method("rtn")
-    hidden_NTH = original_NTH = inputs.hidden_NTH
+    hidden, original_states = inputs.hidden, inputs.hidden.copy()
     config = {layer.name: rtn.candidates(layer)[0] for layer in stock.layers}
     for index in (0, 1):
-        block = BlockRun(model, stock.blocks[index], inputs.block(index), hidden_NTH, original_NTH)
+        block = BlockRun(model, stock.blocks[index], inputs.block(index), hidden, original_states)
         with block:
             for stage in block.stages():
                 name = stage[0]
@@ -161,32 +161,33 @@ def test_drift_is_the_difference_of_two_models(truncated, tokens):
                     assert torch.allclose(got, expected, atol=1e-3 * expected.abs().max()), name
                 for name in stage:
                     block.install(name, rtn.compress(LayerData(block.weight(name)), block.layers[name], config[name]))
-            hidden_NTH, original_NTH = block.outputs(), block.original_outputs()
+            original_states.replace(block.original_outputs())
+            hidden.replace(block.outputs())
     with torch.no_grad():
         expected = original.model(tokens, output_hidden_states=True).hidden_states[2]
-    assert torch.allclose(original_NTH, expected, atol=1e-4 * expected.abs().max())
+    assert torch.allclose(original_states.whole(), expected, atol=1e-4 * expected.abs().max())
 
 
 @torch.no_grad()
 def test_a_restored_block_is_the_original_until_it_is_packed_again(truncated, tokens):
     model, rtn = load_reference(truncated.path, "cpu", torch.float32), parse_method("rtn")
     stock, inputs = inventory(model), BlockInputs(model, tokens[:2])
-    with BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden_NTH, inputs.hidden_NTH) as block:
+    with BlockRun(model, stock.blocks[0], inputs.block(0), inputs.hidden, inputs.hidden) as block:
         packed = {
             name: rtn.compress(LayerData(block.weight(name)), layer, rtn.candidates(layer)[0])
             for name, layer in block.layers.items()
         }
-        original = block.original_outputs()
+        original = torch.cat([*block.original_outputs()])
         for name in packed:
             block.install(name, packed[name])
-        outputs = block.outputs()
+        outputs = torch.cat([*block.outputs()])
         assert not torch.allclose(outputs, original, rtol=1e-2)
         for name in packed:
             block.restore(name)
-        assert torch.equal(block.run(inputs.hidden_NTH), original)
+        assert torch.equal(block.run(inputs.hidden.whole()), original)
         for name in packed:
             block.install(name, packed[name])
-        assert torch.equal(block.outputs(), outputs)
+        assert torch.equal(torch.cat([*block.outputs()]), outputs)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from harness.compress.distil import remember_states
 from harness.data.tensor_file import NAMES, TensorFile, TensorSpec, write_tensor_file
 from harness.engine import local
 from harness.model import load_reference
@@ -77,6 +78,22 @@ def test_sensitivities_are_the_same(pair):
     assert all(
         torch.equal(whole[n].row_O, s.row_O) and torch.equal(whole[n].column_I, s.column_I) for n, s in paged.items()
     )
+
+
+def test_remembered_states_are_the_same_and_read_the_model_once(pair, tmp_path):
+    tokens_NT = torch.arange(96).view(3, 32)
+    sources, reads = pages_of(pair[1]).sources[1], []
+    name, read = next(iter(sources.items()))
+    sources[name] = lambda: (reads.append(name), read())[1]
+    try:
+        for model, folder in zip(pair, (tmp_path / "whole", tmp_path / "paged"), strict=True):
+            remember_states(model, tokens_NT, folder)
+    finally:
+        sources[name] = read
+    assert len(reads) == 1
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert len(files) == 3 and files == sorted(path.name for path in (tmp_path / "paged").iterdir())
+    assert all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "paged" / f).read_bytes() for f in files)
 
 
 def test_other_architectures_are_read_or_refused(tmp_path):
