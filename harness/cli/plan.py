@@ -53,6 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     plan, stock, model = build_plan(options, request, partial(console.print, style="dim"), from_config=True)
     from harness.plan.memory import predicted_peak_gib
+    from harness.plan.work import predicted_flop
 
     known = describe(model.path, arguments.revision)
     found: Found = {
@@ -73,7 +74,8 @@ def main(arguments: argparse.Namespace) -> int:
         )
         key = cell.key if model.fingerprint else None
         peaks = {"predicted_peak_gib": peak, "predicted_peak_by_blocks_gib": None if cell.base else by_blocks}
-        cells.append({"cell": key, **peaks, **_planned(cell, stock, arguments.all)})
+        work = {"predicted_flop": predicted_flop(cell, stock, known.hidden, known.vocabulary)}
+        cells.append({"cell": key, **peaks, **work, **_planned(cell, stock, arguments.all)})
     if arguments.json:
         print_json({**found, "cells": cells})
     else:
@@ -183,6 +185,12 @@ def _cell_lines(cell: Found) -> Iterator[str]:
     blocks = cell["predicted_peak_by_blocks_gib"]
     less = f", a block at a time {blocks:.1f}" if blocks else ""
     yield f"{cell['method']} {budget}{key}  predicted peak {cell['predicted_peak_gib']:.1f} GiB{less}"
+    from harness.plan.work import SCORED
+
+    flop = dict(cell["predicted_flop"])
+    scoring = flop.pop("score")
+    parts = [f"{name} {count / 1e12:,.1f}" for name, count in flop.items()]
+    yield f"  TFLOP: {', '.join([*parts, f'score {SCORED} tokens {scoring / 1e12:,.1f}'])}"
     if cell["refusal"]:
         yield f"  refused: {cell['refusal']}"
     count, shown = cell["candidates"], cell["shown"]

@@ -28,6 +28,10 @@ SAMPLED = 512  # tokens whose inputs a method sees as they are
 PASSES_BYTES = 4 * 2**30  # of passes that stand in a block at once; what would take more runs once for every stage
 
 
+def passes_take_turns(block: BlockSpec, tokens: int, hidden: int, dtype_bytes: int, streams: int) -> bool:
+    return passes_bytes(block, tokens, hidden, dtype_bytes, streams) > PASSES_BYTES
+
+
 def passes_bytes(block: BlockSpec, tokens: int, hidden: int, dtype_bytes: int, streams: int) -> int:
     """What passes over so many tokens hold at most while they stand inside the block."""
     inner = sum(layer.out_features for layer in block.layers)
@@ -75,8 +79,8 @@ class BlockRun:
         self.layers: dict[str, LayerSpec] = {layer.name: layer for layer in spec.layers}
         # The batches of a text, each standing in front of the same stage; or one after the other.
         streams = 1 if original is None else 2
-        standing = passes_bytes(spec, hidden.tokens, hidden.shape[2], hidden.dtype.itemsize, streams)
-        self._together = standing <= PASSES_BYTES
+        size = (hidden.tokens, hidden.shape[2], hidden.dtype.itemsize)
+        self._together = not passes_take_turns(spec, *size, streams)
         self.reports: dict[str, dict[str, float]] = {}
         self._slots = {name: _Slot(model.get_submodule(name), partial(self._reached, name)) for name in self.layers}
         self._passes: list[PausedForward] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from harness.compress.block import PASSES_BYTES, passes_bytes
+from harness.compress.block import passes_bytes, passes_take_turns
 from harness.compress.distil import slice_tokens
 from harness.compress.forward import BATCH_TOKENS
 from harness.compress.training import KEPT_BYTES, kept_bytes
@@ -92,10 +92,10 @@ def predicted_phases(
     tokens = calibration.context * calibration.sequences if calibration else 0
     streams = 2 if cell.method.needs.original else 1
     states = 3 * tokens if cell.method.needs.outputs else 0 if by_blocks else streams * tokens
-    standing = passes_bytes(stock.blocks[0], tokens, hidden, dtype_bytes, streams)
-    if standing > PASSES_BYTES:
-        batch = min(tokens, max(BATCH_TOKENS, calibration.context if calibration else 0))
-        standing = passes_bytes(stock.blocks[0], batch, hidden, dtype_bytes, streams)
+    at_once = tokens
+    if passes_take_turns(stock.blocks[0], tokens, hidden, dtype_bytes, streams):
+        at_once = min(tokens, max(BATCH_TOKENS, calibration.context if calibration else 0))
+    standing = passes_bytes(stock.blocks[0], at_once, hidden, dtype_bytes, streams)
     squares = PACKING + TURNING * _turns(cell.method, stock.layers[0])
     working = squares * 4 * wide * wide if calibration else 3 * matrix
     phases["compress"] = model + states * hidden * dtype_bytes + standing + working
