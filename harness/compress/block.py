@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAMPLED = 512  # tokens whose inputs a method sees as they are
-PASSES_BYTES = 4 * 2**30  # of passes that stand in a block at once; what would take more runs once for every stage
+PASSES_BYTES = 8 * 2**30  # of passes that stand in a block at once; what would take more runs once for every stage
 
 
 def passes_take_turns(block: BlockSpec, tokens: int, hidden: int, dtype_bytes: int, streams: int) -> bool:

@@ -1,6 +1,7 @@
 """`plan` as a user types it."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -20,12 +21,39 @@ def test_plan_counts_without_weights():
     assert refused.returncode == 1 and "refused: gptq stores at least 2.0234" in refused.stdout
 
 
+PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
+
+
+def planned(model, *arguments):
+    """The reference and gptq."""
+    asked = ("--model", model, "--methods", "gptq", "--bits", "3.25", "--device", "cpu", "--json", *arguments)
+    return json.loads(run_harness("plan", *asked).stdout)["cells"]
+
+
+def rows_of(page, columns):
+    """Of its tables: those of a model and so many numbers (and words) behind it."""
+    cells = r" \| ".join([r"([\w.-]+)"] * (columns + 1))
+    return re.findall(rf"^\| {cells} \|$", page, flags=re.MULTILINE)
+
+
 def test_the_page_on_scaling_says_what_is_predicted():
-    page = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
-    rows = re.findall(r"^\| ([\w.-]+) \| (fp16|gptq) \| ([\d.]+) \| ([\d.]+) \|$", page, flags=re.MULTILINE)
-    assert len(rows) >= 6
-    for model in dict.fromkeys(row[0] for row in rows):
-        done = run_harness("plan", "--model", model, "--methods", "gptq", "--bits", "3.25", "--device", "cpu", "--json")
-        for cell in json.loads(done.stdout)["cells"]:
+    rows = rows_of(PAGE.read_text(), 3)
+    for model in ("llama3.2-1b", "llama2-7b", "llama2-70b"):
+        for cell in planned(model):
             peaks = (cell["predicted_peak_gib"], cell["predicted_peak_by_blocks_gib"])
             assert (model, cell["method"], *(f"{gib:.1f}" for gib in peaks)) in rows
+
+
+def test_the_page_on_scaling_adds_up_a_grid():
+    page, scored, rate, cells, seeds = PAGE.read_text(), 866, 0.1, 12, 3
+    for model in ("llama2-7b", "llama2-70b"):
+        phases = []
+        for cell in planned(model, "--profile", "standard"):
+            flop = {name: count / 1e15 for name, count in cell["predicted_flop"].items()}
+            phases.append([flop.get("measure layers", 0), flop.get("compress", 0), scored * flop["score"]])
+            assert (model, cell["method"], *(f"{count:.1f}" for count in phases[-1])) in rows_of(page, 4)
+        (_, _, reference), (measure, compress, score) = phases
+        one = reference + seeds * measure + cells * (compress + score)
+        many = [reference + math.ceil(cells / devices) * sum(phases[1]) for devices in (8, 64)]
+        hours = [f"{work / rate / 3600:.1f}" for work in (one, *many)]
+        assert (model, f"{cell['predicted_peak_by_blocks_gib']:.1f}", *hours) in rows_of(page, 4)
