@@ -78,7 +78,7 @@ class Loads:
     @classmethod
     def of(cls, cells: Sequence[Cell], stock: Inventory, model: Path, arguments: Options, jobs: int) -> Loads:
         """Raises ValueError for `--load blocks` where a pair or another program's checkpoint is to be loaded."""
-        from harness.measure.machine import available_bytes
+        from harness.engine.places import room_bytes
         from harness.plan.memory import predicted_peak_gib
 
         pageable = [cell for cell in cells if not (cell.base or cell.source)]
@@ -88,8 +88,8 @@ class Loads:
             )
         known = describe(model)
         need = {cell.key: predicted_peak_gib(cell, stock, known.hidden, known.vocabulary) for cell in cells}
-        here = arguments.engine == "local" and arguments.device == "cpu"
-        room = available_bytes() / 2**30 / jobs if here else inf  # another machine is asked for what is needed
+        # Another machine is asked for what is needed.
+        room = room_bytes(arguments.device, jobs) / 2**30 if arguments.engine == "local" else inf
         by_blocks = {
             cell.key
             for cell in pageable

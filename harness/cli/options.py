@@ -81,7 +81,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", help="folder with wiki.test.raw, or C4's files (default: $HARNESS_DATA, else the hub)"
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one, else cpu)")
+    parser.add_argument(
+        "--device", help="cpu, cuda (all GPUs, a cell on each) or cuda:N (default: cuda where there is one, else cpu)"
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -104,7 +106,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="bits of the activations that linear layers of the blocks multiply, 2 to 16, comma list; rows of other "
         "widths are ranked apart (default: %(default)s, none are rounded)",
     )
-    parser.add_argument("--jobs", type=int, help="cells at once (default: 2 on a CPU with 2 cores or more, else 1)")
+    parser.add_argument(
+        "--jobs", type=int, help="cells at once (default: 2 on a CPU with 2 cores or more; one for each GPU)"
+    )
 
 
 def add_model_cell_option(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +215,9 @@ def read_request(arguments: Options, presets: bool = True) -> Request:
     from kernels.cpu.build import requested_instructions
 
     requested_instructions()
-    jobs = arguments.jobs or (2 if arguments.device == "cpu" and cores() >= 2 else 1)
+    from harness.engine.places import devices_of
+
+    jobs = arguments.jobs or (min(2, cores()) if arguments.device == "cpu" else len(devices_of(arguments.device)))
     return Request(methods, budgets, protocols, tasks, calibration, training, seeds, act_bits, jobs, sources)
 
 

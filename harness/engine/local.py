@@ -13,15 +13,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import Queue
 from typing import Literal
 
 from harness.engine import cell, process
+from harness.engine.places import places
 from harness.engine.process import INTERRUPTED, WAITING, Ended, Message, Note, Phase, Watch
 from harness.measure import measurement
 from harness.measure.machine import quiet, working
@@ -68,7 +71,8 @@ def run_cells(
     timeout_s: float | None = None,
     waiting: Callable[[], None] = wait_in_silence,
 ) -> dict[str, Outcome]:
-    """Run every cell in its own process, `jobs` at once; a failure is an outcome, never an exception.
+    """Run every cell in its own process, `jobs` at once, each on a device of its own as far as there are any; a failure
+    is an outcome, never an exception.
 
     Cells that need the reference's states wait until it has them, or until its process is over (a file of this run says
     so). Raises Interrupted when this process is told to end."""
@@ -86,10 +90,17 @@ def run_cells(
         for device_type in {_device_type(spec) for spec in specs}:
             _prepare(device_type)
 
+        free: Queue[str] = Queue()
+        for place in places(specs[0].device, jobs) if specs else ():
+            free.put(place)
+
         def run(spec: CellSpec) -> Outcome:
+            place = free.get()
             try:
-                return processes.run(partial(cell.work, spec, over), spec.key, _context(_device_type(spec)))
+                work = partial(cell.work, replace(spec, device=place), over)
+                return processes.run(work, spec.key, _context(_device_type(spec)))
             finally:
+                free.put(place)
                 if spec.is_reference:
                     over.touch()
 

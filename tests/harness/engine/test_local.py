@@ -13,6 +13,7 @@ import psutil
 
 from harness.data.files import CACHE_VARIABLE
 from harness.report.baseline import read_rows
+from harness.store.cells import CellStore
 from tests.helpers import SMALL, linked_cache, run_harness, steady
 
 
@@ -87,10 +88,14 @@ def test_one_crash_is_one_failed_row(two_blocks, cache, tmp_path):
 
 
 def test_spawned_cells_do_the_same_work(truncated, finished_cache, tmp_path, monkeypatch):
-    """As they start beside an accelerator: a fresh interpreter, which must store the same bytes as a forked one."""
+    """As they start beside accelerators, for which two names of this CPU stand in: a fresh interpreter on a device of
+    its own, which must store the same bytes as a forked one."""
     arguments = ("run", "--model", str(truncated.path), "--methods", "rtn", *SMALL)
     forked = run_harness(*arguments, "--out", str(tmp_path / "forked"))
     assert forked.stderr.count("found, not repeated") == 2
     monkeypatch.setattr("harness.engine.local.START", {})
+    monkeypatch.setattr("harness.engine.places.devices_of", lambda device: ["cpu:0", "cpu:1"])
     assert run_harness(*arguments, "--out", str(tmp_path / "spawned"), "--fresh").returncode == 0
+    keys = [file.stem for file in (tmp_path / "spawned" / "cells").iterdir()]
+    assert sorted(CellStore(key).artifact().spec.device for key in keys) == ["cpu:0", "cpu:1"]
     assert steady(read_rows(tmp_path / "spawned")) == steady(read_rows(tmp_path / "forked"))

@@ -12,7 +12,7 @@ from harness.data.protocols import parse_calibration
 from harness.model import inventory
 from harness.plan import work
 from harness.plan.allocation import uniform
-from harness.plan.budgets import parse_budget
+from harness.plan.budgets import Budget
 from harness.plan.cells import Cell, Compute
 from harness.plan.sensitivity import measure_sensitivities
 from methods import parse_method
@@ -43,7 +43,7 @@ def predicted(monkeypatch, stock, method):
         method=parse_method(method),
         method_text=method,
         model=None,
-        budget=parse_budget("3.25"),
+        budget=Budget.parse("3.25"),
         calibration=calibration,
         training=None,
         seed=0,
