@@ -16,7 +16,8 @@ def register(verbs: argparse._SubParsersAction) -> None:
     way.add_argument("--base", type=Path, metavar="FILE", help="what llama-perplexity --kl-divergence-base wrote")
     way.add_argument("--write", type=Path, metavar="FILE", help="for llama-perplexity --kl-divergence to read")
     parser.add_argument(
-        "--protocol", help="with --write, whose windows: one the cell was scored by (default: its first)"
+        "--protocol",
+        help="with --write, whose windows: TEXT@CONTEXT[/WINDOWS] (default: the first the cell was scored by)",
     )
     add_json_option(parser)
     parser.set_defaults(main=main)
@@ -29,22 +30,23 @@ def main(arguments: argparse.Namespace) -> int:
 
     from harness.compressed import CompressedModel
     from harness.data.checkpoint import load_tokenizer
+    from harness.data.protocols import parse_protocol
     from harness.data.streams import evaluation_stream
     from harness.portal import kl_file
     from harness.portal.cells import stored_cell
-    from kernels.registry import suggestion
 
     base = kl_file.Base.open(arguments.base) if arguments.base else None
     cell = stored_cell(arguments.cell, arguments.row)
     spec = cell.artifact.spec
     known = {protocol.name: protocol for protocol in spec.protocols.values()}
     name = arguments.protocol or next(iter(known), "")
-    if base is None and name not in known:
-        raise ValueError(f"{cell.label} was not scored by '{name}': {suggestion(name, list(known))}")
+    if base is None and not name:
+        raise ValueError(f"{cell.label} was scored by no protocol: name one with --protocol")
     bos = kl_file.beginning(load_tokenizer(spec.model.path))
     model = CompressedModel.load(cell.store.folder, spec.device, getattr(torch, spec.dtype), spec.base).model
     if base is None:
-        tokens_NT = evaluation_stream(known[name], spec.model, spec.data).tokens_NT
+        protocol = known.get(name) or parse_protocol(name, spec.bos)
+        tokens_NT = evaluation_stream(protocol, spec.model, spec.data).tokens_NT
         kl_file.write(model, tokens_NT, arguments.write, bos)
         found: dict[str, object] = {"cell": cell.store.key, "protocol": name, "file": arguments.write}
         text = f"{arguments.write}: {len(tokens_NT)} windows of {tokens_NT.shape[1]} tokens of {name}"

@@ -119,5 +119,7 @@ def test_the_command_line_writes_and_reads(finished, finished_cache, tmp_path):
     assert done.returncode == 0 and "4 windows of 128 tokens of wiki-mini@128" in done.stdout, done.stderr
     done = run_harness("kld", run, "--row", "gptq 2.25", "--base", file)
     assert done.returncode == 0 and "over 252 predictions" in done.stdout, done.stderr
-    done = run_harness("kld", run, "--row", "gptq 2.25", "--write", file, "--protocol", "wiki-mini@64")
-    assert done.returncode == 2 and "was not scored by 'wiki-mini@64'" in done.stderr
+    done = run_harness("kld", run, "--row", "gptq 2.25", "--write", file, "--protocol", "wiki-mini@64/3")
+    assert done.returncode == 0 and "3 windows of 64 tokens of wiki-mini@64/3" in done.stdout, done.stderr
+    done = run_harness("kld", run, "--row", "gptq 2.25", "--write", file, "--protocol", "wiki-mini64")
+    assert done.returncode == 2 and "unknown protocol 'wiki-mini64'" in done.stderr
