@@ -22,11 +22,15 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# torch first and alone: with it in place nothing else can pull another build of it.
+PIP := $(VENV)/bin/pip install --disable-pip-version-check --no-compile -q -c constraints.txt
+
+# torch first and alone: with it in place nothing else can pull another build of it. pip compiles one file after the
+# other, tests of the packages too; what of theirs is no Python of today stays as it is.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --disable-pip-version-check -q torch==2.13.0 -c constraints.txt
-	$(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[test]'
+	$(VENV)/bin/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	touch $@
 
 clean:
