@@ -1,4 +1,4 @@
-"""Processes of a run: killed, crashed, forked and spawned, on the first blocks of the real model."""
+"""Processes of a run: killed, crashed, forked and spawned."""
 
 import contextlib
 import os
@@ -17,8 +17,8 @@ from harness.store.cells import CellStore
 from tests.helpers import SMALL, linked_cache, run_harness, steady
 
 
-def test_killed_at_three_random_moments_the_same_command_goes_on(two_blocks, assets_cache, tmp_path):
-    arguments = [sys.executable, "-m", "harness", "run", "--model", str(two_blocks.path), "--methods", "gptq", *SMALL]
+def test_killed_at_three_random_moments_the_same_command_goes_on(narrow, assets_cache, tmp_path):
+    arguments = [sys.executable, "-m", "harness", "run", "--model", str(narrow), "--methods", "gptq", *SMALL]
     caches = {name: linked_cache(assets_cache, tmp_path / name) for name in ("whole", "killed")}
 
     def finish(name, out):
@@ -60,9 +60,9 @@ def _began(cache, moment):
     return any(path.exists() and path.stat().st_mtime > moment for path in (cache / "cells").glob("*.lease"))
 
 
-def test_one_crash_is_one_failed_row(two_blocks, cache, tmp_path):
+def test_one_crash_is_one_failed_row(narrow, cache, tmp_path):
     out = str(tmp_path / "out")
-    arguments = ["run", "--model", str(two_blocks.path), "--methods", "rtn,gptq", *SMALL, "--out", out]
+    arguments = ["run", "--model", str(narrow), "--methods", "rtn,gptq", *SMALL, "--out", out]
     over = threading.Event()
 
     def kill() -> None:
