@@ -142,7 +142,7 @@ def _first_blocks(model: ResolvedModel, blocks: int, folder: Path) -> ResolvedMo
 
 @pytest.fixture(scope="session")
 def tiny(model: ResolvedModel, session_folder: Path) -> Path:
-    """A folder with a random model of two narrow blocks, and the real tokenizer: for what is the same on any model."""
+    """A folder with a random model of two narrow blocks that reads bytes: for what is the same on any model."""
     return _random_blocks(model, session_folder / "tiny", width=64)
 
 
@@ -156,16 +156,18 @@ def _random_blocks(model: ResolvedModel, folder: Path, width: int) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from harness.data.checkpoint import load_tokenizer
     from harness.data.files import locked
     from harness.model import read_config
+    from tests.helpers import byte_tokenizer
 
     with locked(folder, folder.name):
         if not (folder / "model.safetensors").exists():
+            tokenizer = byte_tokenizer()
+            tokenizer.save_pretrained(folder)
             config = read_config(model.path)
             sizes = {"num_hidden_layers": 2, "hidden_size": width, "intermediate_size": 2 * width, "head_dim": 32}
             config.update({**sizes, "num_attention_heads": width // 32, "num_key_value_heads": width // 64})
+            config.update({"vocab_size": len(tokenizer), "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256})
             torch.manual_seed(0)
-            load_tokenizer(model.path).save_pretrained(folder)
             AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder

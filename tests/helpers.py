@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from harness.cli import main
 from harness.report.baseline import Rows
@@ -22,6 +24,16 @@ from methods.base import LayerData
 # What tests of `run` score on: eight windows of 128 tokens, enough for an interval.
 PLANNED = ("--calibration", "c4-mini@128x4", "--protocols", "wiki-mini@128/4,c4-mini@128/4")
 SMALL = (*PLANNED, "--no-bench")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A word for every byte, and one that texts begin and end with: a real vocabulary would be most of a tiny model."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    ends = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=ends, eos_token=ends, pad_token=ends)
 
 
 def linked_cache(assets: Path, folder: Path, estimates: Path | None = None) -> Path:

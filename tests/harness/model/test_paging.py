@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from harness.compress.distil import remember_states
 from harness.data.tensor_file import NAMES, TensorFile, TensorSpec, write_tensor_file
@@ -24,7 +23,7 @@ from harness.plan.sensitivity import measure_sensitivities
 from harness.report.baseline import read_rows
 from harness.store.cells import CellStore
 from methods import parse_method
-from tests.helpers import SMALL, linked_cache, run_harness, steady
+from tests.helpers import SMALL, byte_tokenizer, linked_cache, run_harness, steady
 
 UNTOUCHED = 256 << 20  # bytes that libraries reserve when they are first used
 
@@ -152,13 +151,13 @@ def test_damaged_weights_are_refused_by_name(two_blocks, tmp_path):
 
 def _large_model(folder):
     """A random Llama of 540 MiB in fp32, half of that on disk, that reads bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=8, vocab_size=256)
-    config = LlamaConfig(num_hidden_layers=44, max_position_embeddings=1024, tie_word_embeddings=True, **sizes)
+    sizes = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=8)
+    config = LlamaConfig(
+        num_hidden_layers=44, max_position_embeddings=1024, tie_word_embeddings=True, vocab_size=len(tokenizer), **sizes
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     model.save_pretrained(folder, max_shard_size="50MB")
     return 4 * sum(parameter.numel() for parameter in model.parameters())
