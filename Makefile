@@ -5,13 +5,16 @@ ARGS ?=
 # Workers of `-n auto`: the cores this process may use, where the system tells.
 export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell nproc 2>/dev/null)
 
-.PHONY: run test check format clean
+.PHONY: run test regression check format clean
 
 run: $(VENV)/.ready
 	$(VENV)/bin/python -m harness run --methods reallm,gptq $(ARGS)
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+regression: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m whole tests/harness/test_regression.py $(ARGS)
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

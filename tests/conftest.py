@@ -119,6 +119,12 @@ def four_blocks(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
     return _first_blocks(model, 4, session_folder / "smollm2-4-blocks")
 
 
+@pytest.fixture(scope="session")
+def six_blocks(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
+    """The first six: for what adds up from block to block."""
+    return _first_blocks(model, 6, session_folder / "smollm2-6-blocks")
+
+
 def _first_blocks(model: ResolvedModel, blocks: int, folder: Path) -> ResolvedModel:
     import torch
     from safetensors.torch import load_file
