@@ -96,8 +96,9 @@ def predicted_phases(
     if passes_take_turns(stock.blocks[0], tokens, hidden, dtype_bytes, streams):
         at_once = min(tokens, max(BATCH_TOKENS, calibration.context if calibration else 0))
     standing = passes_bytes(stock.blocks[0], at_once, hidden, dtype_bytes, streams)
-    squares = PACKING + TURNING * _turns(cell.method, stock.layers[0])
-    working = squares * 4 * wide * wide if calibration else 3 * matrix
+    working = 3 * matrix
+    if calibration:
+        working = (PACKING + TURNING * _turns(cell.method, stock.layers[0])) * 4 * wide * wide
     phases["compress"] = model + states * hidden * dtype_bytes + standing + working
     if cell.training:
         width = cell.training.windows.context
