@@ -69,7 +69,7 @@ def test_six_blocks_are_what_they_were(six_blocks, tokenizer, assets_cache, tmp_
     tokens_NT = calibration_windows(parse_calibration(CALIBRATION), tokenizer, seed=0).tokens_NT
     for label, expected in ERRORS.items():
         cell = tmp_path / "cache" / "cells" / rows[label]["cell"]
-        assert _error_of_layers(cell, six_blocks.path, tokens_NT) == pytest.approx(expected, rel=0.02), label
+        assert _error_of_layers(cell, six_blocks.path, tokens_NT) == pytest.approx(expected, rel=0.04), label
 
 
 def _error_of_layers(cell: Path, model: Path, tokens_NT: torch.Tensor) -> float:
