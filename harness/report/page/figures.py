@@ -26,10 +26,12 @@ COLOURS = {
     "lq-lora": "#a07be0",
     "qlora": "#b5557a",
     "gptq-lora": "#7fb800",
-    "delta-come": "#d55e00",
+    "svd": "#5b6abf",
+    "mpo": "#93a31d",
+    "bolaco": "#c23b66",
+    "qllm": "#3f8fa8",
+    "delta-come": "#d55e00",  # of differences, which no ReALLM and no HQQ stands beside
     "bitdelta": "#56b4e9",
-    "svd": "#009e73",
-    "qllm": "#0072b2",
     "fp16": "#767676",
     "fp16-lora": "#767676",
 }

@@ -9,7 +9,7 @@ import pytest
 
 from harness.report.board import stored_board
 from harness.report.leaderboard import ranked_rows, write_leaderboard
-from harness.report.page import contents, page_of, paretos
+from harness.report.page import contents, figures, page_of, paretos
 from harness.report.page.verdict import headlines, verdicts
 from tests.harness.report.boards import HOSTILE, STORED, altered, empty, many, single, stored, timed
 from tests.helpers import run_harness
@@ -158,3 +158,9 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     assert done.returncode == 2 and "give a folder that a run wrote" in done.stderr
     done = run_harness("report", cwd=tmp_path)
     assert done.returncode == 2 and "`run` first" in done.stderr
+
+
+def test_methods_that_stand_in_one_picture_have_colours_of_their_own():
+    of_differences = {"delta-come", "bitdelta", "base"}  # which no method stands beside that packs no difference
+    named = [name for name in figures.COLOURS if name not in of_differences and not name.startswith("fp16")]
+    assert len({figures.colour(name) for name in named}) == len(named) >= 14
