@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Files that take longest, and keep processes of their own busy: begun last, they would run while a worker idles.
 LONGEST = (
     "test_regression.py",
+    "test_paging.py",
     "test_api.py",
     "test_training.py",
     "test_shell_lines.py",
