@@ -68,6 +68,9 @@ class Backend:
 
     layouts: Mapping[str, Layout]  # by format; layers of others are not served
     product: Product
+    # The product of many inputs [N, I] with a weight [O, I] that is in memory as it is multiplied, where there is one
+    # that is faster than torch's and errs no more; None: there is none, or not for these.
+    plain: Callable[[Tensor, Tensor], Tensor | None] | None = None
     available: Callable[[], bool] | None = None  # whether the kernels can be had on this machine; None: they can
 
     def serves(self, layer: Layer) -> bool:
@@ -118,6 +121,16 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
         return reference(layer, x)
     product = fused(layer, x.device.type) or (contraction if _contracts(layer) else reference)
     return product(layer, x)
+
+
+def plain(weight_OI: Tensor, x: Tensor) -> Tensor:
+    """x W^T for x [..., I] and a weight that is no packed layer's: a head's."""
+    if not (_reference_only or (torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad))):
+        found = backend(x.device.type)
+        out = found.plain(weight_OI, x) if found is not None and found.plain is not None else None
+        if out is not None:
+            return out
+    return torch.nn.functional.linear(x, weight_OI)
 
 
 def _contracts(layer: Layer) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from harness.data.sealed import save_tensors
 from harness.data.windows import Articles
+from harness.evaluate.logits import Compared, compare
 from harness.model import decoder_blocks, in_place_of_states, states_of
 from harness.model.head import head_of, hidden_states
 from harness.progress import Progress, silent
@@ -46,19 +47,11 @@ class _Diverging:
         self.reverse_N: list[Tensor] = []
         self.same_top_N: list[Tensor] = []
 
-    def add(self, reference_NV: Tensor, reference_top_N: Tensor, model_NV: Tensor, model_lse_N: Tensor) -> None:
-        """sum p (a - b) - lse(a) + lse(b) for logits a, b and p = softmax(a), and its mirror image with q = softmax(b):
-        two passes fewer than through log_softmax. Overwrites `reference_NV`."""
-        reference_lse_N = reference_NV.logsumexp(dim=-1)
-        difference_NV = reference_NV - model_NV
-        offset_N = model_lse_N - reference_lse_N
-        p_NV = reference_NV.sub_(reference_lse_N[:, None]).exp_()
-        self.kld_N.append((torch.linalg.vecdot(p_NV, difference_NV) + offset_N).double().cpu())
-        q_NV = torch.sub(model_NV, model_lse_N[:, None], out=p_NV).exp_()
-        self.reverse_N.append((-torch.linalg.vecdot(q_NV, difference_NV) - offset_N).double().cpu())
-        first_N = model_NV.gather(1, reference_top_N[:, None]).squeeze(1)
-        # Amax: argmax over a vocabulary is ten times slower.
-        self.same_top_N.append((first_N == model_NV.amax(dim=-1)).cpu())
+    def add(self, found: Compared, reference_top_N: Tensor, model_NV: Tensor) -> None:
+        self.kld_N.append(found.kld_N)
+        self.reverse_N.append(found.reverse_N)
+        first_N = model_NV.gather(1, reference_top_N[:, None]).squeeze(1).cpu()
+        self.same_top_N.append(first_N == found.highest_N)
 
     def summary(self, scored_NP: Tensor) -> Divergence:
         """`scored_NP`: which predictions of each window count."""
@@ -131,12 +124,12 @@ def score(
             for start in range(0, len(target_N), chunk):
                 part = slice(start, start + chunk)
                 logits_NV = head(hidden_NH[part])
-                lse_N = logits_NV.logsumexp(dim=-1)
-                nll_N.append((lse_N - logits_NV.gather(1, target_N[part, None]).squeeze(1)).double().cpu())
+                found = compare(logits_NV, head(known[0][part]) if known else None)
+                nll_N.append(found.lse_N - logits_NV.gather(1, target_N[part, None]).squeeze(1).double().cpu())
                 if divergence is not None and known is not None:
-                    divergence.add(head(known[0][part]), known[1][part], logits_NV, lse_N)
+                    divergence.add(found, known[1][part], logits_NV)
                 if keep is not None:
-                    kept["top"].append(logits_NV.argmax(dim=-1).cpu())
+                    kept["top"].append(found.first_N)
         losses_NP.append(torch.cat(nll_N).view(len(batch_BT), length - 1))
         done += len(batch_BT)
         if keep is not None:
