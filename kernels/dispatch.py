@@ -68,10 +68,10 @@ class Backend:
 
     layouts: Mapping[str, Layout]  # by format; layers of others are not served
     product: Product
-    # The product of many inputs [N, I] with a weight [O, I] that is in memory as it is multiplied, where there is one
-    # that is faster than torch's and errs no more; None: there is none, or not for these.
-    plain: Callable[[Tensor, Tensor], Tensor | None] | None = None
     available: Callable[[], bool] | None = None  # whether the kernels can be had on this machine; None: they can
+    # (weight [O, I]) -> the product x [..., I] -> x W^T, made ready once for many inputs, where there is one that is
+    # faster than torch's and errs no more; None: there is none, or not for this weight.
+    kept: Callable[[Tensor], Callable[[Tensor], Tensor] | None] | None = None
 
     def serves(self, layer: Layer) -> bool:
         layout = self.layouts.get(layer.format)
@@ -123,14 +123,18 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
     return product(layer, x)
 
 
-def plain(weight_OI: Tensor, x: Tensor) -> Tensor:
-    """x W^T for x [..., I] and a weight that is no packed layer's: a head's."""
-    if not (_reference_only or (torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad))):
-        found = backend(x.device.type)
-        out = found.plain(weight_OI, x) if found is not None and found.plain is not None else None
-        if out is not None:
-            return out
-    return torch.nn.functional.linear(x, weight_OI)
+def kept(weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product x [..., I] -> x W^T with a weight that is no packed layer's (a head's), and that many inputs will be
+    multiplied by; a copy of it may be made. Gradients pass through where they do in torch's."""
+    found = None if _reference_only else backend(weight_OI.device.type)
+    faster = found.kept(weight_OI) if found is not None and found.kept is not None else None
+
+    def product(x: Tensor) -> Tensor:
+        if faster is None or (torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad)):
+            return torch.nn.functional.linear(x, weight_OI)
+        return faster(x)
+
+    return product
 
 
 def _contracts(layer: Layer) -> bool:

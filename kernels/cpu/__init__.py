@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.build import library
-from kernels.cpu.many import Multiplied, has_matrix_unit
+from kernels.cpu.many import Inputs, kept
 from kernels.cpu.view import LAYOUTS, View, view
 from kernels.dispatch import Backend
 from kernels.formats.activations import quantised
@@ -20,7 +20,6 @@ from kernels.formats.packed import PackedLinear
 from kernels.formats.reassembly import reassembled
 
 SMALL = 32
-WORTH_PACKING = 128  # inputs, for which packing a weight takes less time than is gained
 LONGEST = 8  # weights to a code
 TILE_WEIGHTS = 1 << 20  # decoded at once: a few MiB, which the second-level cache nearly holds
 
@@ -56,7 +55,7 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
     rows = max(1, TILE_WEIGHTS // layer.in_features // LONGEST) * LONGEST  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
     scale_I = seen.tensors.get("column_scale")
-    base = Multiplied(quantised(x_NI if scale_I is None else x_NI * scale_I, layer.act_bits))
+    base = Inputs(quantised(x_NI if scale_I is None else x_NI * scale_I, layer.act_bits))
     tile_OI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
     for first in range(0, layer.out_features, rows):
         count = min(rows, layer.out_features - first)
@@ -64,7 +63,7 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
             tile_OI[:count] = layer.weight[first : first + count]
         else:
             compiled.decode(seen.address, first, count, tile_OI.data_ptr(), torch.get_num_threads())
-        base.by(tile_OI[:count], out_NO[:, first : first + count])
+        base.times(tile_OI[:count], out_NO[:, first : first + count])
     if layer.lowrank is not None:
         left_OR, right_RI = layer.lowrank.factors()
         out_NO.addmm_(given_NI @ right_RI.t(), left_OR.t())
@@ -73,20 +72,4 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
     return out_NO if layer.bias is None else out_NO.add_(layer.bias.float())
 
 
-def plain(weight_OI: Tensor, x: Tensor) -> Tensor | None:
-    """The product with a weight that is in memory: on a matrix unit, for as many inputs as make up for its packing."""
-    if x.dtype != torch.float32 or weight_OI.dtype != torch.float32 or not has_matrix_unit():
-        return None
-    flat_NI = x.reshape(-1, x.shape[-1])
-    if len(flat_NI) < WORTH_PACKING or not weight_OI.is_contiguous():
-        return None
-    out_NO = flat_NI.new_empty(len(flat_NI), len(weight_OI))
-    multiplied = Multiplied(flat_NI)
-    rows = max(1, TILE_WEIGHTS // x.shape[-1])
-    for first in range(0, len(weight_OI), rows):
-        part = slice(first, first + rows)
-        multiplied.by(weight_OI[part], out_NO[:, part])
-    return out_NO.view(*x.shape[:-1], len(weight_OI))
-
-
-BACKEND = Backend(LAYOUTS, product, plain, available)
+BACKEND = Backend(LAYOUTS, product, available, kept)

@@ -72,10 +72,10 @@ def matrix_unit() -> ctypes.CDLL | None:
         log.warning("the matrix unit of this CPU is not used: %s", error)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    loaded.packed.argtypes = [number, number]
-    loaded.pack.argtypes = [pointer, number, number, pointer, number]
-    loaded.multiply.argtypes = [pointer, number, number, pointer, number, pointer, pointer, number, number]
-    loaded.packed.restype = loaded.ready.restype = number
+    loaded.packed.argtypes = [number, number, number]
+    loaded.pack.argtypes = loaded.prepare.argtypes = [pointer, number, number, pointer, number]
+    loaded.multiply.argtypes = [pointer, number, number, pointer, number, number, pointer, number, number]
+    loaded.packed.restype = loaded.prepare.restype = loaded.ready.restype = number
     loaded.pack.restype = loaded.multiply.restype = None
     return loaded if loaded.ready() else None
 

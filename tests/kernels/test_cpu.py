@@ -10,8 +10,8 @@ import torch
 import kernels.cpu
 from kernels.cpu import build
 from kernels.cpu.logits import compare
-from kernels.cpu.many import Multiplied
-from kernels.dispatch import fused, kind, linear, plain, reference, reference_only
+from kernels.cpu.many import Inputs
+from kernels.dispatch import fused, kept, kind, linear, reference, reference_only
 from kernels.synthetic import random_layer
 from tests.kernels.served import ADDED, SCALAR, TRELLIS, UNIFORM, VECTOR
 
@@ -170,7 +170,7 @@ def test_a_matrix_unit_errs_no_more_than_fp32(bits, matrix_unit):
         weight_OI = torch.randn(rows, columns, generator=generator).to(bits).float()
         exact = x_NI.double() @ weight_OI.double().t()
         found = torch.empty(count, rows + 5)[:, 2:-3]  # some columns of a wider matrix
-        Multiplied(x_NI).by(weight_OI, found)
+        Inputs(x_NI).times(weight_OI, found)
         torchs = torch.nn.functional.linear(x_NI, weight_OI)
         off, theirs = ((y.double() - exact).norm() / exact.norm() for y in (found, torchs))
         assert off < max(theirs, 1e-7) and off < 4e-7
@@ -179,12 +179,12 @@ def test_a_matrix_unit_errs_no_more_than_fp32(bits, matrix_unit):
 def test_a_product_is_the_same_for_any_number_of_inputs_and_threads(matrix_unit):
     x_NI, weight_OI = torch.randn(97, 200), torch.randn(70, 200)
     whole, threads = torch.empty(97, 70), torch.get_num_threads()
-    Multiplied(x_NI).by(weight_OI, whole)
+    Inputs(x_NI).times(weight_OI, whole)
     try:
         for count in (1, 40, 97):
             torch.set_num_threads(2)
             part = torch.empty(count, 70)
-            Multiplied(x_NI[:count]).by(weight_OI, part)
+            Inputs(x_NI[:count]).times(weight_OI, part)
             assert torch.equal(part, whole[:count])
     finally:
         torch.set_num_threads(threads)
@@ -195,7 +195,7 @@ def test_a_number_that_is_not_finite_stays_one(matrix_unit):
         x_NI, weight_OI = torch.ones(40, 64), torch.ones(3, 64)
         x_NI[7, 9] = broken
         found = torch.empty(40, 3)
-        Multiplied(x_NI).by(weight_OI, found)
+        Inputs(x_NI).times(weight_OI, found)
         assert not found[7].isfinite().any() and found.isfinite().sum() == 39 * 3
 
 
@@ -204,9 +204,9 @@ def test_without_a_matrix_unit_torch_multiplies(monkeypatch):
     build.matrix_unit.cache_clear()
     try:
         x_NI, weight_OI, found = torch.randn(200, 64), torch.randn(9, 64), torch.empty(200, 9)
-        Multiplied(x_NI).by(weight_OI, found)
+        Inputs(x_NI).times(weight_OI, found)
         assert torch.equal(found, x_NI @ weight_OI.t())
-        assert torch.equal(plain(weight_OI, x_NI), torch.nn.functional.linear(x_NI, weight_OI))
+        assert torch.equal(kept(weight_OI)(x_NI), torch.nn.functional.linear(x_NI, weight_OI))
     finally:
         build.matrix_unit.cache_clear()
 
