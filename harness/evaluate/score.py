@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 
 BODY_TOKENS = 8192  # tokens through the decoder at once
-# The same on a CPU, of a model whose blocks are not read for every batch: what a layer gives is a few MiB, which stays in
-# the last cache, and whose memory is used again (beyond 32 MiB the system gives new pages, zeroed, every time).
+# The same on a CPU, of a model whose blocks are not read for every batch: what a layer gives is a few MiB, which stays
+# in the last cache, and whose memory is used again (beyond 32 MiB the system gives new pages, zeroed, every time).
 CACHED_TOKENS = 2048
 HEAD_LOGITS = 1 << 23  # logits held at once (32 MiB in fp32), for the model and once more for the reference
 NOISE_UNIT = 2.0**-11
