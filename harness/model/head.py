@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.model import decoder, decoder_name, swapped_module
-from kernels.dispatch import kept
+from harness.model.paging import pages_of
+from kernels.dispatch import prepared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,8 +26,8 @@ def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
 
     given = Given()
     modules: dict[str, nn.Module] = {decoder_name(model): given}
-    if name := _plain_head(model):
-        modules[name] = _Product(model.get_submodule(name))
+    if name := _plain_head(model):  # of a model larger than memory there is no room for a copy
+        modules[name] = _Product(model.get_submodule(name), copied=pages_of(model) is None)
 
     def head(hidden_NH: Tensor) -> Tensor:
         given.hidden = hidden_NH[None]
@@ -42,12 +43,12 @@ def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
 class _Product(nn.Linear):
     """A linear layer of another's tensors, multiplied by the fastest product there is of as exact ones."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, copied: bool) -> None:
         super().__init__(1, 1, bias=False, device="meta")
         assert isinstance(linear, nn.Linear)
         self.out_features, self.in_features = linear.weight.shape
         self.weight, self.bias = linear.weight, linear.bias
-        self.product = kept(self.weight)
+        self.product = prepared(self.weight, copied)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.build import library
-from kernels.cpu.many import Inputs, kept
+from kernels.cpu.many import TILE_WEIGHTS, Inputs, prepared
 from kernels.cpu.view import LAYOUTS, View, view
 from kernels.dispatch import Backend
 from kernels.formats.activations import quantised
@@ -21,7 +21,6 @@ from kernels.formats.reassembly import reassembled
 
 SMALL = 32
 LONGEST = 8  # weights to a code
-TILE_WEIGHTS = 1 << 20  # decoded at once: a few MiB, which the second-level cache nearly holds
 
 
 def available() -> bool:
@@ -72,4 +71,4 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
     return out_NO if layer.bias is None else out_NO.add_(layer.bias.float())
 
 
-BACKEND = Backend(LAYOUTS, product, available, kept)
+BACKEND = Backend(LAYOUTS, product, available, prepared)

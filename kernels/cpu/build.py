@@ -73,10 +73,12 @@ def matrix_unit() -> ctypes.CDLL | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.packed.argtypes = [number, number, number]
-    loaded.pack.argtypes = loaded.prepare.argtypes = [pointer, number, number, pointer, number]
+    loaded.count_parts.argtypes = [pointer, number, number, number]
+    loaded.pack_all_inputs.argtypes = [pointer, number, number, pointer, number]
+    loaded.pack_all_weights.argtypes = [pointer, number, number, number, pointer, number]
     loaded.multiply.argtypes = [pointer, number, number, pointer, number, number, pointer, number, number]
-    loaded.packed.restype = loaded.prepare.restype = loaded.ready.restype = number
-    loaded.pack.restype = loaded.multiply.restype = None
+    loaded.packed.restype = loaded.count_parts.restype = loaded.ready.restype = number
+    loaded.pack_all_inputs.restype = loaded.pack_all_weights.restype = loaded.multiply.restype = None
     return loaded if loaded.ready() else None
 
 

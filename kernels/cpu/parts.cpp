@@ -177,25 +177,25 @@ int64_t ready() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 int64_t packed(int64_t count, int64_t columns, int64_t parts) { return blocks(count) * packed_block(columns, parts); }
 
 // Inputs [n, columns], in three parts.
-void pack(const float *x, int64_t n, int64_t columns, bf16 *out, int64_t threads) {
+void pack_all_inputs(const float *x, int64_t n, int64_t columns, bf16 *out, int64_t threads) {
 #pragma omp parallel for num_threads((int)threads)
     for (int64_t b = 0; b < blocks(n); ++b) pack_inputs(x + b * BLOCK * columns, n - b * BLOCK, columns, out + b * packed_block(columns, PARTS));
 }
 
-// Weights [rows, columns], in as many parts as they have, for which there must be room. Gives how many.
-int64_t prepare(const float *w, int64_t rows, int64_t columns, bf16 *out, int64_t threads) {
+// In how many parts weights [rows, columns] must be packed.
+int64_t count_parts(const float *w, int64_t rows, int64_t columns, int64_t threads) {
     int parts = 1;
-#pragma omp parallel num_threads((int)threads)
-    {
-#pragma omp for reduction(max : parts)
-        for (int64_t b = 0; b < blocks(rows); ++b) {
-            const int found = parts_of(w + b * BLOCK * columns, (rows - b * BLOCK < BLOCK ? rows - b * BLOCK : BLOCK) * columns);
-            parts = found > parts ? found : parts;
-        }
-#pragma omp for
-        for (int64_t b = 0; b < blocks(rows); ++b) pack_weights(w + b * BLOCK * columns, rows - b * BLOCK, columns, parts, out + b * packed_block(columns, parts));
+#pragma omp parallel for num_threads((int)threads) reduction(max : parts)
+    for (int64_t o = 0; o < rows; ++o) {
+        const int found = parts_of(w + o * columns, columns);
+        parts = found > parts ? found : parts;
     }
     return parts;
+}
+
+void pack_all_weights(const float *w, int64_t rows, int64_t columns, int64_t parts, bf16 *out, int64_t threads) {
+#pragma omp parallel for num_threads((int)threads)
+    for (int64_t b = 0; b < blocks(rows); ++b) pack_weights(w + b * BLOCK * columns, rows - b * BLOCK, columns, (int)parts, out + b * packed_block(columns, parts));
 }
 
 // y [n, rows], rows `stride` apart, of packed inputs and packed weights.

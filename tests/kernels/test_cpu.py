@@ -11,7 +11,7 @@ import kernels.cpu
 from kernels.cpu import build
 from kernels.cpu.logits import compare
 from kernels.cpu.many import Inputs
-from kernels.dispatch import fused, kept, kind, linear, reference, reference_only
+from kernels.dispatch import fused, kind, linear, prepared, reference, reference_only
 from kernels.synthetic import random_layer
 from tests.kernels.served import ADDED, SCALAR, TRELLIS, UNIFORM, VECTOR
 
@@ -190,6 +190,16 @@ def test_a_product_is_the_same_for_any_number_of_inputs_and_threads(matrix_unit)
         torch.set_num_threads(threads)
 
 
+def test_a_weight_that_is_packed_once_gives_the_same_as_one_that_is_packed_for_every_product(matrix_unit):
+    for weight_OI in (torch.randn(2000, 600), torch.randn(2000, 600).bfloat16().float()):
+        once, every = (prepared(weight_OI, copied) for copied in (True, False))
+        x = torch.randn(3, 50, 600)
+        assert torch.equal(once(x), every(x)) and torch.equal(once(2 * x), 2 * every(x))
+        assert torch.allclose(once(x), x @ weight_OI.t(), atol=1e-3) and once(x).shape == (3, 50, 2000)
+    with reference_only():
+        assert torch.equal(prepared(weight_OI, True)(x), torch.nn.functional.linear(x, weight_OI))
+
+
 def test_a_number_that_is_not_finite_stays_one(matrix_unit):
     for broken in (torch.nan, torch.inf, -torch.inf):
         x_NI, weight_OI = torch.ones(40, 64), torch.ones(3, 64)
@@ -206,7 +216,7 @@ def test_without_a_matrix_unit_torch_multiplies(monkeypatch):
         x_NI, weight_OI, found = torch.randn(200, 64), torch.randn(9, 64), torch.empty(200, 9)
         Inputs(x_NI).times(weight_OI, found)
         assert torch.equal(found, x_NI @ weight_OI.t())
-        assert torch.equal(kept(weight_OI)(x_NI), torch.nn.functional.linear(x_NI, weight_OI))
+        assert torch.equal(prepared(weight_OI, True)(x_NI), torch.nn.functional.linear(x_NI, weight_OI))
     finally:
         build.matrix_unit.cache_clear()
 
