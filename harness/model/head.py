@@ -1,5 +1,5 @@
 """The head of a causal language model, run apart from its decoder: the decoder's hidden states in front of it, and the
-logits it makes of them, a few hundred tokens at a time."""
+logits it makes of them, some tokens at a time."""
 
 from __future__ import annotations
 
