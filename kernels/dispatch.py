@@ -69,6 +69,9 @@ class Backend:
     layouts: Mapping[str, Layout]  # by format; layers of others are not served
     product: Product
     available: Callable[[], bool] | None = None  # whether the kernels can be had on this machine; None: they can
+    # (weight [O, I], whether there is room for a copy of it) -> the product x [..., I] -> x W^T, made ready for many
+    # inputs, where there is one that is faster than torch's and errs no more; None: there is none for this weight.
+    prepared: Callable[[Tensor, bool], Callable[[Tensor], Tensor] | None] | None = None
 
     def serves(self, layer: Layer) -> bool:
         layout = self.layouts.get(layer.format)
@@ -118,6 +121,20 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
         return reference(layer, x)
     product = fused(layer, x.device.type) or (contraction if _contracts(layer) else reference)
     return product(layer, x)
+
+
+def prepared(weight_OI: Tensor, copied: bool) -> Callable[[Tensor], Tensor]:
+    """The product x [..., I] -> x W^T with a weight that is no packed layer's (a head's), and that many inputs will be
+    multiplied by; `copied`: whether there is room for a copy of it. Gradients pass through where they do in torch's."""
+    found = None if _reference_only else backend(weight_OI.device.type)
+    faster = found.prepared(weight_OI, copied) if found is not None and found.prepared is not None else None
+
+    def product(x: Tensor) -> Tensor:
+        if faster is None or (torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad)):
+            return torch.nn.functional.linear(x, weight_OI)
+        return faster(x)
+
+    return product
 
 
 def _contracts(layer: Layer) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from harness.evaluate.score import HEAD_LOGITS
+from harness.evaluate.score import head_tokens
 from harness.model import decoder
 from harness.model.head import head_of
 from harness.progress import Progress, silent
@@ -150,7 +150,7 @@ def _predictions(model: PreTrainedModel, flat_NH: Tensor, place_P: Tensor, targe
     place_N, which_P = place_P.unique(return_inverse=True)
     nll_P = torch.empty(len(place_P), dtype=torch.float64)
     first_P = torch.empty(len(place_P), dtype=torch.bool)
-    chunk = max(1, HEAD_LOGITS // model.config.get_text_config().vocab_size)
+    chunk = head_tokens(model)
     with head_of(model) as head:
         for start in range(0, len(place_N), chunk):
             logits_NV = head(flat_NH[place_N[start : start + chunk]])

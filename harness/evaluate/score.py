@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from harness.data.sealed import save_tensors
 from harness.data.windows import Articles
+from harness.evaluate.logits import Compared, compare
 from harness.model import decoder_blocks, in_place_of_states, states_of
 from harness.model.head import head_of, hidden_states
+from harness.model.paging import pages_of
 from harness.progress import Progress, silent
 from harness.store.results import KLD_EDGES, POSITIONS, Divergence, Losses
 
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
 
 
 BODY_TOKENS = 8192  # tokens through the decoder at once
-HEAD_LOGITS = 1 << 25  # logits held at once (128 MiB in fp32), for the model and once more for the reference
+# The same on a CPU, of a model whose blocks are not read for every batch: what a layer gives is a few MiB, which stays
+# in the last cache, and whose memory is used again (beyond 32 MiB the system gives new pages, zeroed, every time).
+CACHED_TOKENS = 2048
+HEAD_LOGITS = 1 << 23  # logits held at once (32 MiB in fp32), for the model and once more for the reference
 NOISE_UNIT = 2.0**-11
 NOISE_WINDOWS = 4
 
@@ -46,19 +51,11 @@ class _Diverging:
         self.reverse_N: list[Tensor] = []
         self.same_top_N: list[Tensor] = []
 
-    def add(self, reference_NV: Tensor, reference_top_N: Tensor, model_NV: Tensor, model_lse_N: Tensor) -> None:
-        """sum p (a - b) - lse(a) + lse(b) for logits a, b and p = softmax(a), and its mirror image with q = softmax(b):
-        two passes fewer than through log_softmax. Overwrites `reference_NV`."""
-        reference_lse_N = reference_NV.logsumexp(dim=-1)
-        difference_NV = reference_NV - model_NV
-        offset_N = model_lse_N - reference_lse_N
-        p_NV = reference_NV.sub_(reference_lse_N[:, None]).exp_()
-        self.kld_N.append((torch.linalg.vecdot(p_NV, difference_NV) + offset_N).double().cpu())
-        q_NV = torch.sub(model_NV, model_lse_N[:, None], out=p_NV).exp_()
-        self.reverse_N.append((-torch.linalg.vecdot(q_NV, difference_NV) - offset_N).double().cpu())
-        first_N = model_NV.gather(1, reference_top_N[:, None]).squeeze(1)
-        # Amax: argmax over a vocabulary is ten times slower.
-        self.same_top_N.append((first_N == model_NV.amax(dim=-1)).cpu())
+    def add(self, found: Compared, reference_top_N: Tensor, model_NV: Tensor) -> None:
+        self.kld_N.append(found.kld_N)
+        self.reverse_N.append(found.reverse_N)
+        first_N = model_NV.gather(1, reference_top_N[:, None]).squeeze(1).cpu()
+        self.same_top_N.append(first_N == found.highest_N)
 
     def summary(self, scored_NP: Tensor) -> Divergence:
         """`scored_NP`: which predictions of each window count."""
@@ -102,6 +99,12 @@ def _quantile(values_N: Tensor, q: float) -> float:
     return values_N.quantile(q).item() if len(values_N) else math.nan
 
 
+def head_tokens(model: PreTrainedModel) -> int:
+    """Whose logits are held at once: as many as HEAD_LOGITS has room for, in whole blocks of products."""
+    tokens = HEAD_LOGITS // model.config.get_text_config().vocab_size
+    return max(1, tokens if tokens < 32 else tokens // 32 * 32)
+
+
 @torch.inference_mode()
 def score(
     model: PreTrainedModel,
@@ -121,27 +124,28 @@ def score(
     done = 0
     divergence = _Diverging() if reference else None
     kept: dict[str, list[Tensor]] = {"states": [], "top": []}
-    chunk = max(1, HEAD_LOGITS // model.config.get_text_config().vocab_size)
-    for batch_BT in tokens_NT.to(device).split(max(1, BODY_TOKENS // length)):
-        hidden_NH = hidden_states(model, batch_BT[:, :-1] if articles else batch_BT, length)
-        target_N = batch_BT[:, 1:].reshape(-1)
-        known = _read_states(reference, done * (length - 1), len(target_N), hidden_NH) if reference else None
-        nll_N = []
-        with head_of(model) as head:
+    chunk = head_tokens(model)
+    at_once = CACHED_TOKENS if device.type == "cpu" and pages_of(model) is None else BODY_TOKENS
+    with head_of(model) as head:
+        for batch_BT in tokens_NT.to(device).split(max(1, at_once // length)):
+            hidden_NH = hidden_states(model, batch_BT[:, :-1] if articles else batch_BT, length)
+            target_N = batch_BT[:, 1:].reshape(-1)
+            known = _read_states(reference, done * (length - 1), len(target_N), hidden_NH) if reference else None
+            nll_N = []
             for start in range(0, len(target_N), chunk):
                 part = slice(start, start + chunk)
                 logits_NV = head(hidden_NH[part])
-                lse_N = logits_NV.logsumexp(dim=-1)
-                nll_N.append((lse_N - logits_NV.gather(1, target_N[part, None]).squeeze(1)).double().cpu())
+                found = compare(logits_NV, head(known[0][part]) if known else None)
+                nll_N.append(found.lse_N - logits_NV.gather(1, target_N[part, None]).squeeze(1).double().cpu())
                 if divergence is not None and known is not None:
-                    divergence.add(head(known[0][part]), known[1][part], logits_NV, lse_N)
+                    divergence.add(found, known[1][part], logits_NV)
                 if keep is not None:
-                    kept["top"].append(logits_NV.argmax(dim=-1).cpu())
-        losses_NP.append(torch.cat(nll_N).view(len(batch_BT), length - 1))
-        done += len(batch_BT)
-        if keep is not None:
-            kept["states"].append(hidden_NH.cpu())
-        progress(name, done, count)
+                    kept["top"].append(found.first_N)
+            losses_NP.append(torch.cat(nll_N).view(len(batch_BT), length - 1))
+            done += len(batch_BT)
+            if keep is not None:
+                kept["states"].append(hidden_NH.cpu())
+            progress(name, done, count)
     if keep is not None:
         save_tensors(keep, {name: torch.cat(parts) for name, parts in kept.items()})
     nll_NP = torch.cat(losses_NP)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.build import library
+from kernels.cpu.many import TILE_WEIGHTS, Inputs, prepared
 from kernels.cpu.view import LAYOUTS, View, view
 from kernels.dispatch import Backend
 from kernels.formats.activations import quantised
@@ -20,7 +21,6 @@ from kernels.formats.reassembly import reassembled
 
 SMALL = 32
 LONGEST = 8  # weights to a code
-TILE_WEIGHTS = 1 << 20  # decoded at once: a few MiB, which the second-level cache nearly holds
 
 
 def available() -> bool:
@@ -54,7 +54,7 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
     rows = max(1, TILE_WEIGHTS // layer.in_features // LONGEST) * LONGEST  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
     scale_I = seen.tensors.get("column_scale")
-    base_NI = quantised(x_NI if scale_I is None else x_NI * scale_I, layer.act_bits)
+    base = Inputs(quantised(x_NI if scale_I is None else x_NI * scale_I, layer.act_bits))
     tile_OI = x_NI.new_empty(min(rows, layer.out_features), layer.in_features)
     for first in range(0, layer.out_features, rows):
         count = min(rows, layer.out_features - first)
@@ -62,7 +62,7 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
             tile_OI[:count] = layer.weight[first : first + count]
         else:
             compiled.decode(seen.address, first, count, tile_OI.data_ptr(), torch.get_num_threads())
-        torch.mm(base_NI, tile_OI[:count].t(), out=out_NO[:, first : first + count])
+        base.times(tile_OI[:count], out_NO[:, first : first + count])
     if layer.lowrank is not None:
         left_OR, right_RI = layer.lowrank.factors()
         out_NO.addmm_(given_NI @ right_RI.t(), left_OR.t())
@@ -71,4 +71,4 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
     return out_NO if layer.bias is None else out_NO.add_(layer.bias.float())
 
 
-BACKEND = Backend(LAYOUTS, product, available)
+BACKEND = Backend(LAYOUTS, product, available, prepared)

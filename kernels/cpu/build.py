@@ -21,8 +21,10 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 SEARCH = Path(__file__).with_name("viterbi.cpp")
+MATRIX = Path(__file__).with_name("parts.cpp")
 WIDE = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", "avx2", "fma", "f16c")
 NARROW = ("avx2", "fma", "f16c")
+TILES = ("amx_tile", "amx_bf16", "avx512bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq")
 REQUESTS = {"avx512": WIDE, "avx2": NARROW, "none": ()}
 
 log = logging.getLogger("harness.kernels")  # one logger for the whole project, whatever this package is called
@@ -56,6 +58,28 @@ def search() -> ctypes.CDLL | None:
     loaded.viterbi.argtypes = [pointer, pointer, *[number] * 4, *[pointer] * 4]
     loaded.viterbi.restype = None
     return loaded
+
+
+@cache
+def matrix_unit() -> ctypes.CDLL | None:
+    """The compiled products of many inputs on a matrix unit; None where this machine has none, its system gives it to
+    nobody, the compiler does not know it, or HARNESS_CPU_KERNELS asks for less: torch's product does the same."""
+    if requested_instructions() is not None or not _flags().issuperset(TILES):
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_built(MATRIX, TILES, _compiler(), "-fopenmp")))
+    except (OSError, RuntimeError) as error:
+        log.warning("the matrix unit of this CPU is not used: %s", error)
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    loaded.packed.argtypes = [number, number, number]
+    loaded.count_parts.argtypes = [pointer, number, number, number]
+    loaded.pack_all_inputs.argtypes = [pointer, number, number, pointer, number]
+    loaded.pack_all_weights.argtypes = [pointer, number, number, number, pointer, number]
+    loaded.multiply.argtypes = [pointer, number, number, pointer, number, number, pointer, number, number]
+    loaded.packed.restype = loaded.count_parts.restype = loaded.ready.restype = number
+    loaded.pack_all_inputs.restype = loaded.pack_all_weights.restype = loaded.multiply.restype = None
+    return loaded if loaded.ready() else None
 
 
 def requested_instructions() -> tuple[str, ...] | None:
@@ -103,7 +127,8 @@ def _compiler() -> str:
 def _built(source: Path, instructions: tuple[str, ...], compiler: str, *flags: str) -> Path:
     """The library, whose name ends with the checksum of its own bytes: one that is no longer what was compiled, or that
     others may write to, is not loaded but compiled again."""
-    command = [compiler, "-O3", "-std=c++17", *(f"-m{name}" for name in instructions), *flags, "-shared", "-fPIC"]
+    chosen = (f"-m{name.replace('_', '-')}" for name in instructions)
+    command = [compiler, "-O3", "-std=c++17", *chosen, *flags, "-shared", "-fPIC"]
     sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     key = hashlib.sha256(sources + " ".join(command).encode()).hexdigest()[:24]
     root = os.environ.get("HARNESS_CACHE")
@@ -143,6 +168,7 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.product.argtypes = [pointer, pointer, number, pointer, number]
     loaded.decode.argtypes = [pointer, number, number, pointer, number]
     loaded.step.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
-    for function in (loaded.product, loaded.decode, loaded.step):
+    loaded.compare.argtypes = [pointer, pointer, number, number, pointer, number]
+    for function in (loaded.product, loaded.decode, loaded.step, loaded.compare):
         function.restype = None
     return loaded

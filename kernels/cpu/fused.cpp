@@ -6,6 +6,7 @@
 //
 // Rows are shared out to threads; each row is computed by one thread in one order, so results repeat bitwise.
 
+#include "logits.h"
 #include "model.h"
 
 extern "C" {
@@ -39,6 +40,12 @@ void decode(const Layer *layer, int64_t first, int64_t count, float *out, int64_
 // Logits [batch, vocabulary] behind one token of every sequence, at `position`, and the likeliest next tokens.
 void step(const Model *model, const int64_t *ids, int64_t batch, int64_t position, float *logits, int64_t *next, int64_t threads) {
     Token(*model, batch, position, threads)(ids, logits, next);
+}
+
+// Of rows of the model's logits [n, vocabulary], and of the reference's (null: none).
+void compare(const float *logits, const float *reference, int64_t n, int64_t vocabulary, Compared *found, int64_t threads) {
+#pragma omp parallel for num_threads((int)threads)
+    for (int64_t i = 0; i < n; ++i) found[i] = compare_row(logits + i * vocabulary, reference ? reference + i * vocabulary : nullptr, vocabulary);
 }
 
 }  // extern "C"

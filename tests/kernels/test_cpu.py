@@ -9,7 +9,9 @@ import torch
 
 import kernels.cpu
 from kernels.cpu import build
-from kernels.dispatch import fused, kind, linear, reference, reference_only
+from kernels.cpu.logits import compare
+from kernels.cpu.many import Inputs
+from kernels.dispatch import fused, kind, linear, prepared, reference, reference_only
 from kernels.synthetic import random_layer
 from tests.kernels.served import ADDED, SCALAR, TRELLIS, UNIFORM, VECTOR
 
@@ -144,3 +146,97 @@ def test_the_structure_is_the_one_of_the_source():
     cleaned = [name.rpartition(" ")[2].lstrip("*") for name in names]
     assert cleaned == [name for name, _ in Layer._fields_]
     assert ctypes.sizeof(Layer) == 8 * len(Layer._fields_)
+
+
+@pytest.fixture
+def matrix_unit(monkeypatch):
+    monkeypatch.delenv("HARNESS_CPU_KERNELS", raising=False)
+    build.matrix_unit.cache_clear()
+    if not build._flags().issuperset(build.TILES):
+        pytest.skip("no matrix unit (AMX) here")
+    assert build.matrix_unit() is not None  # a source that does not compile is no reason to skip
+    yield
+    build.matrix_unit.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_matrix_unit_errs_no_more_than_fp32(bits, matrix_unit):
+    """Weights of one, two and three parts; inputs whose sizes span six orders of magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    for count, rows, columns in ((300, 577, 576), (33, 31, 1536), (65, 64, 40), (1, 1, 1)):
+        x_NI = torch.randn(count, columns, generator=generator) * 10 ** (
+            6 * torch.rand(columns, generator=generator) - 3
+        )
+        weight_OI = torch.randn(rows, columns, generator=generator).to(bits).float()
+        exact = x_NI.double() @ weight_OI.double().t()
+        found = torch.empty(count, rows + 5)[:, 2:-3]  # some columns of a wider matrix
+        Inputs(x_NI).times(weight_OI, found)
+        torchs = torch.nn.functional.linear(x_NI, weight_OI)
+        off, theirs = ((y.double() - exact).norm() / exact.norm() for y in (found, torchs))
+        assert off < max(theirs, 1e-7) and off < 4e-7
+
+
+def test_a_product_is_the_same_for_any_number_of_inputs_and_threads(matrix_unit):
+    x_NI, weight_OI = torch.randn(97, 200), torch.randn(70, 200)
+    whole, threads = torch.empty(97, 70), torch.get_num_threads()
+    Inputs(x_NI).times(weight_OI, whole)
+    try:
+        for count in (1, 40, 97):
+            torch.set_num_threads(2)
+            part = torch.empty(count, 70)
+            Inputs(x_NI[:count]).times(weight_OI, part)
+            assert torch.equal(part, whole[:count])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_weight_that_is_packed_once_gives_the_same_as_one_that_is_packed_for_every_product(matrix_unit):
+    for weight_OI in (torch.randn(2000, 600), torch.randn(2000, 600).bfloat16().float()):
+        once, every = (prepared(weight_OI, copied) for copied in (True, False))
+        x = torch.randn(3, 50, 600)
+        assert torch.equal(once(x), every(x)) and torch.equal(once(2 * x), 2 * every(x))
+        assert torch.allclose(once(x), x @ weight_OI.t(), atol=1e-3) and once(x).shape == (3, 50, 2000)
+    with reference_only():
+        assert torch.equal(prepared(weight_OI, True)(x), torch.nn.functional.linear(x, weight_OI))
+
+
+def test_a_number_that_is_not_finite_stays_one(matrix_unit):
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        x_NI, weight_OI = torch.ones(40, 64), torch.ones(3, 64)
+        x_NI[7, 9] = broken
+        found = torch.empty(40, 3)
+        Inputs(x_NI).times(weight_OI, found)
+        assert not found[7].isfinite().any() and found.isfinite().sum() == 39 * 3
+
+
+def test_without_a_matrix_unit_torch_multiplies(monkeypatch):
+    monkeypatch.setenv("HARNESS_CPU_KERNELS", "avx2")
+    build.matrix_unit.cache_clear()
+    try:
+        x_NI, weight_OI, found = torch.randn(200, 64), torch.randn(9, 64), torch.empty(200, 9)
+        Inputs(x_NI).times(weight_OI, found)
+        assert torch.equal(found, x_NI @ weight_OI.t())
+        assert torch.equal(prepared(weight_OI, True)(x_NI), torch.nn.functional.linear(x_NI, weight_OI))
+    finally:
+        build.matrix_unit.cache_clear()
+
+
+def test_what_is_asked_of_logits_is_the_textbook_sum(instructions):
+    generator = torch.Generator().manual_seed(0)
+    for vocabulary in (1, 5, 1030, 49152):
+        reference_NV = 4 * torch.randn(9, vocabulary, generator=generator) + 50
+        model_NV = reference_NV + torch.randn(9, vocabulary, generator=generator)
+        log_p_NV, log_q_NV = (logits.double().log_softmax(-1) for logits in (reference_NV, model_NV))
+        found = compare(model_NV, reference_NV)
+        for values_N, expected_N in (
+            (found.lse_N, model_NV.double().logsumexp(-1)),
+            (found.kld_N, (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)),
+            (found.reverse_N, (log_q_NV.exp() * (log_q_NV - log_p_NV)).sum(-1)),
+        ):
+            assert torch.allclose(values_N, expected_N, rtol=1e-6, atol=1e-6)
+        assert torch.equal(found.first_N, model_NV.argmax(-1)) and torch.equal(
+            found.highest_N, model_NV.amax(-1).double()
+        )
+        assert torch.equal(compare(model_NV, None).lse_N, found.lse_N)
+    model_NV[3, 5] = torch.inf
+    assert compare(model_NV, None) is None and compare(reference_NV, model_NV) is None
