@@ -82,7 +82,7 @@ def _repacked(model: Any, method: str | None) -> Any:
             packed.fill(weight=weight_OI.to(packed.get_buffer("weight").dtype))
         else:
             config: LayerConfig = packer.candidates(layer)[0]
-            packed = packer.compress(LayerData(weight_OI), layer, config).layer
+            packed = packer.compress(LayerData(weight_OI), layer, config).packed
         packed.set_bias(linear.bias)
         model.set_submodule(layer.name, packed.to(linear.weight.device))
     return model
