@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from harness.cli import main
+from harness.plan.budgets import Budget
+from harness.plan.cells import Cell, Compute
 from harness.report.baseline import Rows
 from harness.report.rows import TIME_COLUMNS
 from kernels.formats.layer import LayerConfig, LayerSpec
@@ -71,6 +74,13 @@ def run_harness(*arguments: str, cwd: Path | None = None, **environment: str) ->
             patch.chdir(cwd)
         code = main(arguments)
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
+
+
+def planned_cell(method: str, budget: str, device: str = "cpu", **changes: Any) -> Cell:
+    """A cell of no model in particular, for what is predicted of it."""
+    given: dict[str, Any] = {"model": None, "calibration": None, "training": None, "seed": 0, "bos": "never"}
+    compute = Compute(device, "float32" if device == "cpu" else "float16", 1)
+    return Cell(parse_method(method), method, budget=Budget.parse(budget), compute=compute, **given | changes)
 
 
 def decode_uniform(method: str, weight: torch.Tensor, hessian: torch.Tensor | None, **hyper: object) -> torch.Tensor:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from harness.compress.forward import BlockInputs, stubbed_blocks
-from harness.data.sealed import believed, check_tensors, load_tensors, save_tensors
+from harness.data.sealed import believed, checked, load_tensors, save_tensors
 from harness.model import decoder_blocks
 from harness.model.head import head_of, hidden_states
-from harness.model.paging import pages_of, resident
+from harness.model.paging import pages_of
 from harness.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ SLICE_LOGITS = 1 << 24  # of a model, held at once (64 MiB in fp32)
 @torch.no_grad()
 def remember_states(model: PreTrainedModel, tokens_NT: Tensor, folder: Path, progress: Progress = silent) -> None:
     """Write the states [T - 1, H] of every window, in the model's own dtype; what is there, and whole, stays."""
-    lacking = [index for index in range(len(tokens_NT)) if believed(states_file(folder, index), _checked) is None]
+    lacking = [index for index in range(len(tokens_NT)) if believed(states_file(folder, index), checked) is None]
     done = len(tokens_NT) - len(lacking)
     progress("remember", done, len(tokens_NT))
     for index, states_NH in zip(lacking, _states(model, tokens_NT[lacking], folder), strict=True):
@@ -55,8 +55,7 @@ def _states(model: PreTrainedModel, tokens_NT: Tensor, folder: Path) -> Iterator
         return
     inputs = BlockInputs(model, tokens_NT, folder)
     for index in range(len(decoder_blocks(model)[1])):
-        with resident(model, index):
-            inputs.hidden.replace(map(inputs.block(index), inputs.hidden.split(1)))
+        inputs.advance(index)
     with stubbed_blocks(model, inputs.returns_tuple) as stubs:
         for window_T, behind_NTH in zip(tokens_NT, inputs.hidden.split(1), strict=True):
             stubs[-1].replay = behind_NTH
@@ -65,11 +64,6 @@ def _states(model: PreTrainedModel, tokens_NT: Tensor, folder: Path) -> Iterator
 
 def states_file(folder: Path, index: int) -> Path:
     return folder / f"window_{index:05d}.safetensors"
-
-
-def _checked(file: Path) -> Path:
-    check_tensors(file)
-    return file
 
 
 def backward_from_divergence(model: PreTrainedModel, window_T: Tensor, file: Path, windows: int) -> float:
@@ -83,18 +77,18 @@ def backward_from_divergence(model: PreTrainedModel, window_T: Tensor, file: Pat
     original_PH = load_tensors(file)[0]["states"].to(hidden_PH)
     rows = slice_tokens(model.config.get_text_config().vocab_size)
     share, total = 1 / (windows * len(hidden_PH)), 0.0
-    with head_of(model) as head:
-        for ahead_NH, original_NH in zip(ahead_PH.split(rows), original_PH.split(rows), strict=True):
+    head = head_of(model)
+    for ahead_NH, original_NH in zip(ahead_PH.split(rows), original_PH.split(rows), strict=True):
+        with arithmetic(model):
+            logits_NV = head(ahead_NH)
+        with torch.no_grad():
             with arithmetic(model):
-                logits_NV = head(ahead_NH)
-            with torch.no_grad():
-                with arithmetic(model):
-                    log_p_NV = head(original_NH).log_softmax(dim=-1)
-                log_q_NV = logits_NV.log_softmax(dim=-1)
-                p_NV = log_p_NV.exp()
-                total += share * torch.linalg.vecdot(p_NV, log_p_NV - log_q_NV).sum().item()
-                gradient_NV = log_q_NV.exp_().sub_(p_NV).mul_(share)
-            logits_NV.backward(gradient_NV)
+                log_p_NV = head(original_NH).log_softmax(dim=-1)
+            log_q_NV = logits_NV.log_softmax(dim=-1)
+            p_NV = log_p_NV.exp()
+            total += share * torch.linalg.vecdot(p_NV, log_p_NV - log_q_NV).sum().item()
+            gradient_NV = log_q_NV.exp_().sub_(p_NV).mul_(share)
+        logits_NV.backward(gradient_NV)
     hidden_PH.backward(ahead_PH.grad)
     return total
 

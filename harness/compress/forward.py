@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from harness.compress.states import States
 from harness.model import decoder, decoder_blocks, states_of
+from harness.model.paging import resident
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -136,6 +137,12 @@ class BlockInputs:
                 f"models of type {model.config.model_type} tell their blocks something of every token besides its "
                 "state, which is not supported: give another model"
             )
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Push the states through a block, window by window."""
+        with resident(self.model, index):
+            self.hidden.replace(map(self.block(index), self.hidden.split(1)))
 
     def block(self, index: int) -> Callable[[Tensor], Tensor]:
         """The forward pass of a block as it is when it is called, on states [B, T, H], gradients and all."""

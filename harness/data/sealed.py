@@ -122,6 +122,12 @@ def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
     return tensors, {name: value for name, value in metadata.items() if name != SEAL}
 
 
+def checked(path: Path) -> Path:
+    """A file of tensors, if it is what was written: what `believed` may read. Raises Damaged."""
+    check_tensors(path)
+    return path
+
+
 def check_tensors(path: Path) -> None:
     """Raises Damaged."""
     found, place = _seal_of(path)

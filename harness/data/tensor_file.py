@@ -71,7 +71,7 @@ class TensorFile:
                 if size > path.stat().st_size:
                     raise ValueError("it is shorter than it says")
                 header = json.loads(handle.read(size))
-            header.pop(METADATA, None)
+            self.metadata: dict[str, str] = header.pop(METADATA, {})
             self._start = 8 + size
             self._places = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
             self.specs = {n: TensorSpec(DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in header.items()}
@@ -152,9 +152,8 @@ def named(path: Path) -> Iterator[None]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a tensor on the CPU, copied only where it is not in one piece."""
-    array: Any = (
-        tensor.contiguous().flatten().view(torch.uint8).numpy()
-    )  # numpy's own types do not say that an array is a buffer
+    # numpy's own types do not say that an array is a buffer.
+    array: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(array)
 
 

@@ -26,7 +26,6 @@ from methods.base import Method
 
 PYTHON = 0.33 * 2**30  # interpreter, torch and transformers
 
-
 # Matrices of a layer's inputs by its inputs (tests/harness/plan/test_memory.py):
 FACTORING = 2.2  # beside a Gram matrix whose pivots are computed
 PACKING = 5  # a Hessian with all that methods make of it
@@ -63,9 +62,8 @@ def predicted_phases(
     window's activations, to go back through a block; copies of a slice of logits. Compressing holds every calibration
     token's hidden state and, inside one block, what passes hold that stand in it and a Hessian with what is made of it;
     twice the states for a method that also looks at the uncompressed model's. `by_blocks` states are in files, but for
-    a method that tunes blocks. Training holds what is needed
-    on the way back and logits a few times: of a window, or of a slice for two models. Scoring holds what is stored and
-    one chunk of logits."""
+    a method that tunes blocks. Training holds what is needed on the way back and logits a few times: of a window, or of
+    a slice for two models. Scoring holds what is stored and one chunk of logits."""
     dtype_bytes = getattr(torch, cell.compute.dtype).itemsize
     calibration, layers = cell.calibration, stock.blocks[0].layers
     largest = max(sum(layer.weights for layer in block.layers) for block in stock.blocks)
@@ -91,7 +89,7 @@ def predicted_phases(
         phases["estimate errors"] = (rest if by_blocks else model) + 4 * matrix
     tokens = calibration.context * calibration.sequences if calibration else 0
     streams = 2 if cell.method.needs.original else 1
-    states = 3 * tokens if cell.method.needs.outputs else 0 if by_blocks else streams * tokens
+    held = 3 * tokens if cell.method.needs.outputs else 0 if by_blocks else streams * tokens  # tokens' states
     at_once = tokens
     if passes_take_turns(stock.blocks[0], tokens, hidden, dtype_bytes, streams):
         at_once = min(tokens, max(BATCH_TOKENS, calibration.context if calibration else 0))
@@ -99,7 +97,7 @@ def predicted_phases(
     working = 3 * matrix
     if calibration:
         working = (PACKING + TURNING * _turns(cell.method, stock.layers[0])) * 4 * wide * wide
-    phases["compress"] = model + states * hidden * dtype_bytes + standing + working
+    phases["compress"] = model + held * hidden * dtype_bytes + standing + working
     if cell.training:
         width = cell.training.windows.context
         kept = kept_bytes(stock, width, dtype_bytes)

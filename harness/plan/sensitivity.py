@@ -72,6 +72,11 @@ def hessian_tokens(stock: Inventory) -> int:
     return max(HESSIAN_TOKENS, *(TOKENS_PER_INPUT * layer.in_features for layer in stock.layers))
 
 
+def measured_windows(stock: Inventory, context: int, feedback: bool) -> tuple[int, int]:
+    """(windows that are looked at, windows that are followed back), as far as there are so many."""
+    return -(-(hessian_tokens(stock) if feedback else HESSIAN_TOKENS) // context), -(-GRADIENT_TOKENS // context)
+
+
 def measure_sensitivities(
     model: PreTrainedModel,
     tokens_NT: Tensor,
@@ -84,8 +89,8 @@ def measure_sensitivities(
     errors will be passed on between columns. Goes on from what is `unfinished`."""
     stock = inventory(model)
     blocks = stock.blocks
-    tokens_NT = tokens_NT[: -(-(hessian_tokens(stock) if feedback else HESSIAN_TOKENS) // tokens_NT.shape[1])]
-    followed_back = -(-GRADIENT_TOKENS // tokens_NT.shape[1])
+    windows, followed_back = measured_windows(stock, tokens_NT.shape[1], feedback)
+    tokens_NT = tokens_NT[:windows]
     device = next(model.parameters()).device
     _, kept = unfinished.state()
     column_I, square_O = (
@@ -194,8 +199,8 @@ class _Walk:
             return
         for index in range(self.reached, len(self.blocks)):
             self.kept.write(index * self.back, self.hidden.read(0, self.back))
-            with torch.no_grad(), resident(self.model, index), _hooked(self.model, self.blocks[index], watches[index]):
-                self.hidden.replace(map(self.inputs.block(index), self.hidden.split(1)))
+            with _hooked(self.model, self.blocks[index], watches[index]):
+                self.inputs.advance(index)
             self.reached = index + 1
             yield index
 

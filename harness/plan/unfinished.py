@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
-from harness.data.sealed import believed, check_tensors, save_tensors
+from harness.data.sealed import believed, checked, save_tensors
 from harness.data.tensor_file import TensorFile
 
 SAVE_S = 15.0  # seconds between two writes, at least
@@ -26,14 +25,12 @@ class Unfinished:
 
     def state(self) -> tuple[int, Mapping[str, Tensor]]:
         """(steps that are done, what was kept after them), on the CPU."""
-        if self.path is None or believed(self.path, _checked) is None:
-            return 0, {}
-        with safe_open(self.path, framework="pt") as handle:
-            metadata = handle.metadata()
-        if metadata.get("form") != FORM:
+        if self.path is None or believed(self.path, checked) is None:
             return 0, {}
         file = TensorFile(self.path)
-        return int(metadata["steps"]), Asked({name: partial(file.read, name) for name in file.specs})
+        if file.metadata.get("form") != FORM:
+            return 0, {}
+        return int(file.metadata["steps"]), Asked({name: partial(file.read, name) for name in file.specs})
 
     def keep(self, steps: int, state: Callable[[], Mapping[str, Tensor]]) -> None:
         """Write, if it is time to."""
@@ -79,8 +76,3 @@ def part(name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             if full.startswith(f"{name}/")
         }
     )
-
-
-def _checked(path: Path) -> Path:
-    check_tensors(path)
-    return path

@@ -15,19 +15,13 @@ from harness.compress.block import passes_take_turns
 from harness.model import BlockSpec, Inventory
 from harness.plan.budgets import MIXED
 from harness.plan.cells import Cell
-from harness.plan.sensitivity import (
-    FISHER_TOKENS,
-    GRADIENT_TOKENS,
-    HESSIAN_TOKENS,
-    RANDOM_CONTEXT,
-    hessian_tokens,
-)
+from harness.plan.sensitivity import RANDOM_CONTEXT, measured_windows
 from kernels.formats.layer import LayerSpec
 
 PIVOTS = 10 / 3  # of n^3: two Cholesky factors, an inverse, a product
 FACTORS = 4 / 3  # two Cholesky factors and an inverse
-SCORED = 1000
 SOLVE = 2 / 3  # by LU, for weights that follow the drift of their inputs
+SCORED = 1000  # tokens
 
 
 def predicted_flop(cell: Cell, stock: Inventory, hidden: int, vocabulary: int) -> dict[str, float]:
@@ -39,21 +33,25 @@ def predicted_flop(cell: Cell, stock: Inventory, hidden: int, vocabulary: int) -
     def forward(tokens: int, length: int) -> float:
         return 2 * tokens * (weights + 2 * length * hidden * len(stock.blocks))
 
+    def measuring(measure: str) -> float:
+        """On the way back a block runs once more, and has a gradient of its input alone, as the head has; the Fisher
+        information takes all windows, and the gradient of every weight."""
+        feedback = measure == "feedback"
+        windows, back = measured_windows(stock, context, feedback)
+        if calibration:
+            windows = calibration.sequences if measure == "fisher" else min(windows, calibration.sequences)
+        back = (windows if measure == "fisher" else min(windows, back)) * context
+        total = forward(windows * context, context) + 2 * forward(back, context) + 4 * back * hidden * vocabulary
+        if measure == "fisher":
+            total += 2 * back * weights
+        for stage in (stage for block in stock.blocks for stage in stages(block)) if feedback else ():
+            total += windows * context * stage[0].in_features ** 2 + PIVOTS * stage[0].in_features ** 3
+        return total
+
     phases: dict[str, float] = {}
-    if cell.allocate in MIXED:
-        followed = FISHER_TOKENS if needs.fisher else GRADIENT_TOKENS
-        windows = -(-(hessian_tokens(stock) if calibration else HESSIAN_TOKENS) // context)
-        windows = min(windows, calibration.sequences) if calibration else windows
-        measured, back = windows * context, min(windows, -(-followed // context)) * context
-        # On the way back: a block once more, and its gradient, which is that of its input alone; so for the head.
-        phases["measure layers"] = forward(measured, context) + 2 * forward(back, context)
-        phases["measure layers"] += 4 * back * hidden * vocabulary
-        if calibration and not needs.fisher:
-            phases["measure layers"] += sum(
-                measured * stage[0].in_features ** 2 + PIVOTS * stage[0].in_features ** 3
-                for block in stock.blocks
-                for stage in stages(block)
-            )
+    measures = {needs.sensitivity} if cell.allocate in MIXED else set()
+    if measures := measures | ({"fisher"} if needs.fisher else set()):
+        phases["measure layers"] = sum(map(measuring, measures))
     tokens = calibration.context * calibration.sequences if calibration else 0
     if needs.hessian or needs.pooled or needs.inputs or needs.original:
         streams = 2 if needs.original else 1

@@ -28,7 +28,7 @@ from typing import TypeVar
 from harness.data.checkpoint import remembered_sha256
 from harness.data.files import cache_dir, file_sha256
 from harness.data.record import Record
-from harness.data.sealed import believed, check_tensors, damaged_files
+from harness.data.sealed import believed, checked, damaged_files
 from harness.progress import wait_in_silence
 from harness.store.lease import lease
 from harness.store.records import AllocationRecord, Artifact, CellSpec
@@ -112,7 +112,7 @@ class CellStore:
         score = self.score(protocol_key)
         if score is None or score.divergence is None:
             return False
-        return not is_reference or believed(self.states(protocol_key), _checked) is not None
+        return not is_reference or believed(self.states(protocol_key), checked) is not None
 
     def finished(self, protocol_keys: Iterable[str], task_keys: Iterable[str] = (), is_reference: bool = False) -> bool:
         artifact = self.artifact()
@@ -161,9 +161,3 @@ class CellStore:
 
     def _write(self, record: Record, name: str) -> None:
         record.write(self.folder / f"{name}.json")
-
-
-def _checked(path: Path) -> Path:
-    """The file, if it is what was written. Raises Damaged."""
-    check_tensors(path)
-    return path

@@ -8,9 +8,7 @@ import torch
 from harness.cli.engines import Loads
 from harness.engine.places import devices_of, places, room_bytes
 from harness.model.described import describe
-from harness.plan.budgets import Budget
-from harness.plan.cells import Cell, Compute
-from methods import parse_method
+from tests.helpers import planned_cell
 
 
 @pytest.fixture
@@ -30,17 +28,7 @@ def test_cells_have_devices_of_their_own(three):
 def test_a_model_that_a_device_has_no_room_for_is_read_by_blocks(three, two_blocks):
     assert room_bytes("cuda", 3) == 6 << 30 and room_bytes("cuda", 4) == 3 << 30
     stock = describe(two_blocks.path).stock
-    cell = Cell(
-        method=parse_method("rtn"),
-        method_text="rtn",
-        model=two_blocks,
-        budget=Budget.parse("4"),
-        calibration=None,
-        training=None,
-        seed=0,
-        compute=Compute("cuda", "float16", 1),
-        bos="never",
-    )
+    cell = planned_cell("rtn", "4", "cuda", model=two_blocks)
     asked = SimpleNamespace(load="auto", engine="local", device="cuda")
     for jobs, paged in ((3, False), (60, True)):
         assert bool(Loads.of([cell], stock, two_blocks.path, asked, jobs).by_blocks) == paged

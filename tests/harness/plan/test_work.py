@@ -12,10 +12,9 @@ from harness.data.protocols import parse_calibration
 from harness.model import inventory
 from harness.plan import work
 from harness.plan.allocation import uniform
-from harness.plan.budgets import Budget
-from harness.plan.cells import Cell, Compute
-from harness.plan.sensitivity import measure_sensitivities
+from harness.plan.sensitivity import measure_fisher, measure_sensitivities
 from methods import parse_method
+from tests.helpers import planned_cell
 
 WIDTH, INNER, VOCABULARY, CONTEXT, SEQUENCES = 512, 1024, 256, 64, 80
 
@@ -39,18 +38,7 @@ def predicted(monkeypatch, stock, method):
     for name in ("PIVOTS", "FACTORS", "SOLVE"):
         monkeypatch.setattr(work, name, 0)
     calibration = parse_calibration(f"c4-mini@{CONTEXT}x{SEQUENCES}")
-    cell = Cell(
-        method=parse_method(method),
-        method_text=method,
-        model=None,
-        budget=Budget.parse("3.25"),
-        calibration=calibration,
-        training=None,
-        seed=0,
-        compute=Compute("cpu", "float32", 1),
-        bos="never",
-        allocate="ilp",
-    )
+    cell = planned_cell(method, "3.25", calibration=calibration, allocate="ilp")
     return work.predicted_flop(cell, stock, WIDTH, VOCABULARY)
 
 
@@ -79,6 +67,14 @@ def test_measuring_takes_what_is_predicted(model, monkeypatch):
     monkeypatch.setattr("harness.plan.sensitivity.pivots", lambda mean_II, tokens, damp: mean_II.diagonal().clone())
     with counting() as counted:
         measure_sensitivities(model, tokens_NT, seed=0)
+    assert expected == pytest.approx(counted.get_total_flops(), rel=0.15)
+
+
+def test_the_fisher_information_takes_what_is_predicted(model, monkeypatch):
+    tokens_NT = torch.randint(VOCABULARY, (SEQUENCES, CONTEXT), generator=torch.Generator().manual_seed(0))
+    expected = predicted(monkeypatch, inventory(model), "lq-lora:price=fisher")["measure layers"]
+    with counting() as counted:
+        measure_fisher(model, tokens_NT)
     assert expected == pytest.approx(counted.get_total_flops(), rel=0.15)
 
 
