@@ -212,11 +212,10 @@ def read_request(arguments: Options, presets: bool = True) -> Request:
     # What needs no torch to be refused was refused above; from here on it is imported.
     methods = [(text, parse_method(text)) for text in texts]
     arguments.device = _device(arguments.device)
+    from harness.engine.places import devices_of
     from kernels.cpu.build import requested_instructions
 
     requested_instructions()
-    from harness.engine.places import devices_of
-
     jobs = arguments.jobs or (min(2, cores()) if arguments.device == "cpu" else len(devices_of(arguments.device)))
     return Request(methods, budgets, protocols, tasks, calibration, training, seeds, act_bits, jobs, sources)
 

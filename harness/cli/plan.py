@@ -180,13 +180,13 @@ def _paper_lines(cell: Found) -> Iterator[str]:
 
 
 def _cell_lines(cell: Found) -> Iterator[str]:
+    from harness.plan.work import SCORED
+
     key = f"  [{cell['cell']}]" if cell["cell"] else ""
     budget = f"under {cell['budget']}" if cell["budget"] else "no budget"
     blocks = cell["predicted_peak_by_blocks_gib"]
     less = f", a block at a time {blocks:.1f}" if blocks else ""
     yield f"{cell['method']} {budget}{key}  predicted peak {cell['predicted_peak_gib']:.1f} GiB{less}"
-    from harness.plan.work import SCORED
-
     flop = dict(cell["predicted_flop"])
     scoring = flop.pop("score")
     parts = [f"{name} {count / 1e12:,.1f}" for name, count in flop.items()]

@@ -151,14 +151,14 @@ def _predictions(model: PreTrainedModel, flat_NH: Tensor, place_P: Tensor, targe
     nll_P = torch.empty(len(place_P), dtype=torch.float64)
     first_P = torch.empty(len(place_P), dtype=torch.bool)
     chunk = head_tokens(model)
-    with head_of(model) as head:
-        for start in range(0, len(place_N), chunk):
-            logits_NV = head(flat_NH[place_N[start : start + chunk]])
-            here_P = (which_P >= start) & (which_P < start + chunk)
-            row_N = which_P[here_P] - start
-            of_target_N = logits_NV[row_N, target_P[here_P]]
-            nll_P[here_P.cpu()] = (logits_NV.logsumexp(dim=-1)[row_N] - of_target_N).double().cpu()
-            first_P[here_P.cpu()] = (of_target_N == logits_NV.amax(dim=-1)[row_N]).cpu()
+    head = head_of(model)
+    for start in range(0, len(place_N), chunk):
+        logits_NV = head(flat_NH[place_N[start : start + chunk]])
+        here_P = (which_P >= start) & (which_P < start + chunk)
+        row_N = which_P[here_P] - start
+        of_target_N = logits_NV[row_N, target_P[here_P]]
+        nll_P[here_P.cpu()] = (logits_NV.logsumexp(dim=-1)[row_N] - of_target_N).double().cpu()
+        first_P[here_P.cpu()] = (of_target_N == logits_NV.amax(dim=-1)[row_N]).cpu()
     return nll_P, first_P
 
 

@@ -126,26 +126,26 @@ def score(
     kept: dict[str, list[Tensor]] = {"states": [], "top": []}
     chunk = head_tokens(model)
     at_once = CACHED_TOKENS if device.type == "cpu" and pages_of(model) is None else BODY_TOKENS
-    with head_of(model) as head:
-        for batch_BT in tokens_NT.to(device).split(max(1, at_once // length)):
-            hidden_NH = hidden_states(model, batch_BT[:, :-1] if articles else batch_BT, length)
-            target_N = batch_BT[:, 1:].reshape(-1)
-            known = _read_states(reference, done * (length - 1), len(target_N), hidden_NH) if reference else None
-            nll_N = []
-            for start in range(0, len(target_N), chunk):
-                part = slice(start, start + chunk)
-                logits_NV = head(hidden_NH[part])
-                found = compare(logits_NV, head(known[0][part]) if known else None)
-                nll_N.append(found.lse_N - logits_NV.gather(1, target_N[part, None]).squeeze(1).double().cpu())
-                if divergence is not None and known is not None:
-                    divergence.add(found, known[1][part], logits_NV)
-                if keep is not None:
-                    kept["top"].append(found.first_N)
-            losses_NP.append(torch.cat(nll_N).view(len(batch_BT), length - 1))
-            done += len(batch_BT)
+    head = head_of(model)
+    for batch_BT in tokens_NT.to(device).split(max(1, at_once // length)):
+        hidden_NH = hidden_states(model, batch_BT[:, :-1] if articles else batch_BT, length)
+        target_N = batch_BT[:, 1:].reshape(-1)
+        known = _read_states(reference, done * (length - 1), len(target_N), hidden_NH) if reference else None
+        nll_N = []
+        for start in range(0, len(target_N), chunk):
+            part = slice(start, start + chunk)
+            logits_NV = head(hidden_NH[part])
+            found = compare(logits_NV, head(known[0][part]) if known else None)
+            nll_N.append(found.lse_N - logits_NV.gather(1, target_N[part, None]).squeeze(1).double().cpu())
+            if divergence is not None and known is not None:
+                divergence.add(found, known[1][part], logits_NV)
             if keep is not None:
-                kept["states"].append(hidden_NH.cpu())
-            progress(name, done, count)
+                kept["top"].append(found.first_N)
+        losses_NP.append(torch.cat(nll_N).view(len(batch_BT), length - 1))
+        done += len(batch_BT)
+        if keep is not None:
+            kept["states"].append(hidden_NH.cpu())
+        progress(name, done, count)
     if keep is not None:
         save_tensors(keep, {name: torch.cat(parts) for name, parts in kept.items()})
     nll_NP = torch.cat(losses_NP)

@@ -3,8 +3,8 @@ logits it makes of them, some tokens at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@contextmanager
-def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
+def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """hidden [N, H] -> logits [N, V] in fp32 through the model's own forward, so that whatever an architecture does to
     its logits (soft caps, scales) is done. The decoder is in its place between two calls."""
     from harness.model.handed import Given
@@ -37,7 +36,7 @@ def head_of(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
                 stack.enter_context(swapped_module(model, name, module))
             return model(input_ids=ids_1N).logits[0].float()
 
-    yield head
+    return head
 
 
 class _Product(nn.Linear):

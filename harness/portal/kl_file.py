@@ -86,9 +86,9 @@ def _logits(model: PreTrainedModel, tokens_T: Tensor, bos: int | None) -> Iterat
         tokens_T = torch.cat([torch.tensor([bos]), tokens_T[1:]])
     device = next(model.parameters()).device
     hidden_NH = hidden_states(model, tokens_T[None].to(device), context)[first_scored(context) :]
-    with head_of(model) as head:
-        for part_NH in hidden_NH.split(HEAD_TOKENS):
-            yield head(part_NH).cpu()
+    head = head_of(model)
+    for part_NH in hidden_NH.split(HEAD_TOKENS):
+        yield head(part_NH).cpu()
 
 
 def rounded(logits_NV: Tensor) -> np.ndarray:

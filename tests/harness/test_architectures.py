@@ -142,8 +142,8 @@ def test_block_by_block_is_the_models_own_forward(family, made):
         hidden = States.of(after)
     with replayed(model, hidden.whole(), inputs.returns_tuple):
         states = hidden_states(model, tokens, POSITIONS)
-    with head_of(model) as head:
-        assert close(head(states).view(5, POSITIONS - 1, -1), expected[:, :-1])
+    head = head_of(model)
+    assert close(head(states).view(5, POSITIONS - 1, -1), expected[:, :-1])
 
 
 @pytest.fixture(scope="module")

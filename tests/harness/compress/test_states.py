@@ -21,7 +21,7 @@ def test_states_in_a_file_are_those_in_memory(tmp_path, dtype):
         assert torch.equal(states.copy().whole(), states.whole())
 
 
-def test_a_full_disk_is_told_by_name(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_by_name(tmp_path):
     states = States((2, 4, 3), torch.float32, torch.device("cpu"), tmp_path)
     states._file.close()
     states._file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
