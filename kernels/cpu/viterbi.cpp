@@ -1,13 +1,20 @@
 // The best path through a trellis of sliding windows (kernels/formats/trellis.py), for one column of a weight.
 //
 // What is compressed must not depend on which kernels a machine has, so this computes, addition by addition, what methods/codecs/trellis.py says in
-// torch: fp32, nothing fused (-ffp-contract=off), the first of equals. Vectors of the compiler's own kind: any instruction set will do.
+// torch: fp32, nothing fused (-ffp-contract=off), the first of equals. Vectors of the compiler's own kind: any instruction set will do. They are as
+// long as a register is: of longer ones compilers make good sums and bad shuffles and comparisons.
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
+#if defined __AVX512F__
 #define LANES 16
+#elif defined __AVX2__
+#define LANES 8
+#else
+#define LANES 4
+#endif
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
@@ -23,13 +30,21 @@ static inline Vec all(float x) { return x - Vec{}; }
 
 // Lane l of what lies at p: number l >> BITS.
 template <int BITS> static inline Vec spread(const float *p) {
-    if (BITS >= 4) return all(*p);
+    if ((1 << BITS) >= LANES) return all(*p);
     const Vec v = load(p);
 #define LANE(l) ((l) >> BITS)
-#ifdef __clang__
-    return __builtin_shufflevector(v, v, LANE(0), LANE(1), LANE(2), LANE(3), LANE(4), LANE(5), LANE(6), LANE(7), LANE(8), LANE(9), LANE(10), LANE(11), LANE(12), LANE(13), LANE(14), LANE(15));
+#define FOUR(l) LANE(l), LANE(l + 1), LANE(l + 2), LANE(l + 3)
+#if LANES == 16
+#define ORDER FOUR(0), FOUR(4), FOUR(8), FOUR(12)
+#elif LANES == 8
+#define ORDER FOUR(0), FOUR(4)
 #else
-    return __builtin_shuffle(v, (Int){LANE(0), LANE(1), LANE(2), LANE(3), LANE(4), LANE(5), LANE(6), LANE(7), LANE(8), LANE(9), LANE(10), LANE(11), LANE(12), LANE(13), LANE(14), LANE(15)});
+#define ORDER FOUR(0)
+#endif
+#ifdef __clang__
+    return __builtin_shufflevector(v, v, ORDER);
+#else
+    return __builtin_shuffle(v, (Int){ORDER});
 #endif
 }
 
