@@ -99,6 +99,11 @@ def _quantile(values_N: Tensor, q: float) -> float:
     return values_N.quantile(q).item() if len(values_N) else math.nan
 
 
+def body_tokens(device_type: str, *, by_blocks: bool) -> int:
+    """How many go through the decoder at once, unless a window is longer."""
+    return CACHED_TOKENS if device_type == "cpu" and not by_blocks else BODY_TOKENS
+
+
 def head_tokens(model: PreTrainedModel) -> int:
     """Whose logits are held at once: as many as HEAD_LOGITS has room for, in whole blocks of products."""
     tokens = HEAD_LOGITS // model.config.get_text_config().vocab_size
@@ -125,7 +130,7 @@ def score(
     divergence = _Diverging() if reference else None
     kept: dict[str, list[Tensor]] = {"states": [], "top": []}
     chunk = head_tokens(model)
-    at_once = CACHED_TOKENS if device.type == "cpu" and pages_of(model) is None else BODY_TOKENS
+    at_once = body_tokens(device.type, by_blocks=pages_of(model) is not None)
     head = head_of(model)
     for batch_BT in tokens_NT.to(device).split(max(1, at_once // length)):
         hidden_NH = hidden_states(model, batch_BT[:, :-1] if articles else batch_BT, length)

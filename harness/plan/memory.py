@@ -9,7 +9,7 @@ from harness.compress.distil import slice_tokens
 from harness.compress.forward import BATCH_TOKENS
 from harness.compress.training import KEPT_BYTES, kept_bytes
 from harness.data.protocols import DISTIL
-from harness.evaluate.score import BODY_TOKENS, HEAD_LOGITS
+from harness.evaluate.score import HEAD_LOGITS, body_tokens
 from harness.model import Inventory
 from harness.plan.budgets import MIXED
 from harness.plan.cells import Cell
@@ -52,10 +52,10 @@ def predicted_phases(
     vocabulary: int,
     *,
     by_blocks: bool = False,
-    scored: int = BODY_TOKENS,
+    scored: int | None = None,
 ) -> dict[str, float]:
     """The same phase by phase (harness.engine.cell), each with the whole model in memory or, `by_blocks`, one block;
-    `scored` tokens go through the model at once.
+    `scored` tokens go through the model at once (None: as many as it takes).
 
     Measuring what errors cost, for a mixed plan, holds the states of some windows in front of every block (and of all
     of them at one), and the most of three: a Gram matrix for every layer of a block, one of them being factored; a
@@ -100,13 +100,15 @@ def predicted_phases(
     phases["compress"] = model + held * hidden * dtype_bytes + standing + working
     if cell.training:
         width = cell.training.windows.context
-        kept = kept_bytes(stock, width, dtype_bytes)
+        adaptation = cell.method.adaptation
+        kept = kept_bytes(stock, width, dtype_bytes, adaptation is not None and adaptation.whole)
         if kept > KEPT_BYTES:  # then one block's, and the states in front of all
             kept = kept // len(stock.blocks) + width * len(stock.blocks) * hidden * dtype_bytes
         factors = sum(_rank(cell.method, layer) * (layer.in_features + layer.out_features) for layer in stock.layers)
         # Value, gradient and the optimiser's two moments.
         logits = 7 * min(width, slice_tokens(vocabulary)) if cell.training.loss == DISTIL else 5 * width
         phases["train"] = model + kept + 4 * logits * vocabulary + 4 * 4 * factors
+    scored = scored or body_tokens(cell.compute.device.partition(":")[0], by_blocks=by_blocks)
     stored = float(cell.budget.bpw) / 8 if cell.budget else 2.0  # bytes per weight
     held = rest + stored * (largest if by_blocks else stock.weights)
     chunk = min(HEAD_LOGITS, scored * vocabulary)
