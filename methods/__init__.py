@@ -103,8 +103,8 @@ def parse_method(text: str) -> Method:
 
 def _where(key: str, method: Method) -> str:
     """Which variants of the method have an option that this one has not; "" for none."""
-    owners = [name for name, other in method.variants().items() if hasattr(other, key)]
-    return f"it belongs to {' and '.join(f'{method.name}:{owner}' for owner in owners)}" if owners else ""
+    owners = [f"{method.name}:{name}" for name, other in method.variants().items() if hasattr(other, key)]
+    return f"it belongs to {' and '.join(filter(None, (', '.join(owners[:-1]), owners[-1])))}" if owners else ""
 
 
 def split_methods(text: str) -> list[str]:

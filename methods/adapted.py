@@ -67,7 +67,7 @@ def check_adapters(rank: int | None, bits: int) -> None:
         raise ValueError("adapter_bits must be 8 or 16")
 
 
-def check_rate(rate: float) -> None:
+def check_rate(rate: float, name: str = "lora_rate") -> None:
     """Raises ValueError."""
     if not 0 < rate < 1:
-        raise ValueError("lora_rate must be between 0 and 1")
+        raise ValueError(f"{name} must be between 0 and 1")

@@ -136,7 +136,12 @@ class Adaptation:
 
     rate: float  # of AdamW
     dora: bool = False  # magnitudes of the rows too (Liu et al., arXiv 2402.09353); they are stored as row scales
-    whole: bool = False  # not factors beside what is packed, but its own numbers (`PackedLinear.learnt`)
+    whole: bool = False  # not factors beside what is packed, but its own numbers (methods.trained_numbers)
+
+    @property
+    def option(self) -> str:
+        """The method's option that the rate comes from."""
+        return "distil_rate" if self.whole else "lora_rate"
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ class Method(ABC):
     budgeted: ClassVar[bool] = True  # False for a reference, which runs once, outside any budget
     # Whether the seed can change a byte: through calibration text, or the method's own draws.
     seeded: ClassVar[bool] = True
-    later: ClassVar[tuple[str, ...]] = ("lora_rate",)  # options that no estimate of a cost depends on
+    later: ClassVar[tuple[str, ...]] = ("lora_rate", "distil_rate")  # options that no estimate of a cost depends on
 
     # Bits per weight from the budget beyond which a configuration is not considered for any layer.
     reach: ClassVar[float] = 2.0

@@ -8,7 +8,8 @@
 Divergences: the paper has one mask for every matrix, here the plan may give a matrix none or several, as its budget
 allows (a budget of 1 bit holds a mask for all but the last few matrices: a mask with its scale is a little more than a
 bit); `masks=1` is the paper's. The paper matches logits by their squared difference, with Adam at 1e-4, on 800 samples
-of C4 of 128 tokens; the loop's loss is the divergence, its text and steps are the run's, and its rate 1e-4 too."""
+of C4 of 128 tokens; the loop's loss is the divergence, its
+text and steps are the run's, and a step is relative to the scale."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from kernels.formats.signs import SignsLinear
-from methods.adapted import check_rate
-from methods.base import Adaptation, Compressed, LayerConfig, LayerData, LayerSpec, Method, Sensitivity, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Sensitivity, Track
+from methods.distilled import Distils
 
 MASKS = range(5)  # beyond four bits a weight a difference is not small
 
@@ -63,18 +64,8 @@ class BitDelta(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distilled(BitDelta):
+class Distilled(Distils, BitDelta):
     """The scales are trained afterwards."""
 
-    algorithm: ClassVar[str] = "distilled"
-    seeded: ClassVar[bool] = True
-
-    lora_rate: float = 1e-4  # of AdamW; the paper's
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rate(self.lora_rate)
-
-    @property
-    def adaptation(self) -> Adaptation:
-        return Adaptation(rate=self.lora_rate, whole=True)
+    version: ClassVar[int] = BitDelta.version + 1  # steps are relative to a scale
+    track: ClassVar[Track] = Track.DELTA

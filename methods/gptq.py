@@ -32,6 +32,7 @@ from methods.codecs.drift import FOLLOW_DAMP, check_follow, first_column, follow
 from methods.codecs.error_feedback import Feedback, check_damp, prepare, run
 from methods.codecs.feedback_on_grids import codes_on_grids, round_column
 from methods.codecs.grids import Grid, fit_grid
+from methods.distilled import Distils
 from methods.uniform_grid import UniformGridMethod
 
 
@@ -66,7 +67,7 @@ class GPTQ(UniformGridMethod):
 
     @classmethod
     def variants(cls) -> dict[str, Method]:
-        return {"rotated": cls(rotated=True), "qronos": cls(follow=1.0, qronos=True)}
+        return {"rotated": GPTQ(rotated=True), "qronos": GPTQ(follow=1.0, qronos=True), "distilled": Distilled()}
 
     @property
     def needs(self) -> Needs:
@@ -161,3 +162,8 @@ class GPTQ(UniformGridMethod):
             {name: torch.cat(parts, dim=1) for name, parts in joined.items()},
         )
         return codes_IO.t().to(torch.int32), grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(Distils, GPTQ):
+    """Scales and minima are trained afterwards."""

@@ -8,7 +8,8 @@
 Divergences from QTIP: inputs alone are rotated (rotating outputs too gained nothing: relative error .691 against .660
 of the same reference); the path runs down a whole column and not through tiles of 16 x 16, so that nothing has to
 bite its tail and feedback is GPTQ's; windows of 12 bits, not 16; levels by a multiplication and 256 integers; a scale
-for each row; no fine-tuning. Each matrix has its own rate, of eight, as the allocation decides.
+for each row; fine-tuning is that of the scales (`trellis:distilled`). Each matrix has its own rate, of eight, as the
+allocation decides.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from methods.codecs.basis import turned
 from methods.codecs.drift import check_follow, followed
 from methods.codecs.error_feedback import check_damp, prepare
 from methods.codecs.trellis import CODES, expected_cost, quantise_paths
+from methods.distilled import Distils
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,10 @@ class Trellis(Method):
         if self.window not in WINDOWS:
             raise ValueError(f"window must be {WINDOWS[0]} to {WINDOWS[-1]}")
         check_follow(self.follow)
+
+    @classmethod
+    def variants(cls) -> dict[str, Method]:
+        return {"distilled": Distilled()}
 
     @property
     def needs(self) -> Needs:
@@ -77,3 +83,8 @@ class Trellis(Method):
         feedback = prepare(hessian_II, act_order=self.act_order, damp=self.damp)
         packed.fill(**rotation, **quantise_paths(target_OI, packed, feedback))
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(Distils, Trellis):
+    """The scales of rows are trained afterwards."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from harness.data.assets import ResolvedModel
 
+FIRST_TOKENS = 8192  # of the default model's, for models of few blocks: its head is as large as eight blocks
+
 # Files that take longest, and keep processes of their own busy: begun last, they would run while a worker idles.
 LONGEST = (
     "test_regression.py",
@@ -57,8 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    """One thread: pytest runs two workers on two cores, and threads that wait for each other cost more than they
-    save."""
+    """One thread: there is a worker for every core, and threads that wait for each other cost more than they save."""
     import torch
 
     torch.set_num_threads(1)
@@ -104,8 +105,17 @@ def tokenizer(model: ResolvedModel) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def truncated(model: ResolvedModel, session_folder: Path) -> ResolvedModel:
-    """The first three blocks of the default model, as a local folder: real weights at a tenth of the time."""
+    """The first three blocks of the default model and the sixth of its vocabulary that was merged first, as a local
+    folder: real weights at a twentieth of the time."""
     return _first_blocks(model, 3, session_folder / "smollm2-3-blocks")
+
+
+@pytest.fixture(scope="session")
+def short_tokenizer(truncated: ResolvedModel) -> PreTrainedTokenizerBase:
+    """That of the first blocks, however many."""
+    from harness.data.checkpoint import load_tokenizer
+
+    return load_tokenizer(truncated.path)
 
 
 @pytest.fixture(scope="session")
@@ -132,17 +142,19 @@ def _first_blocks(model: ResolvedModel, blocks: int, folder: Path) -> ResolvedMo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from harness.data.assets import resolve_model
-    from harness.data.checkpoint import load_tokenizer
     from harness.data.files import locked
+    from tests.helpers import copy_tokenizer
 
     with locked(folder, folder.name):
         if not (folder / "model.safetensors").exists():
             config = AutoConfig.from_pretrained(model.path)
-            config.num_hidden_layers = blocks
+            config.num_hidden_layers, config.vocab_size = blocks, FIRST_TOKENS
             small = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            missing, _ = small.load_state_dict(load_file(model.path / "model.safetensors"), strict=False)
+            tensors = load_file(model.path / "model.safetensors")
+            tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:FIRST_TOKENS]
+            missing, _ = small.load_state_dict(tensors, strict=False)
             assert missing == ["lm_head.weight"], missing  # tied to the embedding
-            load_tokenizer(model.path).save_pretrained(folder)
+            copy_tokenizer(model.path, folder, FIRST_TOKENS)
             small.save_pretrained(folder)
         return resolve_model(str(folder))
 

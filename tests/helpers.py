@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -37,6 +38,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     ends = "<|endoftext|>"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=ends, eos_token=ends, pad_token=ends)
+
+
+def copy_tokenizer(source: Path, folder: Path, size: int) -> None:
+    """The first tokens of a byte-level BPE: its merges are in the order of their frequency, so they are a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = json.loads((source / "tokenizer.json").read_text())
+    bpe = described["model"]
+    bpe["vocab"] = {token: place for token, place in bpe["vocab"].items() if place < size}
+    bpe["merges"] = [pair for pair in bpe["merges"] if "".join(pair) in bpe["vocab"]]
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / name, folder / name)
 
 
 def linked_cache(assets: Path, folder: Path, estimates: Path | None = None) -> Path:

@@ -1,5 +1,5 @@
-"""The one training loop of the fine-tuned track: adapters on packed layers, everything else frozen (or the layers' own
-numbers, where a method has no adapters: harness.compress.whole).
+"""The one training loop of the fine-tuned track: adapters on packed layers, everything else frozen; or the layers' own
+numbers, where a method has no adapters (harness.compress.whole).
 
 The loss is the divergence from the uncompressed model, or that of the next token (harness.compress.distil), on windows
 of calibration text, each seen once, in an order drawn by the seed; AdamW, linear warm-up, then a cosine to zero. All of
@@ -111,7 +111,7 @@ def finetune(
     order_N = torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(seed))
     steps = order_N.split(batch)
     trained = learning(compressed) if adaptation.whole else _adapted(compressed, adaptation, seed)
-    with trained as adapted, _for_training(compressed, tokens_NT.shape[1]) as model:
+    with trained as adapted, _for_training(compressed, tokens_NT.shape[1], adaptation.whole) as model:
         parameters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         optimiser = torch.optim.AdamW(parameters.values(), lr=adaptation.rate, betas=BETAS, weight_decay=0.0)
         device = next(iter(parameters.values())).device
@@ -129,6 +129,8 @@ def finetune(
                 continue  # done before the last kill
             optimiser.param_groups[0]["lr"] = adaptation.rate * warm_cosine(index, len(steps))
             losses.append(_step(backward, step_B.tolist(), optimiser, list(parameters.values())))
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"the loss became {losses[-1]} in training: try a smaller {adaptation.option}")
             if time.monotonic() - saved >= checkpoint_seconds and index + 1 < len(steps):
                 _checkpoint(file, parameters, optimiser, losses, before + time.perf_counter() - start)
                 saved = time.monotonic()
@@ -253,14 +255,14 @@ def _store(adapted: Any) -> None:
 
 
 @contextlib.contextmanager
-def _for_training(compressed: CompressedModel, tokens: int) -> Iterator[PreTrainedModel]:
+def _for_training(compressed: CompressedModel, tokens: int, whole: bool) -> Iterator[PreTrainedModel]:
     """Where a window of `tokens` would keep too much for the way back, blocks keep only their inputs and run again
     (gradient checkpointing): then no decoded weight outlives its block. Dropout stays off, for a step must be the same
     when it is repeated."""
     model = compressed.model
     _, blocks = decoder_blocks(model)
     model.eval()
-    again = kept_bytes(compressed.inventory, tokens, model.dtype.itemsize) > KEPT_BYTES
+    again = kept_bytes(compressed.inventory, tokens, model.dtype.itemsize, whole) > KEPT_BYTES
     try:
         for block in blocks if again else ():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -270,12 +272,12 @@ def _for_training(compressed: CompressedModel, tokens: int) -> Iterator[PreTrain
             del block.forward
 
 
-def kept_bytes(stock: Inventory, tokens: int, dtype_bytes: int) -> int:
-    """What autograd holds of all blocks: decoded weights, and about twice the inputs and outputs of every linear
-    layer."""
-    return dtype_bytes * (
-        stock.weights + 2 * tokens * sum(layer.in_features + layer.out_features for layer in stock.layers)
-    )
+def kept_bytes(stock: Inventory, tokens: int, dtype_bytes: int, whole: bool) -> int:
+    """What autograd holds of all blocks: decoded weights (and where layers' own numbers are trained, `whole`, what
+    codes stand for under scales of one, before and behind a transposition), and about twice the inputs and outputs of
+    every linear layer."""
+    moved = sum(layer.in_features + layer.out_features for layer in stock.layers)
+    return dtype_bytes * (stock.weights + 2 * tokens * moved) + (8 * stock.weights if whole else 0)
 
 
 def _step(
@@ -287,8 +289,6 @@ def _step(
     """One step of the optimiser, a window at a time; returns the mean loss before it."""
     optimiser.zero_grad()
     total = sum(backward(window, len(step)) for window in step)
-    if not math.isfinite(total):
-        raise ValueError(f"the loss became {total} in training: try a smaller lora_rate")
     nn.utils.clip_grad_norm_(parameters, CLIP)
     optimiser.step()
     return total

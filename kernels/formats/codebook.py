@@ -134,7 +134,7 @@ class CodebookLinear(PackedLinear):
         return {"codes": pack(code_JI, self.index_bits), **own, **prefixed}
 
     def decode_codes(self) -> Tensor:
-        return self.combine(self.indices(), self.entries(), self.scales.decode())
+        return self.base_of(self.base_learnt(), self.indices())
 
     def indices(self) -> Tensor:
         """Codes, int32 [J, I], or with along="columns" [O, J]: J vectors down a column or along a row."""
@@ -147,7 +147,16 @@ class CodebookLinear(PackedLinear):
             return vector_JID.flatten(1)[:, : self.in_features]
         return vector_JID.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
-    def combine(self, code_JI: Tensor, entry_KD: Tensor, scale_OG: Tensor) -> Tensor:
-        """The base [O, I] that these parts stand for; differentiable in all but the codes."""
-        base_OI = self.unit(code_JI, entry_KD) * per_column(scale_OG, self.block, self.in_features)
+    def base_learnt(self) -> dict[str, Tensor]:
+        """A table of a layer's own is among them, one that layers share is not."""
+        own = {} if self.codebook is None else {"entries": self.entries()}
+        return {"scale": self.scales.decode()} | own
+
+    def base_of(self, learnt: Mapping[str, Tensor], codes: Tensor) -> Tensor:
+        unit_OI = self.unit(codes, learnt["entries"] if "entries" in learnt else self.entries())
+        base_OI = unit_OI * per_column(learnt["scale"], self.block, self.in_features)
         return base_OI if self.order is None else self.order.restore(base_OI)
+
+    def base_tensors(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = {} if self.codebook is None else {"codebook": learnt["entries"].half()}
+        return self.scales.tensors(learnt["scale"]) | own

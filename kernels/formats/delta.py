@@ -6,6 +6,7 @@ handed in when the layer is made or loaded, and counted with what is resident.""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -67,10 +68,13 @@ class DeltaLinear(PackedLinear):
     def learnt(self) -> dict[str, Tensor]:
         return self.delta.learnt()
 
-    def weight_of(self, learnt: dict[str, Tensor]) -> Tensor:
-        return self.base.float() + self.delta.weight_of(learnt)
+    def indices(self) -> Tensor:
+        return self.delta.indices()
 
-    def relearn(self, learnt: dict[str, Tensor]) -> None:
+    def weight_of(self, learnt: Mapping[str, Tensor], codes: Tensor | None = None) -> Tensor:
+        return self.base.float() + self.delta.weight_of(learnt, codes)
+
+    def relearn(self, learnt: Mapping[str, Tensor]) -> None:
         self.delta.relearn(learnt)
 
     @property

@@ -9,6 +9,7 @@ Products take one factor after the other where that is less work than the weight
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +59,15 @@ class FactorsLinear(PackedLinear):
 
     def decode_codes(self) -> Tensor:
         return self.left.decode().t() @ self.right.decode()
+
+    def base_learnt(self) -> dict[str, Tensor]:
+        return {"long": self.left.decode().t(), "wide": self.right.decode()}
+
+    def base_of(self, learnt: Mapping[str, Tensor], codes: Tensor) -> Tensor:
+        return learnt["long"] @ learnt["wide"]
+
+    def base_tensors(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.tensors(learnt["long"], learnt["wide"])
 
     @property
     def contracts(self) -> bool:

@@ -14,6 +14,7 @@ scale of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
 from math import prod
@@ -64,14 +65,17 @@ class MpoLinear(PackedLinear):
             whole = (whole @ core.reshape(len(core), -1)).reshape(-1, core.shape[-1])
         return from_sites(whole, self.rows, self.columns)
 
-    def learnt(self) -> dict[str, Tensor]:
-        return {str(k): core for k, core in enumerate(self.cores())}
+    def base_learnt(self) -> dict[str, Tensor]:
+        return {f"core_{k}": core for k, core in enumerate(self.cores())}
 
-    def weight_of(self, learnt: dict[str, Tensor]) -> Tensor:
-        return self.weight([learnt[str(k)] for k in range(len(self.rows))])
+    def base_of(self, learnt: Mapping[str, Tensor], codes: Tensor) -> Tensor:
+        return self.weight(self._listed(learnt))
 
-    def relearn(self, learnt: dict[str, Tensor]) -> None:
-        self.refill(**self.tensors([learnt[str(k)] for k in range(len(self.rows))]))
+    def base_tensors(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.tensors(self._listed(learnt))
+
+    def _listed(self, learnt: Mapping[str, Tensor]) -> list[Tensor]:
+        return [learnt[f"core_{k}"] for k in range(len(self.rows))]
 
     @property
     def contracts(self) -> bool:

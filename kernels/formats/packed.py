@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels.dispatch import linear
 from kernels.formats.activations import quantised
 from kernels.formats.bits import ACT_BITS, FULL, Scalar, Spec
-from kernels.formats.lowrank import LowRank
+from kernels.formats.lowrank import LowRank, quantise_lowrank
 from kernels.formats.reassembly import Reassembly
 from kernels.formats.rotation import Rotation
 from kernels.formats.stored import StoredModule
@@ -150,7 +150,8 @@ class PackedLinear(StoredModule):
 
     def decode(self) -> Tensor:
         """The weight these bytes stand for: fp32 [out_features, in_features]."""
-        return self.finish(self.decode_codes(), self.lowrank.factors() if self.lowrank is not None else None)
+        factors = self.lowrank.factors() if self.lowrank is not None else None
+        return self._whole(self.decode_codes(), factors, self.row_scale)
 
     def decode_base(self) -> Tensor:
         """The weight without its low-rank part and row scales, fp32 [O, I]."""
@@ -192,23 +193,53 @@ class PackedLinear(StoredModule):
             y = y + x @ right_RI.t() @ left_OR.t()
         return y if self.row_scale is None else y * self.row_scale.to(x.dtype)
 
-    def finish(self, codes_OI: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    def learnt(self) -> dict[str, Tensor]:
+        """The real numbers that are stored, fp32, by name: what training may move while codes stay as they are. Names
+        that end in "scale" are those of factors. A rotation's signs and tables of other layers are none of them."""
+        numbers = self.base_learnt()
+        if numbers and self.lowrank is not None:
+            numbers["left"], numbers["right"] = self.lowrank.factors()
+        if numbers and self.row_scale is not None:
+            numbers["row_scale"] = self.row_scale.float()
+        return numbers
+
+    def weight_of(self, learnt: Mapping[str, Tensor], codes: Tensor | None = None) -> Tensor:
+        """The weight [O, I] with these in the place of `learnt`; differentiable. `codes` is what `indices` gave, for
+        those who ask again and again."""
+        factors = (learnt["left"], learnt["right"]) if self.lowrank is not None else None
+        base_OI = self.base_of(learnt, self.indices() if codes is None else codes)
+        return self._whole(base_OI, factors, learnt.get("row_scale"))
+
+    def relearn(self, learnt: Mapping[str, Tensor]) -> None:
+        """Store them, rounded."""
+        self.refill(**self.base_tensors(learnt))
+        if self.lowrank is not None:
+            stored = quantise_lowrank(learnt["left"], learnt["right"], self.lowrank.bits)
+            self.refill(**{f"lowrank.{name}": tensor for name, tensor in stored.items()})
+        if self.row_scale is not None:
+            self.refill(row_scale=learnt["row_scale"].half())
+
+    def base_learnt(self) -> dict[str, Tensor]:
+        """Those of `learnt` that `decode_codes` reads; none where a format has no numbers but its codes."""
+        return {}
+
+    def indices(self) -> Tensor:
+        """What `base_of` makes a weight of beside these: codes, as integers."""
+        return torch.empty(0, dtype=torch.int32)
+
+    def base_of(self, learnt: Mapping[str, Tensor], codes: Tensor) -> Tensor:
+        """`decode_codes` with these numbers in the place of `base_learnt`; differentiable in them."""
+        raise AssertionError(f"{type(self).__name__} has nothing to train but its low-rank part")
+
+    def base_tensors(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Buffers by name, for `refill`: these numbers, rounded to what is stored."""
+        raise AssertionError(f"{type(self).__name__} has nothing to train but its low-rank part")
+
+    def _whole(self, codes_OI: Tensor, factors: tuple[Tensor, Tensor] | None, row_scale_O: Tensor | None) -> Tensor:
         """The weight [O, I] that these parts give; differentiable in all of them."""
         base_OI = self.turned_back(codes_OI)
         weight_OI = base_OI if factors is None else base_OI + factors[0] @ factors[1]
-        return weight_OI if self.row_scale is None else weight_OI * self.row_scale.float()[:, None]
-
-    def learnt(self) -> dict[str, Tensor]:
-        """Numbers of the base that training may move, fp32, by name; none where there are codes."""
-        return {}
-
-    def weight_of(self, learnt: dict[str, Tensor]) -> Tensor:
-        """The weight [O, I] with these in the place of `learnt`; differentiable."""
-        raise AssertionError(f"{type(self).__name__} has nothing to train but its low-rank part")
-
-    def relearn(self, learnt: dict[str, Tensor]) -> None:
-        """Store them, rounded."""
-        raise AssertionError(f"{type(self).__name__} has nothing to train but its low-rank part")
+        return weight_OI if row_scale_O is None else weight_OI * row_scale_O.float()[:, None]
 
     @property
     def is_plain(self) -> bool:

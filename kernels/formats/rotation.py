@@ -72,6 +72,7 @@ def mixed(x: Tensor) -> Tensor:
 @cache
 def hartley(size: int) -> Tensor:
     """The discrete Hartley transform, fp32 [size, size]."""
-    place = torch.arange(size, dtype=torch.float64)
-    angle = 2 * math.pi * (place[:, None] * place[None, :] % size) / size
-    return ((angle.cos() + angle.sin()) / math.sqrt(size)).float()
+    with torch.inference_mode(False):  # kept, and gradients may go through it
+        place = torch.arange(size, dtype=torch.float64)
+        angle = 2 * math.pi * (place[:, None] * place[None, :] % size) / size
+        return ((angle.cos() + angle.sin()) / math.sqrt(size)).float()

@@ -23,6 +23,7 @@ from kernels.formats.normal_float import dynamic_map, nearest
 from kernels.formats.stored import StoredModule
 
 SCHEMES = ("half", "double", "dynamic")
+LEAST = 2.0**-24  # positive number that fp16 has
 STEP_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -77,6 +78,12 @@ class BlockScales(StoredModule):
             return code_OG.float() * step_OG + self.offset
         return dynamic_map().to(step_OG.device)[code_OG.int()] * step_OG + self.offset
 
+    def tensors(self, scale_OG: Tensor) -> dict[str, Tensor]:
+        """Buffers by name, for `refill` of the layer whose `scales` these are: the scales rounded, those that are not
+        positive as the least one that fp16 has."""
+        stored = quantise_scales(scale_OG.clamp_min(LEAST), self.form)
+        return {f"scales.{name}": tensor for name, tensor in stored.items()}
+
 
 def per_column(group_OG: Tensor, group: int, columns: int) -> Tensor:
     """Repeat one value per group of `group` columns over its columns: [O, G] -> [O, columns]; the last group may be
@@ -88,7 +95,7 @@ def per_column(group_OG: Tensor, group: int, columns: int) -> Tensor:
 def quantise_scales(scale_OG: Tensor, form: ScaleForm) -> dict[str, Tensor]:
     """Round positive scales to what `BlockScales` of this form stores: its buffers by name."""
     if form.scheme == "half":
-        return {"direct": scale_OG.clamp(2.0**-24, 65504.0).half()}  # smallest and largest finite fp16
+        return {"direct": scale_OG.clamp(LEAST, 65504.0).half()}  # the largest finite fp16
     offset = scale_OG.min() if form.scheme == "double" else scale_OG.mean()
     flat_N = (scale_OG - offset).flatten()
     padded_GS = torch.nn.functional.pad(flat_N, (0, -flat_N.numel() % form.group)).view(-1, form.group)

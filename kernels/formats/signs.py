@@ -7,6 +7,7 @@ at all stands for a matrix of zeros, in no bits."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -52,22 +53,24 @@ class SignsLinear(PackedLinear):
         return {"codes": torch.cat(codes), "scales": torch.stack(scales)}
 
     def decode_codes(self) -> Tensor:
-        return self._scaled(self.scales.float())
+        return self.base_of(self.base_learnt(), self.indices())
 
-    def _scaled(self, scales_M: Tensor) -> Tensor:
+    def indices(self) -> Tensor:
+        """Bits, int32 [masks * O, I]."""
+        return unpack(self.codes, 1, self.in_features)
+
+    def base_learnt(self) -> dict[str, Tensor]:
+        return {"scale": self.scales.float()} if self.masks else {}
+
+    def base_of(self, learnt: Mapping[str, Tensor], codes: Tensor) -> Tensor:
         whole_OI = torch.zeros(self.out_features, self.in_features, device=self.codes.device)
-        for scale, codes in zip(scales_M, self.codes.split(self.out_features), strict=False):
-            whole_OI = whole_OI + scale * (2.0 * unpack(codes, 1, self.in_features).float() - 1.0)
+        if self.masks:
+            for scale, codes_OI in zip(learnt["scale"], codes.split(self.out_features), strict=True):
+                whole_OI = whole_OI + scale * (2.0 * codes_OI.float() - 1.0)
         return whole_OI
 
-    def learnt(self) -> dict[str, Tensor]:
-        return {"scales": self.scales.float()} if self.masks else {}
-
-    def weight_of(self, learnt: dict[str, Tensor]) -> Tensor:
-        return self._scaled(learnt["scales"])
-
-    def relearn(self, learnt: dict[str, Tensor]) -> None:
-        self.refill(scales=learnt["scales"].half())
+    def base_tensors(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"scales": learnt["scale"].half()}
 
     @property
     def contracts(self) -> bool:

@@ -18,6 +18,7 @@ to be `rotated`, and a row has one scale.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from statistics import NormalDist
 from typing import Any, ClassVar
@@ -80,25 +81,30 @@ class TrellisLinear(PackedLinear):
         return {"codes": pack(code_JI, self.bits)} | {f"scales.{name}": tensor for name, tensor in scales.items()}
 
     def decode_codes(self) -> Tensor:
-        return self.combine(self.indices(), self.entries(), self.scales.decode())
+        return self.base_of(self.base_learnt(), self.indices())
 
     def indices(self) -> Tensor:
-        """The states that the codes lead through, int64 [J, I]."""
+        """The states that the codes lead through, int32 [J, I]."""
         return states(unpack(self.codes, self.bits, self.in_features), self.bits, self.window)
 
     def entries(self) -> Tensor:
         """The levels of every state, fp32 [S, D]."""
         return levels(self.bits, self.dim, self.window).t().to(self.codes.device)
 
-    def combine(self, state_JI: Tensor, level_SD: Tensor, scale_O1: Tensor) -> Tensor:
-        """The base [O, I], for turned inputs, that these parts stand for; differentiable in all but the states."""
-        level_JID = torch.nn.functional.embedding(state_JI, level_SD)
-        return level_JID.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features] * scale_O1
+    def base_learnt(self) -> dict[str, Tensor]:
+        return {"scale": self.scales.decode()}
+
+    def base_of(self, learnt: Mapping[str, Tensor], codes: Tensor) -> Tensor:
+        """The base [O, I], for turned inputs."""
+        level_JID = torch.nn.functional.embedding(codes, self.entries())
+        return level_JID.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features] * learnt["scale"]
+
+    def base_tensors(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.scales.tensors(learnt["scale"])
 
 
 def states(code_JI: Tensor, bits: int, window: int) -> Tensor:
-    """The window that ends with every code of a column, int64 [J, I]."""
-    code_JI = code_JI.long()
+    """The window that ends with every code of a column, int32 [J, I]."""
     state_JI = code_JI.clone()
     for above in range(1, -(-window // bits)):
         state_JI[above:] |= code_JI[:-above] << above * bits

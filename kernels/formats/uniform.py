@@ -10,6 +10,7 @@ inputs, arXiv 2306.00978), 16 bits a column too: kernels multiply the inputs by 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -100,18 +101,38 @@ class UniformLinear(PackedLinear):
         return stored
 
     def decode_codes(self) -> Tensor:
-        weight_OI = self.decode_entered()
-        return weight_OI if self.column_scale is None else weight_OI * self.column_scale.float()
+        return self.base_of(self.base_learnt(), self.indices())
 
     @property
     def column_factor(self) -> Tensor | None:
         return self.column_scale
 
     def decode_entered(self) -> Tensor:
-        q_OI = unpack(self.codes, self.bits, self.in_features).float()
-        scale_OI = per_column(self.scales.float(), self.group, self.in_features)
+        return self._entered(self.base_learnt(), self.indices())
+
+    def indices(self) -> Tensor:
+        """Codes, int32 [O, I], in the stored order of columns."""
+        return unpack(self.codes, self.bits, self.in_features)
+
+    def base_learnt(self) -> dict[str, Tensor]:
+        """Scales and minima of the groups, and scales of columns; an integer zero is a code."""
+        own = {"scale": self.scales, "minimum": self.minima, "column_scale": self.column_scale}
+        return {name: buffer.float() for name, buffer in own.items() if buffer is not None}
+
+    def base_of(self, learnt: Mapping[str, Tensor], codes: Tensor) -> Tensor:
+        weight_OI = self._entered(learnt, codes)
+        return weight_OI if self.column_scale is None else weight_OI * learnt["column_scale"]
+
+    def base_tensors(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        buffers = {"scale": "scales", "minimum": "minima", "column_scale": "column_scale"}
+        return {buffers[name]: values.half() for name, values in learnt.items() if name in buffers}
+
+    def _entered(self, learnt: Mapping[str, Tensor], codes: Tensor) -> Tensor:
+        """The weight but for its column scales."""
+        q_OI = codes.float()
+        scale_OI = per_column(learnt["scale"], self.group, self.in_features)
         if self.minima is not None:
-            weight_OI = q_OI * scale_OI + per_column(self.minima.float(), self.group, self.in_features)
+            weight_OI = q_OI * scale_OI + per_column(learnt["minimum"], self.group, self.in_features)
         elif self.zeros is not None:
             zero_OG = unpack(self.zeros, self.bits, self.scales.numel()).view_as(self.scales)
             weight_OI = (q_OI - per_column(zero_OG.float(), self.group, self.in_features)) * scale_OI
@@ -119,5 +140,5 @@ class UniformLinear(PackedLinear):
             weight_OI = (q_OI - 2 ** (self.bits - 1)) * scale_OI
         if self.order is not None:
             column_I = self.order.long() & 0xFFFF
-            weight_OI = torch.empty_like(weight_OI).index_copy_(1, column_I, weight_OI)
+            weight_OI = torch.empty_like(weight_OI).index_copy(1, column_I, weight_OI)
         return weight_OI

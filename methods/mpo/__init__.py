@@ -18,9 +18,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from kernels.formats.mpo import MpoLinear, full_bond
-from methods.adapted import check_rate
-from methods.base import Adaptation, Compressed, LayerConfig, LayerData, LayerSpec, Method, Sensitivity, Track
+from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Sensitivity, Track
 from methods.codecs.mpo import decompose
+from methods.distilled import Distils
 from methods.factored import DENSE, check_bits, in_steps
 
 CORE_BITS = (16, 8)
@@ -96,19 +96,8 @@ class MPO(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Healed(MPO):
+class Healed(Distils, MPO):
     """Cores that are trained afterwards, all of their numbers."""
 
     algorithm: ClassVar[str] = "healed"
-    track: ClassVar[Track] = Track.FINE_TUNED
-    seeded: ClassVar[bool] = True
-
-    lora_rate: float = 3e-4  # of AdamW, as for other numbers that start fitted; not searched
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rate(self.lora_rate)
-
-    @property
-    def adaptation(self) -> Adaptation:
-        return Adaptation(rate=self.lora_rate, whole=True)
+    version: ClassVar[int] = MPO.version + 1  # steps are relative to a core's numbers

@@ -35,6 +35,7 @@ VARIANTS: Registry[type[Method]] = Registry(
         "data-free": "methods.reallm.data_free:DataFree",
         "blockwise": "methods.reallm.blockwise:Blockwise",
         "finetuned": "methods.reallm.finetuned:Finetuned",
+        "distilled": "methods.reallm.distilled:Distilled",
         "released": "methods.reallm.released:Released",
     },
 )

@@ -1,5 +1,5 @@
 """`reallm:blockwise`: calibrated, and then the real numbers that each packed block stores are trained
-(methods.reallm.tuning)."""
+(methods.trained_numbers)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 from kernels.formats.packed import PackedLinear
 from methods.base import Block, Needs, Track
 from methods.reallm.calibrated import Calibrated
-from methods.reallm.tuning import Latent, tune_block
+from methods.trained_numbers import tune_numbers
 from methods.tuning import Schedule
 
 
@@ -36,6 +36,4 @@ class Blockwise(Calibrated):
         return replace(super().needs, outputs=self.epochs > 0)
 
     def tune_block(self, block: Block, packed: Mapping[str, PackedLinear], seed: int) -> dict[str, float]:
-        latents = {name: layer for name, layer in packed.items() if isinstance(layer, Latent)}
-        assert latents.keys() == packed.keys()
-        return tune_block(block, latents, Schedule(self.epochs, self.rate, self.batch, self.follow), seed)
+        return tune_numbers(block, packed, Schedule(self.epochs, self.rate, self.batch, self.follow), seed)

@@ -130,10 +130,10 @@ def test_a_difference_leaves_with_the_base_it_stands_on(method, board, two_block
 
 @pytest.mark.parametrize("text", ["delta-come", "svd"])
 def test_a_stored_difference_is_the_model_again_and_a_killed_one_goes_on_to_the_same_bytes(
-    text, two_blocks, tuned, tokenizer, tmp_path
+    text, two_blocks, tuned, short_tokenizer, tmp_path
 ):
     method, base = parse_method(text), Base.load(two_blocks, "cpu")
-    tokens = calibration_windows(parse_calibration("c4-mini@64x4"), tokenizer, seed=0).tokens_NT
+    tokens = calibration_windows(parse_calibration("c4-mini@64x4"), short_tokenizer, seed=0).tokens_NT
     sums = []
     for attempt in ("whole", "again"):
         model = load_reference(tuned.path, "cpu", torch.float32)
@@ -233,8 +233,8 @@ def test_what_a_model_is_tuned_on_is_never_scored():
     assert dataclasses.replace(parse_protocol("code-mini@512")).windows == 16
 
 
-def test_a_tuning_lowers_the_loss_moves_no_embedding_and_comes_out_the_same_twice(two_blocks, tokenizer):
-    tokens = calibration_windows(parse_calibration("c4-mini@32x1"), tokenizer, seed=0).tokens_NT.repeat(4, 1)
+def test_a_tuning_lowers_the_loss_moves_no_embedding_and_comes_out_the_same_twice(two_blocks, short_tokenizer):
+    tokens = calibration_windows(parse_calibration("c4-mini@32x1"), short_tokenizer, seed=0).tokens_NT.repeat(4, 1)
     before = load_reference(two_blocks.path, "cpu", torch.float32).state_dict()
     found = []
     for _ in range(2):

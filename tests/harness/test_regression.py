@@ -2,9 +2,10 @@
 
 Every run of the tests holds its first six blocks: a third of the time, and every part of the way is on it. What is left
 of a model has no perplexity to speak of (1e8), but a divergence from the same blocks uncompressed, and outputs of
-layers on the text they were calibrated on. These errors see what few tokens of other text do not. AVX2 in place of
-AVX-512 moves them by 0.3 % and divergences by a tenth; `follow=0` moves them by 9 and 13 % (gptq, reallm), divergences
-by up to 11 %; without error feedback they are 4 and 6 times as large, and gptq's divergence on wiki-mini is 15 % lower.
+layers on the text they were calibrated on. These errors see what few tokens of other text do not. With the whole
+vocabulary AVX2 in place of AVX-512 moved them by 0.3 % and divergences by a tenth; `follow=0` moved them by 9 and 13 %
+(gptq, reallm), divergences by up to 11 %; without error feedback they were 4 and 6 times as large, and gptq's
+divergence on wiki-mini 15 % lower.
 
 `make regression` holds the whole model, against a committed baseline and with the verb a user has for it. After a
 change that moves numbers on purpose:
@@ -24,7 +25,7 @@ from harness.compressed import CompressedModel
 from harness.data.protocols import parse_calibration
 from harness.data.windows import calibration_windows
 from harness.model import load_reference
-from harness.report.baseline import REFERENCE_TOLERANCE, STORED_TOLERANCE, read_rows
+from harness.report.baseline import REFERENCE_TOLERANCE, read_rows
 from kernels.formats.packed import PackedLinear
 from tests.helpers import linked_cache, run_harness
 
@@ -43,10 +44,10 @@ ARGUMENTS = (
     "--no-bench",
 )
 # Of the six blocks: perplexities on these texts; divergences; errors of layers' outputs.
-REFERENCE = (116991586.68, 89846676.79)
-DIVERGENCES = {"gptq 3.25": (0.2464, 0.2312), "reallm:window=8 3.25": (0.1064, 0.0999)}
-ERRORS = {"gptq 3.25": 0.00658, "reallm:window=8 3.25": 0.00385}
-STORED = {"gptq 3.25": 3.249981915509259, "reallm:window=8 3.25": 3.249834225501543}
+REFERENCE = (118421443.18, 58904229.60)
+DIVERGENCES = {"gptq 3.25": (0.2541, 0.2824), "reallm:window=8 3.25": (0.1240, 0.1311)}
+ERRORS = {"gptq 3.25": 0.00741, "reallm:window=8 3.25": 0.00487}
+STORED = {"gptq 3.25": 3.25, "reallm:window=8 3.25": 3.249969859182099}
 
 
 def _leaderboard(folder: Path, assets: Path, *model: str) -> Path:
@@ -57,7 +58,7 @@ def _leaderboard(folder: Path, assets: Path, *model: str) -> Path:
     return folder / "out"
 
 
-def test_six_blocks_are_what_they_were(six_blocks, tokenizer, assets_cache, tmp_path):
+def test_six_blocks_are_what_they_were(six_blocks, short_tokenizer, assets_cache, tmp_path):
     rows = read_rows(_leaderboard(tmp_path, assets_cache, "--model", str(six_blocks.path)))
     for place, text in enumerate(TEXTS):
         assert float(rows["fp16"][f"ppl_{text}"]) == pytest.approx(REFERENCE[place], rel=REFERENCE_TOLERANCE)
@@ -65,8 +66,8 @@ def test_six_blocks_are_what_they_were(six_blocks, tokenizer, assets_cache, tmp_
         expected = {label: divergences[place] for label, divergences in DIVERGENCES.items()}
         assert {label: found[label] for label in expected} == pytest.approx(expected, rel=0.25)
         assert found["fp16"] < found["reallm:window=8 3.25"] < found["gptq 3.25"]
-    assert {label: float(rows[label]["stored_bpw"]) for label in STORED} == pytest.approx(STORED, rel=STORED_TOLERANCE)
-    tokens_NT = calibration_windows(parse_calibration(CALIBRATION), tokenizer, seed=0).tokens_NT
+    assert {label: float(rows[label]["stored_bpw"]) for label in STORED} == pytest.approx(STORED, rel=1e-3)
+    tokens_NT = calibration_windows(parse_calibration(CALIBRATION), short_tokenizer, seed=0).tokens_NT
     for label, expected in ERRORS.items():
         cell = tmp_path / "cache" / "cells" / rows[label]["cell"]
         assert _error_of_layers(cell, six_blocks.path, tokens_NT) == pytest.approx(expected, rel=0.04), label

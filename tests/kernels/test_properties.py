@@ -208,6 +208,21 @@ def test_a_layout_takes_the_same_bits_wherever_it_is_laid_out(layout):
 
 @brief
 @given(layouts(), st.integers(0, 2**31 - 1))
+def test_numbers_that_are_trained_are_those_that_are_decoded_and_stored(layout, seed: int):
+    spec, rows, columns, bias = layout
+    layer = random_layer(spec, rows, columns, bias, seed)
+    learnt = {name: value.requires_grad_() for name, value in layer.learnt().items()}
+    if not learnt:
+        return
+    weight_OI = layer.weight_of(learnt)
+    assert torch.equal(weight_OI, layer.decode()) and torch.equal(layer.weight_of(learnt, layer.indices()), weight_OI)
+    weight_OI.sum().backward()
+    assert all(value.grad is not None for value in learnt.values())
+    layer.relearn({name: value.detach() for name, value in learnt.items()})  # as laid out, or `refill` says no
+
+
+@brief
+@given(layouts(), st.integers(0, 2**31 - 1))
 def test_what_is_saved_is_what_is_counted_and_decoded(layout, seed: int):
     spec, rows, columns, bias = layout
     layer = random_layer(spec, rows, columns, bias, seed)

@@ -138,8 +138,8 @@ def test_factors_are_multiplied_one_after_the_other_where_that_is_less_work():
         assert torch.allclose(layer(x), reference(layer, x), atol=1e-5)
 
 
-def test_pooled_statistics_are_means_over_windows_each_about_its_own_mean(two_blocks, tokenizer):
-    tokens = calibration_windows(parse_calibration("c4-mini@32x6"), tokenizer, seed=0).tokens_NT
+def test_pooled_statistics_are_means_over_windows_each_about_its_own_mean(two_blocks, short_tokenizer):
+    tokens = calibration_windows(parse_calibration("c4-mini@32x6"), short_tokenizer, seed=0).tokens_NT
     model = load_reference(two_blocks.path, "cpu", torch.float32)
     inputs, spec = BlockInputs(model, tokens), inventory(model).blocks[0]
     seen: list[torch.Tensor] = []

@@ -86,7 +86,7 @@ def test_several_cuts_cost_at_most_the_sum_of_them():
     tensor = to_sites(weight, packed.rows, packed.columns)
     first, second = tensor.reshape(len(tensor), -1), tensor.reshape(-1, tensor.shape[-1])
     cuts = [torch.linalg.svdvals(unfolded)[10:].square().sum().item() for unfolded in (first, second)]
-    assert max(cuts) <= error <= sum(cuts)
+    assert max(cuts) <= error * (1 + 1e-5) and error <= sum(cuts) * (1 + 1e-5)  # of fp32's
 
 
 @pytest.mark.parametrize("rows, columns, sites, chi", [(64, 96, 3, 1), (64, 96, 3, 30), (36, 16, 4, 5), (30, 48, 2, 2)])

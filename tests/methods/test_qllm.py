@@ -96,10 +96,10 @@ def test_what_is_stored_is_that(layer):
 
 
 @pytest.fixture(scope="module")
-def corrected(two_blocks, tokenizer, tmp_path_factory):
+def corrected(two_blocks, short_tokenizer, tmp_path_factory):
     """(method, bits of activations) -> mean divergence of the first two blocks' logits, and the layers' reports."""
-    tokens = calibration_windows(parse_calibration("c4-mini@128x8"), tokenizer, seed=0).tokens_NT
-    held_out = calibration_windows(parse_calibration("c4-mini@128x4"), tokenizer, seed=1).tokens_NT
+    tokens = calibration_windows(parse_calibration("c4-mini@128x8"), short_tokenizer, seed=0).tokens_NT
+    held_out = calibration_windows(parse_calibration("c4-mini@128x4"), short_tokenizer, seed=1).tokens_NT
     original = load_reference(two_blocks.path, "cpu", torch.float32)
     with torch.no_grad():
         wanted = original(held_out).logits.log_softmax(dim=-1)

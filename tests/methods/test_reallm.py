@@ -196,7 +196,7 @@ def test_data_helps(weight, shape):
 
 
 @pytest.fixture(scope="module")
-def inputs(four_blocks, tokenizer) -> dict[str, torch.Tensor]:
+def inputs(four_blocks, short_tokenizer) -> dict[str, torch.Tensor]:
     """What two layers of the fourth block see of eight windows of text, [8, T, I]."""
     model = load_reference(four_blocks.path, "cpu", torch.float32)
     seen = {}
@@ -205,7 +205,7 @@ def inputs(four_blocks, tokenizer) -> dict[str, torch.Tensor]:
             lambda _, args, name=name: seen.update({name: args[0]})
         )
     with torch.no_grad():
-        model(calibration_windows(parse_calibration("c4-mini@512x8"), tokenizer, seed=0).tokens_NT)
+        model(calibration_windows(parse_calibration("c4-mini@512x8"), short_tokenizer, seed=0).tokens_NT)
     return seen
 
 

@@ -30,7 +30,7 @@ from methods import METHODS, LayerConfig, LayerSpec, Track, parse_method, split_
         ("delta-come:ranks=4", "write for example ranks=2\\+32\\+968"),
         ("delta-come:split=even", "split=even is not one of published, searched"),
         ("bitdelta:masks=9", "masks must be 0 to 4"),
-        ("mpo:healed,lora_rate=2", "lora_rate must be between 0 and 1"),
+        ("mpo:healed,distil_rate=2", "distil_rate must be between 0 and 1"),
     ],
 )
 def test_a_wrong_method_says_what_to_type(text, hint):
@@ -65,7 +65,9 @@ def test_every_method_describes_itself(name):
 
 
 def test_an_option_of_another_variant_says_where_it_belongs():
-    with pytest.raises(ValueError, match="no option 'epochs': it belongs to reallm:blockwise and reallm:finetuned"):
+    with pytest.raises(
+        ValueError, match="no option 'epochs': it belongs to reallm:blockwise, reallm:finetuned and reallm:distilled"
+    ):
         parse_method("reallm:epochs=1")
     with pytest.raises(ValueError, match="no option 'band': it belongs to reallm:released"):
         parse_method("reallm:data-free,band=64")

@@ -26,11 +26,11 @@ RESUMED = ["gptq", "reallm:window=8"]  # behind two finished blocks: they need a
 
 
 @pytest.fixture(scope="module")
-def tokens(tokenizer) -> torch.Tensor:
+def tokens(short_tokenizer) -> torch.Tensor:
     from harness.data.protocols import parse_calibration
     from harness.data.windows import calibration_windows
 
-    return calibration_windows(parse_calibration("c4-mini@128x4"), tokenizer, seed=0).tokens_NT
+    return calibration_windows(parse_calibration("c4-mini@128x4"), short_tokenizer, seed=0).tokens_NT
 
 
 def compress(folder, method, tokens, path, budget=Fraction(13, 4), seed=0):

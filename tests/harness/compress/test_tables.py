@@ -33,8 +33,8 @@ TEXTS = (RESUMED, "reallm:data-free,rounds=1", "reallm:data-free,rounds=1,decode
 
 
 @pytest.fixture(scope="module")
-def tokens(tokenizer) -> torch.Tensor:
-    return calibration_windows(parse_calibration("c4-mini@128x4"), tokenizer, seed=0).tokens_NT
+def tokens(short_tokenizer) -> torch.Tensor:
+    return calibration_windows(parse_calibration("c4-mini@128x4"), short_tokenizer, seed=0).tokens_NT
 
 
 def shared_plan(method, stock, rank=2):

@@ -91,13 +91,13 @@ def straight_line(folder: Path, text: Path, context: int, windows: int) -> list[
     return [float(line) for line in done.stdout.split()]
 
 
-def test_perplexity_is_that_of_a_straight_line_script(truncated, tokenizer, tmp_path, monkeypatch):
+def test_perplexity_is_that_of_a_straight_line_script(truncated, short_tokenizer, tmp_path, monkeypatch):
     """On our own text in WikiText-2's file format: one window at a time, transformers' own loss, nothing shared."""
     text = "\n \n".join(mini_documents("wiki-mini", "evaluation")) + "\n"
     (tmp_path / "wiki.test.raw").write_text(text, encoding="utf-8")
     monkeypatch.setattr("harness.data.texts.WIKITEXT2_SHA256", hashlib.sha256(text.encode()).hexdigest())
     *losses, perplexity = straight_line(truncated.path, tmp_path / "wiki.test.raw", 256, 6)
-    windows = evaluation_windows(parse_protocol("wikitext2@256"), tokenizer, str(tmp_path)).tokens_NT
+    windows = evaluation_windows(parse_protocol("wikitext2@256"), short_tokenizer, str(tmp_path)).tokens_NT
     result = score(load_reference(truncated.path, "cpu", torch.float32), windows[:6])
     assert result.window_nll == pytest.approx(losses, abs=1e-4)
     assert math.log(result.ppl) == pytest.approx(math.log(perplexity), abs=1e-4)
@@ -113,7 +113,7 @@ def test_the_first_windows_of_wikitext2_are_those_of_a_straight_line_script(mode
     assert math.log(result.ppl) == pytest.approx(math.log(perplexity), abs=1e-4)
 
 
-def test_word_perplexity_is_that_of_lm_eval(truncated, tokenizer, tmp_path, monkeypatch):
+def test_word_perplexity_is_that_of_lm_eval(truncated, short_tokenizer, tmp_path, monkeypatch):
     """lm-eval's own wrapper and its own windows, on our own text in WikiText-2's file format, 3 articles of unequal
     length."""
     from lm_eval.api.instance import Instance
@@ -131,10 +131,10 @@ def test_word_perplexity_is_that_of_lm_eval(truncated, tokenizer, tmp_path, monk
     pages = texts.wikitext2_pages(str(tmp_path))
     assert len(pages) == 3 and all(page.startswith(f" = Title {n} = ") for n, page in enumerate(pages))
 
-    windows = evaluation_windows(parse_protocol("wikitext2-words@64"), tokenizer, str(tmp_path))
+    windows = evaluation_windows(parse_protocol("wikitext2-words@64"), short_tokenizer, str(tmp_path))
     reference = load_reference(truncated.path, "cpu", torch.float32)
     result = score(reference, windows.tokens_NT, articles=windows.articles)
-    wrapper = HFLM(pretrained=reference, tokenizer=tokenizer, max_length=64, batch_size=1)
+    wrapper = HFLM(pretrained=reference, tokenizer=short_tokenizer, max_length=64, batch_size=1)
     requests = [
         Instance("loglikelihood_rolling", {}, (wikitext_detokenizer({"page": page}),), index)
         for index, page in enumerate(pages)

@@ -11,8 +11,8 @@ from harness.store.results import KLD_EDGES
 
 
 @pytest.fixture(scope="module")
-def tokens(tokenizer):
-    return evaluation_windows(parse_protocol("wiki-mini@64/5"), tokenizer).tokens_NT
+def tokens(short_tokenizer):
+    return evaluation_windows(parse_protocol("wiki-mini@64/5"), short_tokenizer).tokens_NT
 
 
 def test_divergence_is_the_textbook_sum(truncated, tokens, tmp_path):

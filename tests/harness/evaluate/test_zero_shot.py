@@ -63,8 +63,8 @@ def reference(truncated):
 
 
 @pytest.fixture(scope="module")
-def lm(reference, tokenizer):
-    return open_lm(reference, tokenizer)
+def lm(reference, short_tokenizer):
+    return open_lm(reference, short_tokenizer)
 
 
 # --- texts that share a beginning
@@ -79,7 +79,7 @@ def alone(model, text):
 
 def test_texts_with_one_trunk_get_the_numbers_they_have_alone(reference, monkeypatch):
     source = random.Random(0)
-    ids = lambda n: tuple(source.randrange(49152) for _ in range(n))  # noqa: E731
+    ids = lambda n: tuple(source.randrange(reference.config.vocab_size) for _ in range(n))  # noqa: E731
     trunk, other = ids(30), ids(11)
     with torch.inference_mode():
         said = reference(torch.tensor([trunk])).logits[0, -1].argmax().item()
@@ -122,16 +122,16 @@ def test_a_refused_mask_is_no_branch_and_a_broken_model_is_an_error(reference, m
         follows_branches(reference)
 
 
-def test_a_model_that_ignores_the_mask_is_scored_text_by_text(reference, tokenizer, monkeypatch):
+def test_a_model_that_ignores_the_mask_is_scored_text_by_text(reference, short_tokenizer, monkeypatch):
     assert follows_branches(reference)
     monkeypatch.setattr(branches, "_mask", lambda branch_BL, dtype: None)
     assert not follows_branches(reference)
-    plain = open_lm(reference, tokenizer)
+    plain = open_lm(reference, short_tokenizer)
     assert not plain.branching
     (task,) = parse_tasks("winogrande", limit=4)
     found = score_task(plain, task)
     monkeypatch.undo()
-    together = score_task(open_lm(reference, tokenizer), task)
+    together = score_task(open_lm(reference, short_tokenizer), task)
     assert found.correct == together.correct and not found.branching and together.branching
     for a, b in zip(found.loglikelihoods, together.loglikelihoods, strict=True):
         assert a == pytest.approx(b, abs=1e-3)
@@ -141,13 +141,13 @@ def test_a_model_that_ignores_the_mask_is_scored_text_by_text(reference, tokeniz
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "winogrande", "lambada_openai", "commonsense_qa"])
-def test_items_get_the_answers_of_lm_evals_own_wrapper(name, lm, reference, tokenizer, assets_cache):
+def test_items_get_the_answers_of_lm_evals_own_wrapper(name, lm, reference, short_tokenizer, assets_cache):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     (task,) = parse_tasks(name, limit=8)
     ours = score_task(lm, task)
-    wrapper = HFLM(pretrained=reference, tokenizer=tokenizer, batch_size=4)
+    wrapper = HFLM(pretrained=reference, tokenizer=short_tokenizer, batch_size=4)
     theirs = lm_eval.evaluate(
         wrapper, {"tasks": {name: load_task(task)}}, limit=8, bootstrap_iters=1 if name != "lambada_openai" else 0
     )

@@ -20,8 +20,8 @@ LAYERS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_pr
 
 
 @pytest.fixture(scope="module")
-def tokens(tokenizer) -> torch.Tensor:
-    return calibration_windows(parse_calibration("c4-mini@256x4"), tokenizer, seed=0).tokens_NT
+def tokens(short_tokenizer) -> torch.Tensor:
+    return calibration_windows(parse_calibration("c4-mini@256x4"), short_tokenizer, seed=0).tokens_NT
 
 
 @pytest.fixture(scope="module")

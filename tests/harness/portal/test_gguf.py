@@ -45,11 +45,11 @@ TYPES = [kind for kind in GGMLQuantizationType.__members__ if kind not in ("F32"
 DECODED = [kind for kind in TYPES if decodes(kind)]
 
 
-def test_transformers_and_we_load_gguf(cell, two_blocks, tokenizer, tmp_path, monkeypatch):
+def test_transformers_and_we_load_gguf(cell, two_blocks, short_tokenizer, tmp_path, monkeypatch):
     found = cell(RTN4)
-    words = vocabulary(two_blocks.path, 49152)
-    assert words["token_list"] == tokenizer.convert_ids_to_tokens(range(49152))
-    assert words["token_types"][:18] == [3] * 17 + [1] and words["eos_token_id"] == tokenizer.eos_token_id
+    words = vocabulary(two_blocks.path, len(short_tokenizer))
+    assert words["token_list"] == short_tokenizer.convert_ids_to_tokens(range(len(short_tokenizer)))
+    assert words["token_types"][:18] == [3] * 17 + [1] and words["eos_token_id"] == short_tokenizer.eos_token_id
     monkeypatch.setattr("harness.portal.gguf.vocabulary", lambda model, size: {})  # gguf takes seconds to read one
     path = exported(found, "gguf", tmp_path / "out")
     plain = GgufConfig(dequantize=True)

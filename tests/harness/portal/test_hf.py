@@ -43,7 +43,7 @@ def of_cell(cell):
 @pytest.mark.parametrize("method", [GPTQ, QLORA, "fp16"])
 def test_what_transformers_loads_is_the_cell_bit_for_bit(method, cell, tmp_path):
     found = cell(method)
-    EXPORTER.write(Request(found, tmp_path / "there", shard_bytes=20_000_000))
+    EXPORTER.write(Request(found, tmp_path / "there", shard_bytes=5_000_000))
     assert (tmp_path / "there" / "model.safetensors.index.json").exists()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "there")
     assert torch.equal(logits(loaded, tmp_path / "there"), logits(of_cell(found), tmp_path / "there"))
@@ -123,7 +123,7 @@ def test_adapters_that_were_trained_load_beside_their_base(cell, tmp_path):
     alone = logits(base, tmp_path / "base")
     whole = logits(of_cell(found), tmp_path / "base")
     both = logits(PeftModel.from_pretrained(base, tmp_path / "base" / "adapter"), tmp_path / "base")
-    assert (both - whole).norm() < 1e-4 * (alone - whole).norm()
+    assert (both - whole).norm() < 2e-4 * (alone - whole).norm()
 
 
 def test_the_command_line_writes_a_card_and_says_what_it_cannot_do(finished, finished_cache, tmp_path):

@@ -46,7 +46,7 @@ def test_a_prediction_is_rounded_as_llama_cpp_rounds_it():
 def test_both_ends_agree_on_the_same_logits(cell, tmp_path):
     """The divergence of one cell from another, through a file, is that of their logits; a few windows of 64 tokens."""
     models = [load(cell(method)).model for method in (RTN8, RTN4)]
-    tokens_NT = torch.randint(1000, 9000, (2, 64), generator=torch.Generator().manual_seed(1))
+    tokens_NT = torch.randint(1000, 8000, (2, 64), generator=torch.Generator().manual_seed(1))
     path = tmp_path / "base.kld"
     kl_file.write(models[0], tokens_NT, path)
     base = kl_file.Base.open(path)
@@ -70,7 +70,7 @@ def test_both_ends_agree_on_the_same_logits(cell, tmp_path):
 def test_a_token_in_front_of_texts_takes_the_place_of_every_first_one(cell, tokenizer, tmp_path):
     """As llama.cpp runs a model whose vocabulary says so; the file keeps the tokens of the text."""
     model = load(cell(RTN8)).model
-    tokens_NT = torch.randint(1000, 9000, (2, 16), generator=torch.Generator().manual_seed(1))
+    tokens_NT = torch.randint(1000, 8000, (2, 16), generator=torch.Generator().manual_seed(1))
     begun_NT = torch.cat([torch.full((2, 1), 7), tokens_NT[:, 1:]], dim=1)
     for name, tokens, bos in (("given", tokens_NT, 7), ("there", begun_NT, None)):
         kl_file.write(model, tokens, tmp_path / name, bos)
