@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]  # (phase: what is going on, done, total)
@@ -24,6 +25,11 @@ def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory of the host is what was missing: Python, torch and safetensors each say so in their own way."""
+    return isinstance(error, MemoryError) or bool(re.search("can(no|')t allocate memory", str(error), re.IGNORECASE))
 
 
 def printable(text: str) -> str:

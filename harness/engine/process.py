@@ -18,7 +18,7 @@ from pathlib import Path
 import harness
 import kernels
 import methods
-from harness.progress import printable
+from harness.progress import lacks_memory, printable
 from harness.store.records import Ending
 
 OURS = tuple(Path(package.__path__[0]) for package in (harness, kernels, methods))
@@ -138,7 +138,7 @@ def _ended(error: BaseException) -> Ended:
         return INTERRUPTED
     if isinstance(error, torch.OutOfMemoryError):
         return Ended(f"out of memory on the device ({first})", Ending.OUT_OF_MEMORY)
-    if isinstance(error, MemoryError) or "can't allocate memory" in first:  # torch's own, on a CPU
+    if lacks_memory(error):
         return Ended(f"out of memory on the host ({first or 'no more was to be had'})", Ending.OUT_OF_MEMORY)
     if isinstance(error, NotFinite):
         return Ended(first, Ending.NON_FINITE)

@@ -15,7 +15,7 @@ from harness.data.checkpoint import view
 from harness.model.families import require_supported
 from harness.model.linear_layers import with_linear_layers
 from harness.model.shapes import PRESETS, BlockSpec, Inventory, role_of
-from harness.progress import first_line
+from harness.progress import first_line, lacks_memory
 from kernels.formats.layer import LayerSpec
 
 if TYPE_CHECKING:
@@ -164,6 +164,8 @@ def load_reference(path: Path, device: str, dtype: torch.dtype, fingerprint: str
                 ignore_mismatched_sizes=True,
             )
     except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+        if lacks_memory(error):  # there is nothing wrong with the file
+            raise MemoryError(first_line(error)) from error
         raise ValueError(f"the weights of {path} cannot be read ({first_line(error)}): copy them again") from error
     require_own(path, "lacks", "that its config.json asks for: its weights are incomplete", found["missing_keys"])
     require_own(path, "holds", "that its config.json has no place for: it is another model's", found["unexpected_keys"])

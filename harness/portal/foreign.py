@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from safetensors import SafetensorError, safe_open
 
 from harness.portal.files import files_of, quantization_of
-from harness.progress import first_line
+from harness.progress import first_line, lacks_memory
 from kernels.formats.bits import StoredBits
 from kernels.formats.layer import LayerSpec
 from kernels.formats.packed import PackedLinear
@@ -36,6 +36,8 @@ class Checkpoint:
             try:
                 handle = self._stack.enter_context(safe_open(file, framework="pt"))
             except SafetensorError as error:
+                if lacks_memory(error):  # there is nothing wrong with the file
+                    raise MemoryError(first_line(error)) from None
                 raise ValueError(f"{file} cannot be read ({first_line(error)}): copy it again") from None
             self._handles |= dict.fromkeys(handle.offset_keys(), handle)
         self._left = set(self._handles)

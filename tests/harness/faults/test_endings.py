@@ -54,6 +54,7 @@ def _raised(error: BaseException) -> BaseException:
             Ending.OUT_OF_MEMORY,
             "on the host",
         ),
+        (OSError(12, "Cannot allocate memory", "/x/y"), Ending.OUT_OF_MEMORY, "on the host"),
         (NotFinite("the inputs of layer 3 are not finite"), Ending.NON_FINITE, "layer 3"),
         (OSError(28, "No space left on device", "/x/y"), Ending.FAILED, "/x/y"),
         (KeyError("weight_map"), Ending.CRASHED, r"test_endings\.py:\d+"),
