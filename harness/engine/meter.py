@@ -34,7 +34,7 @@ class Meter:
         self.phases[name] = found = PhaseCost(seconds, read / GIB, peak_process_bytes() / GIB)
         if self.blocks:
             log.info(
-                "%s: %.1f s, %.2g s a block; %.2f GiB read; at most %.2f GiB of memory",
+                "%s: %.1f s, %.2f s a block; %.2f GiB read; at most %.2f GiB of memory",
                 name,
                 seconds,
                 seconds / self.blocks,
