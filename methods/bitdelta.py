@@ -8,8 +8,8 @@
 Divergences: the paper has one mask for every matrix, here the plan may give a matrix none or several, as its budget
 allows (a budget of 1 bit holds a mask for all but the last few matrices: a mask with its scale is a little more than a
 bit); `masks=1` is the paper's. The paper matches logits by their squared difference, with Adam at 1e-4, on 800 samples
-of C4 of 128 tokens; the loop's loss is the divergence, its
-text and steps are the run's, and a step is relative to the scale."""
+of C4 of 128 tokens; the loop's loss is the divergence, its text and steps are the run's, and a step is relative to the
+scale."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from methods.reallm.blockwise import Blockwise
 class Finetuned(Blockwise):
     """Tuned block by block, then trained end to end."""
 
+    version: ClassVar[int] = Blockwise.version + 1  # magnitudes are among what is tuned block by block
     algorithm: ClassVar[str] = "finetuned"
     fewest_epochs: ClassVar[int] = 0
 
