@@ -44,9 +44,11 @@ class TunedLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """What the stored form of the current numbers decodes to, with the gradient of the numbers."""
-        self.store()
-        stored = self.packed.learnt()
-        through = {name: value + (stored[name] - value).detach() for name, value in self.now().items()}
+        now = self.now()
+        with torch.no_grad():
+            self.packed.relearn(now)
+            stored = self.packed.learnt()
+        through = {name: value + (stored[name] - value).detach() for name, value in now.items()}
         return self.packed.weight_of(through, self.codes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +63,8 @@ def tune_numbers(block: Block, packed: Mapping[str, PackedLinear], schedule: Sch
     what `tune` does; the rate is a step in units of each tensor's own size."""
     goal = Goal.of(block, packed, schedule)
     tuned = {name: TunedLinear(layer, keep_codes=True) for name, layer in packed.items() if layer.learnt()}
-    noted = tune(block, goal, tuned, schedule, seed)
+    # A layer without such numbers stands there as it was packed: `goal` has left the original in its place.
+    noted = tune(block, goal, {**packed, **tuned}, schedule, seed)
     for module in tuned.values():
         module.store()
     return noted
