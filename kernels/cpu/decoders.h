@@ -8,10 +8,8 @@
 
 #pragma once
 
-#include "lanes.h"
+#include "octets.h"
 #include "layer.h"
-
-#define BLOCK 64
 
 enum Kind { NUMBER, REGISTER, BYTES, MEMORY };
 
@@ -41,7 +39,16 @@ template <int D> struct Decoder<REGISTER, D> {
     }
 };
 
-#if PLANES
+#if WIDE
+template <int SIZE> static inline void planes(const uint8_t *t, Octets i, Vec *v) {
+    const __m512i low = Plane<SIZE>(t)(i), high = Plane<SIZE>(t + SIZE)(i);
+    const __m512i a = _mm512_unpacklo_epi8(low, high), b = _mm512_unpackhi_epi8(low, high);
+    v[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(a));
+    v[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(a, 1));
+    v[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(b));
+    v[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(b, 1));
+}
+
 template <int SIZE, int D> struct Planes {
     typedef Octets Block;
     UnpackBytes unpack;
@@ -62,7 +69,7 @@ template <int D> struct Decoder<MEMORY, D> {
         unpack.template operator()<false>(p, left, code);
         for (int k = 0; k < 4; ++k) {
             Vec v[D];
-#if PLANES
+#if WIDE
             if (D == 2 && layer.half_table) entries2(layer.half_table, code[k], v);
             else if (D == 4 && layer.half_table) entries4(layer.half_table, code[k], v);
             else

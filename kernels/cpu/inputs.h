@@ -31,14 +31,13 @@ struct Inputs {
     const float *x;                 // [batch, stride], in the order of the codes; what integers stand for, where there are any
     const float *sums;              // [batch, groups]: of the inputs under every scale, where rows have shifts; or times minus the centre
     const float *lowrank;           // [batch, rank]: right @ x, scaled so that what is left to do is a sum over left's codes
-    const int8_t *bytes;            // [batch, stride / 64, 2, 64]: high and low bytes of 16-bit integers, both signed
-    const int16_t *words;           // [batch, stride]: 16-bit integers
+    const int8_t *integers;         // [batch, stride / 64, 128]: 16-bit integers, in the form of octets.h
     const float *step;              // [batch, blocks]: what a block's integers are multiplied by
     Under under;                    // of the way's lanes; of blocks of 64 where these lie under one scale each
 };
 
 // How rows are multiplied; see rows.h.
-enum Way { FLOATS, BYTES_WAY, WORDS_WAY, FOURS_WAY, PATHS_WAY, ENTRIES, DENSE };
+enum Way { FLOATS, BYTES_WAY, WORDS_WAY, LOADED_WAY, PATHS_WAY, ENTRIES, DENSE };
 
 static inline Way way_of(const Layer &l, int64_t batch);
 
@@ -75,19 +74,18 @@ static float dot(const float *a, const float *b, int64_t count) {
     return sum(total);
 }
 
-#if PLANES
 // Sixty-four inputs to integers of at most `most`, in magnitude, times the returned step. Not finite: neither is the step.
-static float integers(const float *x, float most, __m512i *integer, float *rounded) {
+static float integers(const float *x, float most_of, Int *integer, float *rounded) {
     Vec v[4], size = zero(), odd = zero();
     for (int k = 0; k < 4; ++k) {
         v[k] = load(x + LANES * k);
-        size = _mm512_max_ps(size, _mm512_abs_ps(v[k]));
+        size = most(size, magnitude(v[k]));
         odd = fma(v[k], zero(), odd);
     }
-    const float largest = _mm512_reduce_max_ps(size);
-    const float step = largest / most + sum(odd), per = largest > 1e-30f ? most / largest : 0;
+    const float highest = largest(size);
+    const float step = highest / most_of + sum(odd), per = highest > 1e-30f ? most_of / highest : 0;
     for (int k = 0; k < 4; ++k) {
-        integer[k] = _mm512_cvtps_epi32(times(v[k], all(per)));
+        integer[k] = nearest(times(v[k], all(per)));
         store(rounded + LANES * k, times(number(integer[k]), all(step)));
     }
     return step;
@@ -95,27 +93,16 @@ static float integers(const float *x, float most, __m512i *integer, float *round
 
 static void to_integers(Inputs &in, const float *x, bool as_bytes, Arena &arena) {
     float *rounded = arena.take<float>(in.batch * in.stride), *step = arena.zeros<float>(in.batch * in.blocks);
-    int8_t *high_low = as_bytes ? arena.take<int8_t>(2 * in.batch * in.stride) : 0;
-    int16_t *words = as_bytes ? 0 : arena.take<int16_t>(in.batch * in.stride);
+    int8_t *to = arena.take<int8_t>(2 * in.batch * in.stride);
     for (int64_t b = 0; b < in.batch; ++b)
         for (int64_t c = 0; c < in.stride; c += BLOCK) {
             const int64_t at = b * in.stride + c;
-            __m512i integer[4];
-            step[b * in.blocks + c / BLOCK] = integers(x + at, as_bytes ? 32512.0f : 32767.0f, integer, rounded + at);
-            for (int k = 0; k < 4; ++k) {
-                if (as_bytes) {
-                    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(integer[k], _mm512_set1_epi32(128)), 8);
-                    const __m512i low = _mm512_sub_epi32(integer[k], _mm512_slli_epi32(high, 8));
-                    _mm_storeu_si128((__m128i *)(high_low + 2 * at + LANES * k), _mm512_cvtepi32_epi8(high));
-                    _mm_storeu_si128((__m128i *)(high_low + 2 * at + BLOCK + LANES * k), _mm512_cvtepi32_epi8(low));
-                } else {
-                    _mm256_storeu_si256((__m256i *)(words + at + LANES * k), _mm512_cvtepi32_epi16(integer[k]));
-                }
-            }
+            Int integer[4];
+            step[b * in.blocks + c / BLOCK] = integers(x + at, as_bytes ? LARGEST_AS_BYTES : 32767.0f, integer, rounded + at);
+            store_integers(integer, as_bytes, to + 2 * at);
         }
-    in.x = rounded, in.step = step, in.bytes = high_low, in.words = words;
+    in.x = rounded, in.step = step, in.integers = to;
 }
-#endif
 
 // Inputs of few bits, as kernels/formats/activations.py rounds them: a grid of its own for every token.
 static void round_inputs(float *x, int64_t columns, int64_t bits) {
@@ -161,16 +148,14 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
         for (int64_t b = 0; b < batch; ++b) round_inputs(copy + b * width, l.columns, l.act_bits);
     const Way way = way_of(l, batch);
     if (way == DENSE) return;
-    const bool as_bytes = way == BYTES_WAY || (PLANES && way == PATHS_WAY);
+    const bool as_bytes = way == BYTES_WAY || way == PATHS_WAY;
     if (is_even(l)) {
         in.under.make(l, BLOCK, in.blocks, arena);
     } else {
-        const int64_t lane = way == BYTES_WAY ? 4 : way == WORDS_WAY ? 2 : 1;
+        const int64_t lane = way == BYTES_WAY ? 4 : way == WORDS_WAY ? 4 / PAIR_SUMS : 1;
         in.under.make(l, lane, width / lane, arena);
     }
-#if PLANES
-    if (as_bytes || way == WORDS_WAY || way == FOURS_WAY) to_integers(in, in.x, as_bytes, arena);
-#endif
+    if (as_bytes || way == WORDS_WAY || way == LOADED_WAY) to_integers(in, in.x, as_bytes, arena);
     const bool centred = as_bytes && l.centre != 0;
     if (has_shift(l) || centred) {
         float *sums = arena.take<float>(batch * l.groups);

@@ -9,7 +9,11 @@
 
 #define LANES 16
 
+#define UNROLL _Pragma("GCC unroll 32")  // arrays of registers stay in registers
+
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+
+#define WIDE 1
 
 typedef __m512 Vec;
 typedef __m512i Int;
@@ -38,6 +42,12 @@ static inline Vec least(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 static inline Vec most(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline Vec whole(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Vec doubled(Vec a, Vec times) { return _mm512_scalef_ps(a, times); }  // a * 2**times, whole numbers
+static inline Vec magnitude(Vec a) { return _mm512_abs_ps(a); }
+static inline float largest(Vec a) { return _mm512_reduce_max_ps(a); }
+static inline Int nearest(Vec a) { return _mm512_cvtps_epi32(a); }
+
+// The first `n` of sixty-four bytes.
+static inline __mmask64 bytes_below(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
 
 struct Unpack {  // of sixty-four codes, sixteen to a vector
     Int bytes, shifts, mask, later[4];
@@ -58,7 +68,7 @@ struct Unpack {  // of sixty-four codes, sixteen to a vector
     // most four stay: tables repeat themselves.
     template <bool LOOSE> void operator()(const uint8_t *p, int64_t left, Int *code) const {
         if (LOOSE || bits <= 4) {
-            const __m512i raw = _mm512_maskz_loadu_epi8(first(8 * bits < left ? 8 * bits : left), p);
+            const __m512i raw = _mm512_maskz_loadu_epi8(bytes_below(8 * bits < left ? 8 * bits : left), p);
             for (int k = 0; k < 4; ++k) {
                 code[k] = _mm512_srlv_epi32(_mm512_permutexvar_epi8(later[k], raw), shifts);
                 if (!LOOSE) code[k] = _mm512_and_si512(code[k], mask);
@@ -66,12 +76,11 @@ struct Unpack {  // of sixty-four codes, sixteen to a vector
         } else {
             for (int k = 0; k < 4; ++k, p += 2 * bits, left -= 2 * bits) {
                 const int64_t n = 2 * bits < left ? 2 * bits : left;
-                const __m512i raw = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((__mmask32)first(n), p));
+                const __m512i raw = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((__mmask32)bytes_below(n), p));
                 code[k] = _mm512_and_si512(_mm512_srlv_epi32(_mm512_permutexvar_epi8(bytes, raw), shifts), mask);
             }
         }
     }
-    static __mmask64 first(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
 };
 
 // At most sixteen values in a register; bits above a code do no harm.
@@ -86,55 +95,6 @@ struct Register {
     }
     Vec at(Int i) const { return _mm512_permutexvar_ps(i, v); }
 };
-
-// Codes of at most eight bits, a byte each, and tables of fp16 values as two planes of bytes, the low ones and the high ones.
-#define PLANES 1  // and integer products (integers.h)
-typedef __m512i Octets;  // sixty-four codes; for words octets 0 to 3 in the even quadwords and 4 to 7 in the odd ones
-
-struct UnpackBytes {
-    __m512i at, by, mask;
-    __mmask64 block;
-    int64_t bits;
-    // In their natural order, or so that unpacking bytes to words orders them.
-    UnpackBytes(int64_t b, bool for_words) : bits(b) {
-        uint8_t from[64], shift[64];
-        for (int q = 0; q < 8; ++q)
-            for (int k = 0; k < 8; ++k) {
-                from[8 * q + k] = (uint8_t)((for_words ? q / 2 + q % 2 * 4 : q) * b + k);
-                shift[8 * q + k] = (uint8_t)(k * b);
-            }
-        at = _mm512_loadu_si512(from);
-        by = _mm512_loadu_si512(shift);
-        mask = _mm512_set1_epi8((char)((1u << b) - 1));
-        block = Unpack::first(8 * b);
-    }
-    // Which bytes belong to a block, of which the row has `left` more.
-    __mmask64 bytes(int64_t left) const { return left >= 8 * bits ? block : Unpack::first(left); }
-    // Bits above a code stay: tables repeat themselves.
-    Octets operator()(const uint8_t *p, __mmask64 bytes) const {
-        return _mm512_multishift_epi64_epi8(by, _mm512_permutexvar_epi8(at, _mm512_maskz_loadu_epi8(bytes, p)));
-    }
-    Octets alone(const uint8_t *p, __mmask64 bytes) const { return _mm512_and_si512((*this)(p, bytes), mask); }
-};
-
-// SIZE bytes, 64, 128 or 256: a shorter table is repeated.
-template <int SIZE> static inline __m512i plane(const uint8_t *t, Octets i) {
-    const __m512i a = _mm512_loadu_si512(t);
-    if (SIZE == 64) return _mm512_permutexvar_epi8(i, a);
-    const __m512i low = _mm512_permutex2var_epi8(a, i, _mm512_loadu_si512(t + 64));
-    if (SIZE == 128) return low;
-    const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(t + 128), i, _mm512_loadu_si512(t + 192));
-    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(i), low, high);
-}
-
-template <int SIZE> static inline void planes(const uint8_t *t, Octets i, Vec *v) {
-    const __m512i low = plane<SIZE>(t, i), high = plane<SIZE>(t + SIZE, i);
-    const __m512i a = _mm512_unpacklo_epi8(low, high), b = _mm512_unpackhi_epi8(low, high);
-    v[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(a));
-    v[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(a, 1));
-    v[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(b));
-    v[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(b, 1));
-}
 
 // Sixteen entries of two or four fp16 values, one vector for each place.
 static inline void entries2(const uint16_t *table, Int code, Vec *v) {
@@ -168,6 +128,8 @@ static inline Vec brains(const uint16_t *p) {
 static inline Vec bytes(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
 
 #else  // AVX2 with FMA and F16C
+
+#define WIDE 0
 
 struct Vec { __m256 a, b; };
 struct Int { __m256i a, b; };
@@ -209,34 +171,47 @@ static inline __m256 doubled(__m256 a, __m256 times) {
 }
 static inline Vec doubled(Vec a, Vec times) { return {doubled(a.a, times.a), doubled(a.b, times.b)}; }
 
+static inline Vec magnitude(Vec a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.a), _mm256_andnot_ps(sign, a.b)};
+}
+static inline float largest(Vec a) {
+    const __m256 s = _mm256_max_ps(a.a, a.b);
+    const __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)), d = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+}
+static inline Int nearest(Vec a) { return {_mm256_cvtps_epi32(a.a), _mm256_cvtps_epi32(a.b)}; }
+
 static inline void sums(const Vec *v, float *four) {
     for (int k = 0; k < 4; ++k) four[k] = sum(v[k]);
 }
 
+// Eight codes are at most sixteen bytes (of sixteen bits each): those of a code are put into a lane, and shifted.
 struct Unpack {
-    Int at, shifts;
-    __m256i mask;
+    __m256i at, shifts, mask;
     int64_t bits;
     explicit Unpack(int64_t b) : bits(b) {
-        int32_t from[16], by[16];
-        for (int l = 0; l < 16; ++l) from[l] = (int32_t)(l * b / 8), by[l] = (int32_t)(l * b % 8);
-        at = {_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)(from + 8))};
-        shifts = {_mm256_loadu_si256((const __m256i *)by), _mm256_loadu_si256((const __m256i *)(by + 8))};
+        uint8_t from[32];
+        int32_t by[8];
+        for (int l = 0; l < 8; ++l) {
+            for (int k = 0; k < 4; ++k) from[4 * l + k] = (uint8_t)(l * b / 8 + k < b ? l * b / 8 + k : 0x80);
+            by[l] = (int32_t)(l * b % 8);
+        }
+        at = _mm256_loadu_si256((const __m256i *)from), shifts = _mm256_loadu_si256((const __m256i *)by);
         mask = _mm256_set1_epi32((int)((1u << b) - 1));
     }
+    __m256i eight(const uint8_t *p) const {
+        const __m256i raw = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+        return _mm256_and_si256(_mm256_srlv_epi32(_mm256_shuffle_epi8(raw, at), shifts), mask);
+    }
     template <bool LOOSE> void operator()(const uint8_t *p, int64_t left, Int *code) const {
-        for (int k = 0; k < 4; ++k, p += 2 * bits, left -= 2 * bits) {
-            uint8_t copy[40];
-            const uint8_t *from = p;
-            if (left < 2 * bits + 4) {  // the last lane's word would reach beyond the row
-                const int64_t n = left < 2 * bits ? left : 2 * bits;
-                memset(copy, 0, sizeof copy);
-                if (n > 0) memcpy(copy, p, (size_t)n);
-                from = copy;
-            }
-            const __m256i low = _mm256_i32gather_epi32((const int *)from, at.a, 1), high = _mm256_i32gather_epi32((const int *)from, at.b, 1);
-            code[k] = {_mm256_and_si256(_mm256_srlv_epi32(low, shifts.a), mask), _mm256_and_si256(_mm256_srlv_epi32(high, shifts.b), mask)};
+        uint8_t copy[144];
+        if (__builtin_expect(left < 7 * bits + 16, 0)) {
+            memset(copy, 0, sizeof copy);
+            memcpy(copy, p, (size_t)(left < 8 * bits ? left : 8 * bits));
+            p = copy;
         }
+        for (int k = 0; k < 4; ++k, p += 2 * bits) code[k] = {eight(p), eight(p + bits)};
     }
 };
 
@@ -256,7 +231,6 @@ struct Register {
     Vec at(Int i) const { return {pick(i.a), pick(i.b)}; }
 };
 
-#define PLANES 0
 static inline Int scaled(Int i, int by) {
     const __m256i m = _mm256_set1_epi32(by);
     return {_mm256_mullo_epi32(i.a, m), _mm256_mullo_epi32(i.b, m)};

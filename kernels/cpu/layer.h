@@ -16,7 +16,8 @@ typedef struct {
     const uint16_t *half_table;  // the same in fp16, where that is exact
     const uint8_t *planes;       // the same [dim, 2, plane]: low bytes, high bytes, repeated up to 64, 128 or 256
     int64_t plane;
-    const uint8_t *fixed;        // entries as 15-bit integers: planes of at most 256 of them, or int16 [2**bits, 4]
+    const uint8_t *fixed;        // entries as 15-bit integers, in such planes,
+    const int16_t *entries;      // or int16 [2**bits, dim], vectors of four and eight rows of more than 64,
     double fixed_step;           // times this number
     int64_t group, groups;       // columns under a scale, scales to a row
     const uint16_t *half;        // fp16 scales [rows, groups], or
@@ -31,7 +32,7 @@ typedef struct {
     double centre;               // the same zero for all
     int64_t window;              // bits of a trellis code's window (0: no trellis), which is multiplied, 16 bits,
     int64_t first, second;       // for the first and the second row of a code, and its high byte taken for a place in
-    const uint8_t *levels;       // 256 numbers around 128
+    const uint8_t *levels;       // 256 numbers around 128, of which those above mirror those below
     const uint32_t *signs;       // of inputs that are turned, a bit for every column; null: they are not
     const float *hartley;        // [m, m], where columns are m times a power of two
     const int32_t *order;        // [columns]: the column that stands at every place of the codes; null: its own

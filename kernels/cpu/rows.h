@@ -1,18 +1,19 @@
 // y[b, o] of rows of a layer: the ways in which they are multiplied, and which a layer takes.
 //
-//   BYTES_WAY  codes that are numbers, at most eight bits: times both bytes of 16-bit inputs, summed as integers (VNNI)
-//   WORDS_WAY  tables of at most 256 entries: 15-bit entries times 16-bit inputs, summed as integers (VNNI)
-//   FOURS_WAY  larger tables of vectors of four rows: the same, entries loaded whole (VNNI)
-//   ENTRIES    other larger tables of vectors of four or eight rows: entries loaded whole, and multiplied in the order in which they lie
-//   PATHS_WAY  trellis codes: decoded to a row of bytes, and multiplied like the first
-//   DENSE      uncompressed weights
-//   FLOATS     everything else, and where there is no VNNI: decoded to fp32 in registers, or a panel at a time for many inputs
+//   BYTES_WAY   codes that are numbers, at most eight bits: times 16-bit inputs, summed as integers
+//   WORDS_WAY   tables of few entries, looked up by shuffles: 15-bit entries times 16-bit inputs, summed as integers
+//   LOADED_WAY  larger tables of vectors of four rows (with AVX2 of eight too): the same, entries loaded whole
+//   ENTRIES     others of vectors of four or eight rows (AVX-512): entries loaded whole, and multiplied as fp32 in the order in which they lie
+//   PATHS_WAY   trellis codes: decoded to a row of bytes, and multiplied like the first
+//   DENSE       uncompressed weights
+//   FLOATS      everything else: decoded to fp32 in registers, or a panel at a time for many inputs
 //
 // Integers are made anew from every sixty-four inputs, so what is lost is 2**-16 of the largest of them: a relative error of 2e-5 to 5e-5 in a product.
 
 #pragma once
 
 #include <math.h>
+#include <new>
 #include <omp.h>
 #include <type_traits>
 
@@ -20,7 +21,6 @@
 
 #define AHEAD 4096  // bytes of codes asked for in advance
 #define PANEL 1024  // columns of a decoded panel
-#define UNROLL _Pragma("GCC unroll 32")  // arrays of registers stay in registers
 
 // Every line of what a later block reads: they come from memory, and the processor's own prefetching is soon lost among rows this short.
 static inline void prefetch(const uint8_t *p, int64_t count) {
@@ -37,6 +37,9 @@ static float low_rank(const Layer &l, int64_t o, const float *inputs) {
     for (; r < l.rank; ++r) value += inputs[r] * (l.left_scale ? (float)codes[r] : wide(numbers[r]));
     return value + sum(total);
 }
+
+// Bytes from the codes of vector v to the end of all codes. What is read behind a row's own is multiplied with nothing.
+static inline int64_t codes_left(const Layer &l, int64_t v) { return 4 * l.words * ((l.rows + l.dim - 1) / l.dim - v); }
 
 struct Rows {
     const Layer &l;
@@ -69,7 +72,7 @@ static void load_scales(const Layer &l, int64_t v, float *scale, float *shift) {
 template <class Dec, int D, bool EVEN>
 static void decode_rows(const Layer &l, int64_t v, const Dec &decoder, const float *scale, const float *shift, const Under &under, int64_t from, int64_t to, float *out, int64_t stride) {
     const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
-    const int64_t bytes = 4 * l.words;
+    const int64_t bytes = codes_left(l, v);
     const bool shifted = has_shift(l);
     const int64_t each = room(l);
     for (int64_t c = from, at = from / BLOCK * 8 * l.bits; c < to; c += BLOCK, at += 8 * l.bits) {
@@ -104,7 +107,7 @@ template <int R, int B> static void corner(const float *w, int64_t w_stride, con
     for (int r = 0; r < R; ++r) for (int b = 0; b < B; ++b) y[r * batch + b] += sum(total[r][b]);
 }
 
-#define CORNER (PLANES ? 4 : 2)  // as many accumulators as there are registers for
+#define CORNER (WIDE ? 4 : 2)  // as many accumulators as there are registers for
 template <int R> static void multiply_panel(const float *w, int64_t w_stride, const Inputs &in, int64_t from, int64_t columns, float *y) {
     for (int64_t b = 0; b < in.batch;) {
         const float *x = in.x + b * in.stride + from;
@@ -120,10 +123,11 @@ template <class Dec, int D, bool EVEN> struct Floats : Rows {
 
     // One pass over the codes for B inputs, decoded in registers.
     template <int B> void few(int64_t begin, int64_t end) const {
-        const int64_t bytes = 4 * l.words, step = 8 * l.bits, each = room(l);
+        const int64_t step = 8 * l.bits, each = room(l);
         float *scale = arena.take<float>(D * each), *shift = arena.take<float>(D * each);
         for (int64_t v = begin; v < end; ++v) {
             load_scales(l, v, scale, shift);
+            const int64_t bytes = codes_left(l, v);
             const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
             Vec total[D][B];
             for (int d = 0; d < D; ++d) for (int b = 0; b < B; ++b) total[d][b] = zero();
@@ -202,6 +206,7 @@ struct WholeCodes {
     }
 };
 
+#if WIDE
 // Lanes 16 k to 16 k + 15 of as many inputs as there are registers of them, each in `d` lanes.
 static Int lanes_of(int k, int d) {
     uint8_t of_lane[LANES];
@@ -216,7 +221,6 @@ template <int D> struct Entries : Rows {
     static Vec entries(const uint16_t *table, uint64_t four, int first, int64_t bits) {
         uint64_t at[4];
         for (int k = 0; k < LANES / D; ++k) at[k] = four >> ((first + k) * bits) & ((1u << bits) - 1);
-#if PLANES
         __m256i half;
         if (D == 4) {
             const long long *e = (const long long *)table;
@@ -228,15 +232,10 @@ template <int D> struct Entries : Rows {
             half = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(e + at[0])), _mm_loadu_si128(e + at[1]), 1);
         }
         return _mm512_cvtph_ps(half);
-#else
-        uint16_t sixteen[16];
-        for (int k = 0; k < LANES / D; ++k) memcpy(sixteen + k * D, table + at[k] * D, 2 * D);
-        return halves(sixteen);
-#endif
     }
 
     template <int B> void few(int64_t first_input, int64_t begin, int64_t end) const {
-        const int64_t bytes = 4 * l.words, bits = l.bits, step = 8 * bits, each = room(l), stride = in.stride;
+        const int64_t bits = l.bits, step = 8 * bits, each = room(l), stride = in.stride;
         const uint16_t *table = l.half_table;
         float *scale = arena.take<float>(D * each), *shift = arena.take<float>(D * each);
         float *across = arena.take<float>(LANES * l.groups);  // [groups, 16]: the scale of every lane's row
@@ -247,6 +246,7 @@ template <int D> struct Entries : Rows {
             load_scales(l, v, scale, shift);
             for (int64_t g = 0; g < l.groups; ++g) for (int64_t k = 0; k < LANES; ++k) across[g * LANES + k] = scale[k % D * each + g];
             const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
+            const int64_t bytes = codes_left(l, v);
             const float *by = across, *x = inputs;
             Vec total[B];
             UNROLL for (int b = 0; b < B; ++b) total[b] = zero();
@@ -285,6 +285,8 @@ template <int D> struct Entries : Rows {
         if (b < in.batch) few<1>(b, begin, end);
     }
 };
+
+#endif
 
 // ---- uncompressed ----------------------------------------------------------------------------------------------------------------------
 
@@ -345,12 +347,13 @@ template <Dense KIND> struct Uncompressed : Rows {
 static inline Way way_of(const Layer &l, int64_t batch) {
     if (l.dense) return DENSE;
     if (l.window) return PATHS_WAY;
-#if PLANES
     if (l.uniform && l.bits <= 8 && (is_even(l) || l.group % 4 == 0)) return BYTES_WAY;
-    if (l.fixed && l.bits <= 8 && batch <= 2 && (is_even(l) || l.group % 2 == 0)) return WORDS_WAY;
-    if (l.fixed && l.bits > 8 && batch <= 2 && is_even(l)) return FOURS_WAY;
-#endif
-    if (l.bits > 8 && l.bits <= 14 && l.dim >= 4 && l.half_table && is_even(l) && batch <= 2) return ENTRIES;
+    if (batch > 2) return FLOATS;
+    // A lookup among 256 takes AVX2 thirty instructions, for thirty-two codes: vectors of many rows are loaded sooner.
+    const bool loads = l.bits > (WIDE ? 8 : 6) && l.bits <= 14 && l.dim >= 4 && is_even(l);
+    if (loads && l.entries && (!WIDE || l.dim == 4)) return LOADED_WAY;
+    if (l.fixed && (WIDE || l.bits <= 6 || l.dim <= 2) && (is_even(l) || l.group % (4 / PAIR_SUMS) == 0)) return WORDS_WAY;
+    if (WIDE && loads && l.half_table) return ENTRIES;
     return FLOATS;
 }
 
@@ -365,7 +368,7 @@ template <class Dec, int D, class Then> static void with(const Layer &l, Then th
 
 template <int D, class Then> static void from_table(const Layer &l, Then then) {
     if (l.bits <= 4 && D <= 2) return with<Decoder<REGISTER, D>, D>(l, then);
-#if PLANES
+#if WIDE
     if (l.planes && l.plane == 64) return with<Planes<64, D>, D>(l, then);
     if (l.planes && l.plane == 128) return with<Planes<128, D>, D>(l, then);
     if (l.planes) return with<Planes<256, D>, D>(l, then);
@@ -381,18 +384,20 @@ template <class Then> static void decoded(const Layer &l, Then then) {
     else from_table<8>(l, then);
 }
 
-#if PLANES
 template <int SIZE, int D> static void words(const Rows &rows, int64_t begin, int64_t end) {
     if (is_even(rows.l)) Words<SIZE, D, true>{rows}(begin, end);
     else Words<SIZE, D, false>{rows}(begin, end);
 }
 
 template <int D> static void words(const Rows &rows, int64_t begin, int64_t end) {
-    if (rows.l.plane == 64) words<64, D>(rows, begin, end);
-    else if (rows.l.plane == 128) words<128, D>(rows, begin, end);
-    else words<256, D>(rows, begin, end);
+    if (!WIDE && rows.l.bits <= 4) return words<WIDE ? 64 : 16, D>(rows, begin, end);
+    if (!WIDE && rows.l.bits == 5) return words<WIDE ? 64 : 32, D>(rows, begin, end);
+    if (rows.l.plane == 64) return words<64, D>(rows, begin, end);
+    if constexpr (WIDE || D <= 2) {
+        if (rows.l.plane == 128) return words<128, D>(rows, begin, end);
+        words<256, D>(rows, begin, end);
+    }
 }
-#endif
 
 // Vectors [begin, end) of rows; `rows.l.dim` rows each.
 static void multiply(const Rows &rows, int64_t begin, int64_t end) {
@@ -404,7 +409,6 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
         else if (l.dense_kind == BF16) Uncompressed<BF16>{rows}(begin, end);
         else Uncompressed<FP32>{rows}(begin, end);
         break;
-#if PLANES
     case BYTES_WAY:
         if (is_even(l)) Bytes<true>{rows}(begin, end);
         else Bytes<false>{rows}(begin, end);
@@ -415,17 +419,22 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
         else if (l.dim == 4) words<4>(rows, begin, end);
         else words<8>(rows, begin, end);
         break;
-    case FOURS_WAY:
-        Fours{rows}(begin, end);
-        break;
+    case LOADED_WAY:
+#if !WIDE
+        if (l.dim == 8) Loaded<8>{rows}(begin, end);
+        else
 #endif
+            Loaded<4>{rows}(begin, end);
+        break;
     case PATHS_WAY:
         Paths{rows}(begin, end);
         break;
+#if WIDE
     case ENTRIES:
         if (l.dim == 4) Entries<4>{rows}(begin, end);
         else Entries<8>{rows}(begin, end);
         break;
+#endif
     default:
         decoded(l, [&](const auto &decoder, auto dim, auto even) {
             Floats<std::decay_t<decltype(decoder)>, decltype(dim)::value, decltype(even)::value>{rows, decoder}(begin, end);

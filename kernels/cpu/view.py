@@ -41,6 +41,7 @@ class Layer(ctypes.Structure):
         ("planes", ctypes.c_void_p),
         ("plane", ctypes.c_int64),
         ("fixed", ctypes.c_void_p),
+        ("entries", ctypes.c_void_p),
         ("fixed_step", ctypes.c_double),
         ("group", ctypes.c_int64),
         ("groups", ctypes.c_int64),
@@ -161,6 +162,7 @@ def _trellis(layer: TrellisLinear) -> Parts:
     numbers |= dict(first=first, second=second[0] if second else 0, centre=128.0, group=layer.in_features, groups=1)
     numbers |= dict(scale_bits=scales.form.bits, per_step=scales.form.group, offset=scales.offset.item())
     level_K = (gaussian_levels() + 128).to(torch.uint8)
+    assert torch.equal(level_K.int().flip(0), 256 - level_K.int())
     tensors = {"codes": layer.codes, "levels": level_K, "scale_codes": scales.codes, "steps": scales.steps.float()}
     return Parts(numbers, tensors)
 
@@ -179,12 +181,12 @@ class TableForms:
                 self.tensors["planes"] = _planes(half_KD)
         step = table_KD.abs().max().item() / FIXED or 1.0
         fixed_KD = (table_KD / step).round().to(torch.int16)
+        self.numbers["fixed_step"] = step
         if bits <= 8:
             self.tensors["fixed"] = _planes(fixed_KD)
-            self.numbers |= dict(fixed_step=step, plane=max(64, 2**bits))
-        elif owner.dim == 4:
-            self.tensors["fixed"] = fixed_KD
-            self.numbers["fixed_step"] = step
+            self.numbers["plane"] = max(64, 2**bits)
+        if bits > 6 and owner.dim in (4, 8):
+            self.tensors["entries"] = fixed_KD
 
 
 def _planes(table_KD: Tensor) -> Tensor:

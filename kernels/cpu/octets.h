@@ -1,0 +1,221 @@
+// Sixty-four codes at once: taken out of a row's stream, looked up in tables, and multiplied as integers with sixteen-bit inputs.
+//
+// With AVX-512 (VBMI, VNNI) codes are a register of bytes. Those that are numbers are multiplied with the high and the low bytes of inputs; bytes
+// of a table's entries are interleaved to words. With AVX2 numbers of either kind are words, and every block of inputs lies as its even and odd
+// columns, thirty-two after thirty-two (`Pairs`): so interleaved bytes of both are in order again, and no shuffle is spent on it.
+// A sum is of four neighbouring columns in every lane; AVX-512 has those of words as two of two columns each.
+
+#pragma once
+
+#include "lanes.h"
+
+#define BLOCK 64
+
+#if WIDE
+
+typedef __m512i Octets;  // sixty-four bytes; for words octets 0 to 3 in the even quadwords and 4 to 7 in the odd ones
+
+struct UnpackBytes {
+    __m512i at, by, mask;
+    __mmask64 block;
+    int64_t bits;
+    // In their natural order, or so that unpacking bytes to words orders them.
+    UnpackBytes(int64_t b, bool for_words) : bits(b) {
+        uint8_t from[64], shift[64];
+        for (int q = 0; q < 8; ++q)
+            for (int k = 0; k < 8; ++k) {
+                from[8 * q + k] = (uint8_t)((for_words ? q / 2 + q % 2 * 4 : q) * b + k);
+                shift[8 * q + k] = (uint8_t)(k * b);
+            }
+        at = _mm512_loadu_si512(from);
+        by = _mm512_loadu_si512(shift);
+        mask = _mm512_set1_epi8((char)((1u << b) - 1));
+        block = bytes_below(8 * b);
+    }
+    // Which bytes belong to a block, of which `left` more can be read.
+    __mmask64 bytes(int64_t left) const { return left >= 8 * bits ? block : bytes_below(left); }
+    // Bits above a code stay: tables repeat themselves.
+    Octets operator()(const uint8_t *p, __mmask64 bytes) const {
+        return _mm512_multishift_epi64_epi8(by, _mm512_permutexvar_epi8(at, _mm512_maskz_loadu_epi8(bytes, p)));
+    }
+    Octets numbers(const uint8_t *p, __mmask64 bytes) const { return _mm512_and_si512((*this)(p, bytes), mask); }
+};
+
+// SIZE bytes, 64, 128 or 256: a shorter table is repeated.
+template <int SIZE> struct Plane {
+    const uint8_t *t;
+    explicit Plane(const uint8_t *table) : t(table) {}
+    Octets operator()(Octets i) const {
+        const __m512i a = _mm512_loadu_si512(t);
+        if (SIZE == 64) return _mm512_permutexvar_epi8(i, a);
+        const __m512i low = _mm512_permutex2var_epi8(a, i, _mm512_loadu_si512(t + 64));
+        if (SIZE == 128) return low;
+        const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(t + 128), i, _mm512_loadu_si512(t + 192));
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(i), low, high);
+    }
+};
+
+typedef Octets Numbers;  // of 0 to 255
+struct Pairs { __m512i early, late; };  // words: pairs of columns 0 to 31, and of 32 to 63
+static inline Numbers numbers_at(const uint8_t *p) { return _mm512_loadu_si512(p); }
+static inline Pairs interleaved(Octets low, Octets high) { return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}; }
+
+// Sums of products with a block of inputs, 128 bytes: the high bytes and the low ones, or words.
+static inline Int dot(Numbers n, const int8_t *x) {
+    const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), n, _mm512_loadu_si512(x));
+    return _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), n, _mm512_loadu_si512(x + 64));
+}
+static inline Int dot(Pairs w, const int8_t *x) {
+    return _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(_mm512_setzero_si512(), w.early, _mm512_loadu_si512(x)), w.late, _mm512_loadu_si512(x + 64));
+}
+#define PAIR_SUMS 2  // vectors of sums of words, where groups end within a block
+static inline void dots(Pairs w, const int8_t *x, Int *sums) {
+    sums[0] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), w.early, _mm512_loadu_si512(x));
+    sums[1] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), w.late, _mm512_loadu_si512(x + 64));
+}
+
+#define LARGEST_AS_BYTES 32512  // both bytes of an integer are signed
+static inline void store_integers(const Int *integer, bool as_bytes, int8_t *to) {
+    for (int k = 0; k < 4; ++k) {
+        if (as_bytes) {
+            const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(integer[k], _mm512_set1_epi32(128)), 8);
+            const __m512i low = _mm512_sub_epi32(integer[k], _mm512_slli_epi32(high, 8));
+            _mm_storeu_si128((__m128i *)(to + LANES * k), _mm512_cvtepi32_epi8(high));
+            _mm_storeu_si128((__m128i *)(to + BLOCK + LANES * k), _mm512_cvtepi32_epi8(low));
+        } else {
+            _mm256_storeu_si256((__m256i *)(to + 2 * LANES * k), _mm512_cvtepi32_epi16(integer[k]));
+        }
+    }
+}
+
+#else  // AVX2
+
+struct Octets { __m256i half[2]; };  // sixty-four bytes; for words the even columns of sixteen in front of the odd ones
+struct Pairs { __m256i even[2], odd[2]; };  // words of thirty-two columns
+typedef Pairs Numbers;
+
+// Sixteen columns are at most sixteen bytes, a lane of a register. A code is in two bytes at most: these are put into a word, the code shifted
+// to its top by a multiplication, and back to its bottom.
+#define COPIED 80  // bytes that a block may reach for
+
+struct UnpackBytes {
+    __m256i at[2], up[2];
+    int64_t bits, reach;
+    bool nibbles;
+    UnpackBytes(int64_t b, bool for_words) : bits(b), reach(6 * b + 16 > 8 * b ? 6 * b + 16 : 8 * b), nibbles(b == 4 && !for_words) {
+        uint8_t from[2][16];
+        uint16_t shift[2][8];
+        for (int j = 0; j < 16; ++j) {  // places in the order of bytes
+            const int64_t bit = b * (!for_words ? j : j < 8 ? 2 * j : 2 * j - 15), byte = bit / 8;
+            from[j % 2][j / 2 * 2] = (uint8_t)byte;
+            from[j % 2][j / 2 * 2 + 1] = byte + 1 < 2 * b ? (uint8_t)(byte + 1) : 0x80;
+            shift[j % 2][j / 2] = (uint16_t)(1u << (16 - b - bit % 8));
+        }
+        for (int k = 0; k < 2; ++k) {
+            at[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from[k]));
+            up[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)shift[k]));
+        }
+    }
+    int64_t bytes(int64_t left) const { return left; }
+
+    // The block at p, or a copy of what is `left` of it where more would be read than there is.
+    const uint8_t *readable(const uint8_t *p, int64_t left, uint8_t *copy) const {
+        if (__builtin_expect(left >= reach, 1)) return p;
+        memset(copy, 0, COPIED);
+        memcpy(copy, p, (size_t)(left < 8 * bits ? left : 8 * bits));
+        return copy;
+    }
+    // Half h of a block that is readable.
+    void half(const uint8_t *p, int h, __m256i *even, __m256i *odd) const {
+        p += 4 * bits * h;
+        if (nibbles) {
+            const __m256i two = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+            *even = _mm256_and_si256(two, _mm256_set1_epi16(15)), *odd = _mm256_srli_epi16(two, 4);
+        } else {
+            const __m128i down = _mm_cvtsi64_si128(16 - bits);
+            const __m256i raw = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)p)), _mm_loadu_si128((const __m128i *)(p + 2 * bits)), 1);
+            *even = _mm256_srl_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(raw, at[0]), up[0]), down);
+            *odd = _mm256_srl_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(raw, at[1]), up[1]), down);
+        }
+    }
+    Numbers numbers(const uint8_t *p, int64_t left) const {
+        Numbers n;
+        uint8_t copy[COPIED];
+        p = readable(p, left, copy);
+        for (int h = 0; h < 2; ++h) half(p, h, n.even + h, n.odd + h);
+        return n;
+    }
+    Octets operator()(const uint8_t *p, int64_t left) const {
+        const Numbers n = numbers(p, left);
+        Octets o;
+        for (int h = 0; h < 2; ++h) o.half[h] = _mm256_or_si256(n.even[h], _mm256_slli_epi16(n.odd[h], 8));
+        return o;
+    }
+};
+
+// SIZE bytes, 16 to 256. A shuffle looks sixteen of them up, and gives nothing for a place with its highest bit set: as a place less sixteen has
+// below sixteen, and the same of the following tables. So every table is stored less (xor) the one before it, and what is found in all is summed.
+template <int SIZE> struct Plane {
+    __m256i part[SIZE / 16];
+    explicit Plane(const uint8_t *t) {
+        for (int k = 0; k < SIZE / 16; ++k) {
+            __m128i own = _mm_loadu_si128((const __m128i *)t + k);
+            if (k % 8) own = _mm_xor_si128(own, _mm_loadu_si128((const __m128i *)t + k - 1));  // places from 128 on begin anew
+            part[k] = _mm256_broadcastsi128_si256(own);
+        }
+    }
+    template <int PARTS> static __m256i from(const __m256i *part, __m256i place) {
+        const __m256i sixteen = _mm256_set1_epi8(16);
+        __m256i found[2] = {_mm256_shuffle_epi8(part[0], place), _mm256_setzero_si256()};  // two chains
+        UNROLL for (int k = 1; k < PARTS; ++k) {
+            place = _mm256_subs_epi8(place, sixteen);
+            found[k % 2] = _mm256_xor_si256(found[k % 2], _mm256_shuffle_epi8(part[k], place));
+        }
+        return _mm256_xor_si256(found[0], found[1]);
+    }
+    Octets operator()(Octets i) const {
+        Octets found;
+        for (int h = 0; h < 2; ++h) {
+            found.half[h] = from<SIZE < 128 ? SIZE / 16 : 8>(part, i.half[h]);
+            if (SIZE == 256) found.half[h] = _mm256_xor_si256(found.half[h], from<8>(part + SIZE / 32, _mm256_xor_si256(i.half[h], _mm256_set1_epi8((char)0x80))));
+        }
+        return found;
+    }
+};
+
+static inline Numbers numbers_at(const uint8_t *p) {
+    Numbers n;
+    for (int h = 0; h < 2; ++h) {
+        const __m256i two = _mm256_loadu_si256((const __m256i *)p + h);
+        n.even[h] = _mm256_and_si256(two, _mm256_set1_epi16(255)), n.odd[h] = _mm256_srli_epi16(two, 8);
+    }
+    return n;
+}
+static inline Pairs interleaved(Octets low, Octets high) {
+    Pairs w;
+    for (int h = 0; h < 2; ++h) w.even[h] = _mm256_unpacklo_epi8(low.half[h], high.half[h]), w.odd[h] = _mm256_unpackhi_epi8(low.half[h], high.half[h]);
+    return w;
+}
+
+static inline __m256i dot(__m256i even, __m256i odd, const __m256i *x) {
+    return _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(x)), _mm256_madd_epi16(odd, _mm256_loadu_si256(x + 1)));
+}
+static inline Int dot(Pairs w, const int8_t *x) { return {dot(w.even[0], w.odd[0], (const __m256i *)x), dot(w.even[1], w.odd[1], (const __m256i *)x + 2)}; }
+#define PAIR_SUMS 1
+static inline void dots(Pairs w, const int8_t *x, Int *sums) { sums[0] = dot(w, x); }
+
+#define LARGEST_AS_BYTES 32767
+static inline void store_integers(const Int *integer, bool, int8_t *to) {
+    for (int h = 0; h < 2; ++h) {
+        const Int a = integer[2 * h], b = integer[2 * h + 1];
+        __m256 four[4];  // columns 0 to 3 and 16 to 19, and so on
+        four[0] = _mm256_castsi256_ps(_mm256_permute2x128_si256(a.a, b.a, 0x20)), four[1] = _mm256_castsi256_ps(_mm256_permute2x128_si256(a.a, b.a, 0x31));
+        four[2] = _mm256_castsi256_ps(_mm256_permute2x128_si256(a.b, b.b, 0x20)), four[3] = _mm256_castsi256_ps(_mm256_permute2x128_si256(a.b, b.b, 0x31));
+        const __m256 even[2] = {_mm256_shuffle_ps(four[0], four[1], 0x88), _mm256_shuffle_ps(four[2], four[3], 0x88)};
+        const __m256 odd[2] = {_mm256_shuffle_ps(four[0], four[1], 0xdd), _mm256_shuffle_ps(four[2], four[3], 0xdd)};
+        _mm256_storeu_si256((__m256i *)to + 2 * h, _mm256_packs_epi32(_mm256_castps_si256(even[0]), _mm256_castps_si256(even[1])));
+        _mm256_storeu_si256((__m256i *)to + 2 * h + 1, _mm256_packs_epi32(_mm256_castps_si256(odd[0]), _mm256_castps_si256(odd[1])));
+    }
+}
+
+#endif
