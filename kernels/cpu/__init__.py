@@ -50,7 +50,10 @@ def _tiled(compiled: CDLL, layer: PackedLinear, seen: View, x_NI: Tensor) -> Ten
     if seen.order_I is not None:
         x_NI = x_NI[:, seen.order_I]
     if layer.rotation is not None:
-        x_NI = layer.rotation.turn(x_NI)
+        x_NI = x_NI.contiguous()
+        turned_NI = torch.empty_like(x_NI)
+        compiled.turn(seen.address, x_NI.data_ptr(), len(x_NI), turned_NI.data_ptr(), torch.get_num_threads())
+        x_NI = turned_NI
     rows = max(1, TILE_WEIGHTS // layer.in_features // LONGEST) * LONGEST  # whole vectors of any length
     out_NO = x_NI.new_empty(len(x_NI), layer.out_features)
     scale_I = seen.tensors.get("column_scale")

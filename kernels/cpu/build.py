@@ -167,8 +167,9 @@ def _load(path: Path) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.product.argtypes = [pointer, pointer, number, pointer, number]
     loaded.decode.argtypes = [pointer, number, number, pointer, number]
+    loaded.turn.argtypes = [pointer, pointer, number, pointer, number]
     loaded.step.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
     loaded.compare.argtypes = [pointer, pointer, number, number, pointer, number]
-    for function in (loaded.product, loaded.decode, loaded.step, loaded.compare):
+    for function in (loaded.product, loaded.decode, loaded.turn, loaded.step, loaded.compare):
         function.restype = None
     return loaded

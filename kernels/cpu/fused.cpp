@@ -37,6 +37,18 @@ void decode(const Layer *layer, int64_t first, int64_t count, float *out, int64_
     }
 }
 
+// Inputs [count, columns] as a layer's rotation turns them.
+void turn(const Layer *layer, const float *x, int64_t count, float *out, int64_t threads) {
+    const int64_t columns = layer->columns;
+#pragma omp parallel num_threads((int)threads)
+    {
+        Arena arena;
+        float *half = arena.take<float>(columns);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; ++i) turn_one(*layer, x + i * columns, out + i * columns, half);
+    }
+}
+
 // Logits [batch, vocabulary] behind one token of every sequence, at `position`, and the likeliest next tokens.
 void step(const Model *model, const int64_t *ids, int64_t batch, int64_t position, float *logits, int64_t *next, int64_t threads) {
     Token(*model, batch, position, threads)(ids, logits, next);

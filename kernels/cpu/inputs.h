@@ -126,7 +126,7 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
         float *half = arena.take<float>(width);
         copy = arena.take<float>(batch * width);
         for (int64_t b = 0; b < batch; ++b) {
-            turn(l, x + b * stride, copy + b * width, half);
+            turn_one(l, x + b * stride, copy + b * width, half);
             memset(copy + b * width + l.columns, 0, sizeof(float) * (size_t)(width - l.columns));
         }
         in.x = copy;

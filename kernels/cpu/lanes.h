@@ -152,11 +152,13 @@ static inline float sum(Vec v) {
     return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
 
+static inline __m256 first_of_eight(const float *p, int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane));
+}
 static inline Vec load(const float *p, int64_t n) {
     if (n >= 16) return load(p);
-    float copy[16] = {0};
-    memcpy(copy, p, sizeof(float) * (size_t)n);
-    return load(copy);
+    return {first_of_eight(p, n), first_of_eight(p + 8, n - 8)};
 }
 static inline Vec plus(Vec a, Vec b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
 static inline Vec minus(Vec a, Vec b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
@@ -183,7 +185,10 @@ static inline float largest(Vec a) {
 static inline Int nearest(Vec a) { return {_mm256_cvtps_epi32(a.a), _mm256_cvtps_epi32(a.b)}; }
 
 static inline void sums(const Vec *v, float *four) {
-    for (int k = 0; k < 4; ++k) four[k] = sum(v[k]);
+    __m256 half[4];
+    for (int k = 0; k < 4; ++k) half[k] = _mm256_add_ps(v[k].a, v[k].b);
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(four, _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
 }
 
 // Eight codes are at most sixteen bytes (of sixteen bits each): those of a code are put into a lane, and shifted.

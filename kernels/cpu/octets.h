@@ -145,9 +145,18 @@ struct UnpackBytes {
         for (int h = 0; h < 2; ++h) half(p, h, n.even + h, n.odd + h);
         return n;
     }
+    // For words.
     Octets operator()(const uint8_t *p, int64_t left) const {
-        const Numbers n = numbers(p, left);
         Octets o;
+        if (bits == 4 && left >= reach) {  // eight bytes twice, in front their lower halves and behind them their upper ones
+            const __m256i twice = _mm256_setr_epi64x(0x0706050403020100, 0x0706050403020100, 0x0f0e0d0c0b0a0908, 0x0f0e0d0c0b0a0908), halves = _mm256_setr_epi64x(0, 4, 0, 4);
+            for (int h = 0; h < 2; ++h) {
+                const __m256i raw = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p + h));
+                o.half[h] = _mm256_and_si256(_mm256_srlv_epi64(_mm256_shuffle_epi8(raw, twice), halves), _mm256_set1_epi8(15));
+            }
+            return o;
+        }
+        const Numbers n = numbers(p, left);
         for (int h = 0; h < 2; ++h) o.half[h] = _mm256_or_si256(n.even[h], _mm256_slli_epi16(n.odd[h], 8));
         return o;
     }

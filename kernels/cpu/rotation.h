@@ -20,7 +20,7 @@ struct Hadamard16 {
 };
 
 // y [columns] of x; `half` has room for as many.
-static void turn(const Layer &l, const float *x, float *y, float *half) {
+static void turn_one(const Layer &l, const float *x, float *y, float *half) {
     const int64_t power = l.columns & -l.columns, parts = l.columns / power;
     const float by = 1 / sqrtf((float)power);
     float *to = parts > 1 ? half : y;

@@ -348,7 +348,7 @@ static inline Way way_of(const Layer &l, int64_t batch) {
     if (l.dense) return DENSE;
     if (l.window) return PATHS_WAY;
     if (l.uniform && l.bits <= 8 && (is_even(l) || l.group % 4 == 0)) return BYTES_WAY;
-    if (batch > 2) return FLOATS;
+    if (batch > (WIDE ? 2 : 8)) return FLOATS;  // two at once: of more inputs a panel is decoded once
     // A lookup among 256 takes AVX2 thirty instructions, for thirty-two codes: vectors of many rows are loaded sooner.
     const bool loads = l.bits > (WIDE ? 8 : 6) && l.bits <= 14 && l.dim >= 4 && is_even(l);
     if (loads && l.entries && (!WIDE || l.dim == 4)) return LOADED_WAY;

@@ -32,9 +32,9 @@ static inline uint32_t code_at(const uint32_t *stream, int64_t index, int64_t bi
     return (uint32_t)(two >> shift) & ((1u << bits) - 1);
 }
 
-// Sixteen at a time; `to` has room for whole vectors.
-static inline void converted(const uint16_t *from, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i += LANES) store(to + i, halves(from + i, count - i));
+// Sixteen at a time, of the `left` that there are; `to` has room for whole vectors.
+static inline void converted(const uint16_t *from, int64_t count, int64_t left, float *to) {
+    for (int64_t i = 0; i < count; i += LANES) store(to + i, halves(from + i, left - i));
 }
 
 static void mapped(const uint8_t *code, const float *map, float size, float offset, int64_t count, float *to) {
@@ -50,9 +50,9 @@ static void mapped(const uint8_t *code, const float *map, float size, float offs
 
 // What the values of every group of a row are multiplied by, and what is added to them, where `has_shift`; there is room for whole vectors.
 static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
-    const int64_t first = row * l.groups;
+    const int64_t first = row * l.groups;  // what is behind the last one of the row is read, and not used
     if (l.half) {
-        converted(l.half + first, l.groups, scale);
+        converted(l.half + first, l.groups, l.rows * l.groups - first, scale);
     } else {
         int64_t step = first / l.per_step, left = (step + 1) * l.per_step - first;  // one division a row, none a scale
         for (int64_t g = 0; g < l.groups; ++step, left = l.per_step) {
@@ -67,7 +67,7 @@ static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
         }
     }
     if (l.minima) {
-        converted(l.minima + first, l.groups, shift);
+        converted(l.minima + first, l.groups, l.rows * l.groups - first, shift);
     } else if (l.zeros) {
         for (int64_t g = 0; g < l.groups; ++g) shift[g] = -scale[g] * (float)code_at(l.zeros, first + g, l.bits);
     }
