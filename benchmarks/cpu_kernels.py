@@ -25,6 +25,8 @@ FORMATS = TYPICAL | {
     "2x16 (2 bits)": dict(format="codebook", dim=2, index_bits=4, block=64),
     "8x256 (1 bit)": dict(format="codebook", dim=8, index_bits=8, block=64),
     "4x4096 (3 bits)": dict(format="codebook", dim=4, index_bits=12, block=64),
+    "trellis, 3 bits": dict(format="trellis", bits=3, dim=1, window=12, rotated=True),
+    "trellis, 3.5 bits": dict(format="trellis", bits=7, dim=2, window=12, rotated=True),
 }
 
 

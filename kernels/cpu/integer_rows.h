@@ -59,8 +59,12 @@ template <bool EVEN> struct Bytes : Rows {
                 _mm_prefetch((const char *)codes + r * bytes + at + AHEAD, _MM_HINT_T0);
                 const Numbers code = unpack.numbers(codes + r * bytes + at, unpack.bytes(present - r * bytes - at));
                 UNROLL for (int k = 0; k < B; ++k) {
-                    const Vec by = EVEN ? all(factor[(r * B + k) * apart + c]) : times(in.under(tile.scale + (first + r) * tile.each, c), all(steps[k * apart + c]));
-                    total[r][k] = fma(number(dot(code, x + k * stride)), by, total[r][k]);
+                    if (EVEN) {
+                        total[r][k] = added(total[r][k], code, x + k * stride, factor[(r * B + k) * apart + c]);
+                    } else {
+                        const Vec by = times(in.under(tile.scale + (first + r) * tile.each, c), all(steps[k * apart + c]));
+                        total[r][k] = fma(number(dot(code, x + k * stride)), by, total[r][k]);
+                    }
                 }
             }
         UNROLL for (int r = 0; r < R; ++r) UNROLL for (int k = 0; k < B; ++k) store(start + (r * B + k) * LANES, total[r][k]);

@@ -68,6 +68,9 @@ static inline Int dot(Numbers n, const int8_t *x) {
 static inline Int dot(Pairs w, const int8_t *x) {
     return _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(_mm512_setzero_si512(), w.early, _mm512_loadu_si512(x)), w.late, _mm512_loadu_si512(x + 64));
 }
+// total + by * (their products), where it does not matter in which lane.
+static inline Vec added(Vec total, Numbers n, const int8_t *x, float by) { return fma(number(dot(n, x)), all(by), total); }
+
 #define PAIR_SUMS 2  // vectors of sums of words, where groups end within a block
 static inline void dots(Pairs w, const int8_t *x, Int *sums) {
     sums[0] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), w.early, _mm512_loadu_si512(x));
@@ -210,6 +213,10 @@ static inline __m256i dot(__m256i even, __m256i odd, const __m256i *x) {
     return _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(x)), _mm256_madd_epi16(odd, _mm256_loadu_si256(x + 1)));
 }
 static inline Int dot(Pairs w, const int8_t *x) { return {dot(w.even[0], w.odd[0], (const __m256i *)x), dot(w.even[1], w.odd[1], (const __m256i *)x + 2)}; }
+static inline Vec added(Vec total, Numbers n, const int8_t *x, float by) {  // eight products of numbers are a sum of 32 bits too
+    const Int sum = dot(n, x);
+    return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sum.a, sum.b)), _mm256_set1_ps(by), total.a), total.b};
+}
 #define PAIR_SUMS 1
 static inline void dots(Pairs w, const int8_t *x, Int *sums) { sums[0] = dot(w, x); }
 

@@ -118,7 +118,7 @@ struct Paths : Rows {
         const int8_t *x = in.integers + b * stride;
         for (int64_t c = 0; c < blocks; ++c, level += BLOCK, x += 2 * BLOCK) {
             const Numbers weights = numbers_at(level);
-            UNROLL for (int k = 0; k < B; ++k) total[k] = fma(number(dot(weights, x + k * stride)), all(factor[k * apart + c]), total[k]);
+            UNROLL for (int k = 0; k < B; ++k) total[k] = added(total[k], weights, x + k * stride, factor[k * apart + c]);
         }
         UNROLL for (int k = 0; k < B; ++k) store(start + k * LANES, total[k]);
     }
