@@ -53,11 +53,12 @@ class Measure:
     log: bool = False
     zero: bool = False
     interval: bool = False  # whether there are columns with the endings _lo and _hi
+    least: float = 0.0  # what the axis spans at least: rows of one budget differ by what it left over, and by no more
 
 
 # What a point stands against; the last two exist where memory and latency were measured.
 AGAINST = (
-    Measure("stored_bpw", "stored bits per weight"),
+    Measure("stored_bpw", "stored bits per weight", least=0.5),
     Measure("resident_gib", "resident GiB", zero=True),
     Measure("decode_tok_s_b1", "tokens per second, one sequence", zero=True),
 )
@@ -88,8 +89,12 @@ def _scales(series: Mapping[str, str]) -> tuple[Spec, Spec]:
     return colours, {"domain": list(series), "range": dashes}
 
 
-def _axis(measure: Measure) -> Spec:
-    scale = {"type": "log"} if measure.log else {"zero": measure.zero}
+def _axis(measure: Measure, rows: Sequence[Mapping[str, Any]] = ()) -> Spec:
+    scale: Spec = {"type": "log"} if measure.log else {"zero": measure.zero}
+    numbers = [number for row in rows if isinstance(number := row.get(measure.column), (int, float))]
+    if numbers and max(numbers) - min(numbers) < measure.least:
+        middle = (max(numbers) + min(numbers)) / 2
+        scale |= {"domain": [middle - measure.least / 2, middle + measure.least / 2]}
     return {"field": measure.column, "type": "quantitative", "title": measure.title, "scale": scale | {"padding": 12}}
 
 
@@ -97,7 +102,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], quality: Measure, against: Measure
     """`quality` of every one of `rows` with its interval, those of a series joined by a line over its budgets;
     `reference` is the uncompressed model's, where that is worth a line. Data `rows`."""
     colours, dashes = _scales(series_of(rows))
-    x, y = _axis(against), _axis(quality)
+    x, y = _axis(against, rows), _axis(quality)
     tooltip = [
         {"field": name, "title": title, "type": kind, **({"format": ".4g"} if kind == "quantitative" else {})}
         for name, title, kind in (
