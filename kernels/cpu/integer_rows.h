@@ -270,7 +270,7 @@ template <int D> struct Loaded : Rows {
             const int EACH = 32 / D;  // columns at once
             for (int first = 0; first < BLOCK; first += EACH) {
                 __m256i even, odd;
-                pairs((const int16_t *)l.entries, whole, first, &even, &odd);
+                pairs(l.entries, whole, first, &even, &odd);
                 const int16_t *of = x + first / 32 * 32 + first % 32 / 2;
                 UNROLL for (int k = 0; k < B; ++k) {
                     const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(even, spread(of + k * stride)), _mm256_madd_epi16(odd, spread(of + k * stride + 16)));

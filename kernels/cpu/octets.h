@@ -97,10 +97,10 @@ struct Octets { __m256i half[2]; };  // sixty-four bytes; for words the even col
 struct Pairs { __m256i even[2], odd[2]; };  // words of thirty-two columns
 typedef Pairs Numbers;
 
-// Sixteen columns are at most sixteen bytes, a lane of a register. A code is in two bytes at most: these are put into a word, the code shifted
-// to its top by a multiplication, and back to its bottom.
 #define COPIED 80  // bytes that a block may reach for
 
+// Sixteen columns are at most sixteen bytes, a lane of a register. A code is in two bytes at most: these are put into a word, the code shifted
+// to its top by a multiplication, and back to its bottom.
 struct UnpackBytes {
     __m256i at[2], up[2];
     int64_t bits, reach;

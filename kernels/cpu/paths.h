@@ -73,8 +73,8 @@ class Path {
         const __m256i mask = _mm256_set1_epi16((short)kept), high = _mm256_set1_epi16((short)0xff00);
         const __m256i multiplier[2] = {_mm256_set1_epi16((short)l.first), _mm256_set1_epi16((short)l.second)};
         const __m128i bits = _mm_cvtsi64_si128(l.bits);
-        uint8_t copy[8][COPIED];
-        const uint8_t *from[8];
+        uint8_t copy[TILE][COPIED];
+        const uint8_t *from[TILE];
         for (int64_t c = 0, at = 0; c < stride; c += BLOCK, at += step) {
             for (int64_t i = 0; i < count; ++i) prefetch(codes + i * apart + at + AHEAD / 8, step), from[i] = unpack.readable(codes + i * apart + at, bytes - i * apart - at, copy[i]);
             for (int h = 0; h < 2; ++h) {
@@ -103,7 +103,7 @@ class Path {
         for (int64_t u = v > reach ? v - reach : 0; u < v; ++u) pass<0>(u, 1, nullptr);
     }
 
-    // Levels of the rows of `count` vectors, at most eight; v is where the last ones ended.
+    // Levels of the rows of `count` vectors, at most TILE; v is where the last ones ended.
     void next(int64_t v, int64_t count, uint8_t *out) {
         if (l.dim == 1) pass<1>(v, count, out);
         else pass<2>(v, count, out);

@@ -3,7 +3,7 @@
 //   BYTES_WAY   codes that are numbers, at most eight bits: times 16-bit inputs, summed as integers
 //   WORDS_WAY   tables of few entries, looked up by shuffles: 15-bit entries times 16-bit inputs, summed as integers
 //   LOADED_WAY  larger tables of vectors of four rows (with AVX2 of eight too): the same, entries loaded whole
-//   ENTRIES     others of vectors of four or eight rows (AVX-512): entries loaded whole, and multiplied as fp32 in the order in which they lie
+//   ENTRIES     those of vectors of eight rows (AVX-512): entries loaded whole, and multiplied as fp32 in the order in which they lie
 //   PATHS_WAY   trellis codes: decoded to a row of bytes, and multiplied like the first
 //   DENSE       uncompressed weights
 //   FLOATS      everything else: decoded to fp32 in registers, or a panel at a time for many inputs
@@ -214,24 +214,16 @@ static Int lanes_of(int k, int d) {
     return octets(of_lane);
 }
 
-// Entries of D fp16 values, D = 4 or 8, taken 16 / D at a time: a lane is a row of the vector, in every D-th one the same, and inputs are
+// Entries of eight fp16 values, taken two at a time: a lane is a row of the vector, in every eighth one the same, and inputs are
 // spread to match. A load for every code is what this costs; gathering the same entries place by place takes more than twice the time.
-template <int D> struct Entries : Rows {
-    // 16 / D entries, of codes from `first` on, of the four that begin at `four`.
+struct Entries : Rows {
+    enum { D = 8 };
+    // Two entries, of codes from `first` on, of the four that begin at `four`.
     static Vec entries(const uint16_t *table, uint64_t four, int first, int64_t bits) {
         uint64_t at[4];
         for (int k = 0; k < LANES / D; ++k) at[k] = four >> ((first + k) * bits) & ((1u << bits) - 1);
-        __m256i half;
-        if (D == 4) {
-            const long long *e = (const long long *)table;
-            const __m128i low = _mm_unpacklo_epi64(_mm_cvtsi64_si128(e[at[0]]), _mm_cvtsi64_si128(e[at[1]]));
-            const __m128i high = _mm_unpacklo_epi64(_mm_cvtsi64_si128(e[at[2]]), _mm_cvtsi64_si128(e[at[3]]));
-            half = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-        } else {
-            const __m128i *e = (const __m128i *)table;
-            half = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(e + at[0])), _mm_loadu_si128(e + at[1]), 1);
-        }
-        return _mm512_cvtph_ps(half);
+        const __m128i *e = (const __m128i *)table;
+        return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(e + at[0])), _mm_loadu_si128(e + at[1]), 1));
     }
 
     template <int B> void few(int64_t first_input, int64_t begin, int64_t end) const {
@@ -353,7 +345,7 @@ static inline Way way_of(const Layer &l, int64_t batch) {
     const bool loads = l.bits > (WIDE ? 8 : 6) && l.bits <= 14 && l.dim >= 4 && is_even(l);
     if (loads && l.entries && (!WIDE || l.dim == 4)) return LOADED_WAY;
     if (l.fixed && (WIDE || l.bits <= 6 || l.dim <= 2) && (is_even(l) || l.group % (4 / PAIR_SUMS) == 0)) return WORDS_WAY;
-    if (WIDE && loads && l.half_table) return ENTRIES;
+    if (WIDE && loads && l.dim == 8 && l.half_table) return ENTRIES;
     return FLOATS;
 }
 
@@ -390,8 +382,10 @@ template <int SIZE, int D> static void words(const Rows &rows, int64_t begin, in
 }
 
 template <int D> static void words(const Rows &rows, int64_t begin, int64_t end) {
-    if (!WIDE && rows.l.bits <= 4) return words<WIDE ? 64 : 16, D>(rows, begin, end);
-    if (!WIDE && rows.l.bits == 5) return words<WIDE ? 64 : 32, D>(rows, begin, end);
+    if constexpr (!WIDE) {
+        if (rows.l.bits <= 4) return words<16, D>(rows, begin, end);
+        if (rows.l.bits == 5) return words<32, D>(rows, begin, end);
+    }
     if (rows.l.plane == 64) return words<64, D>(rows, begin, end);
     if constexpr (WIDE || D <= 2) {
         if (rows.l.plane == 128) return words<128, D>(rows, begin, end);
@@ -431,8 +425,7 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
         break;
 #if WIDE
     case ENTRIES:
-        if (l.dim == 4) Entries<4>{rows}(begin, end);
-        else Entries<8>{rows}(begin, end);
+        Entries{rows}(begin, end);
         break;
 #endif
     default:
