@@ -26,7 +26,7 @@ WITH_LINKS = [
     *(page for folder in COMMITTED for page in ROOT.glob(f"results/{folder}/**/README.md")),
 ]
 MANUAL = ROOT / "docs" / "columns.md"
-PROTOCOL = r"[\w:-]+@\d+(/\d+)?"
+PROTOCOL = r"[\w:-]+@\d+(/\d+)?(\+bos)?"
 
 
 def _name(page: Path) -> str:
