@@ -14,7 +14,7 @@ extern "C" {
 // y [batch, rows] of x [batch, columns].
 void product(const Layer *layer, const float *x, int64_t batch, float *y, int64_t threads) {
     const Layer &l = *layer;
-    const int64_t count = vectors(l), shares = l.rows * l.columns * batch <= ALONE ? 1 : threads, share = chunk(count, l.columns * l.dim * batch, shares);
+    const int64_t count = l.vectors, shares = l.rows * l.columns * batch <= ALONE ? 1 : threads, share = chunk(count, l.columns * l.dim * batch, shares);
     Team team(shares, 1);
 #pragma omp parallel num_threads((int)shares)
     {

@@ -11,8 +11,10 @@
 struct Under {
     int32_t *first;
     uint8_t *behind;
+    bool own;  // each is under a scale of its own
 
     void make(const Layer &l, int64_t width, int64_t lanes, Arena &arena) {
+        own = width == l.group;
         first = arena.take<int32_t>(lanes / LANES);
         behind = arena.take<uint8_t>(lanes);
         int64_t g = 0, next = l.group;
@@ -23,13 +25,16 @@ struct Under {
         }
     }
     // Of lanes 16 v to 16 v + 15: `values` is [groups] of one row, and may be read for fifteen more.
-    Vec operator()(const float *values, int64_t v) const { return Register(values + first[v]).at(octets(behind + v * LANES)); }
+    Vec operator()(const float *values, int64_t v) const {
+        if (own) return load(values + v * LANES);
+        return Register(values + first[v]).at(octets(behind + v * LANES));
+    }
 };
 
 struct Inputs {
     int64_t batch, stride, blocks;  // columns padded to whole blocks of 64; blocks padded to whole vectors
     const float *x;                 // [batch, stride], in the order of the codes; what integers stand for, where there are any
-    const float *sums;              // [batch, groups]: of the inputs under every scale, where rows have shifts; or times minus the centre
+    const float *sums;              // [batch, room]: of the inputs under every scale, where rows have shifts; or times minus the centre; zeros behind
     const float *lowrank;           // [batch, rank]: right @ x, scaled so that what is left to do is a sum over left's codes
     const int8_t *integers;         // [batch, stride / 64, 128]: 16-bit integers, in the form of octets.h
     const float *step;              // [batch, blocks]: what a block's integers are multiplied by
@@ -158,9 +163,9 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
     if (as_bytes || way == WORDS_WAY || way == LOADED_WAY) to_integers(in, in.x, as_bytes, arena);
     const bool centred = as_bytes && l.centre != 0;
     if (has_shift(l) || centred) {
-        float *sums = arena.take<float>(batch * l.groups);
+        float *sums = arena.zeros<float>(batch * room(l));
         for (int64_t b = 0; b < batch; ++b)
-            for (int64_t g = 0; g < l.groups; ++g) sums[b * l.groups + g] = sum_of(in.x + b * width + g * l.group, columns_under(l, g)) * (centred ? -(float)l.centre : 1.0f);
+            for (int64_t g = 0; g < l.groups; ++g) sums[b * room(l) + g] = sum_of(in.x + b * width + g * l.group, columns_under(l, g)) * (centred ? -(float)l.centre : 1.0f);
         in.sums = sums;
     }
 }

@@ -15,7 +15,7 @@ struct Tile {
     int64_t each;
 
     Tile(const Layer &l, const Inputs &in, int64_t most_inputs, Arena &arena) : each(room(l)) {
-        scale = arena.take<float>(TILE * each), shift = arena.take<float>(TILE * each);
+        scale = arena.zeros<float>(TILE * each), shift = arena.zeros<float>(TILE * each);  // what is behind a row's own is multiplied with zeros
         factor = arena.take<float>(TILE * most_inputs * in.blocks), start = arena.take<float>(TILE * most_inputs * LANES);
     }
     // `count` rows from the scales of the first on, times inputs b to b + B - 1.
@@ -28,7 +28,7 @@ struct Tile {
             for (int k = 0; k < B; ++k) {
                 Vec sums = zero();
                 const float *shift = has_shift(l) ? this->shift : scale;  // a centre is in the sums
-                for (int64_t g = 0; in.sums && g < l.groups; g += LANES) sums = fma(load(shift + r * each + g, l.groups - g), load(in.sums + (b + k) * l.groups + g, l.groups - g), sums);
+                for (int64_t g = 0; in.sums && g < each; g += LANES) sums = fma(load(shift + r * each + g), load(in.sums + (b + k) * each + g), sums);
                 store(start + (r * B + k) * LANES, sums);
             }
         }

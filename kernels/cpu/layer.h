@@ -10,8 +10,8 @@ typedef struct {
     int64_t rows, columns;       // of the weight
     int64_t bits, dim;           // of a code; weights to a code: consecutive rows of one column
     int64_t uniform;             // whether a code is its own value
-    int64_t words;               // 32-bit words in a row of codes
-    const uint32_t *codes;       // [ceil(rows / dim), words]
+    int64_t words, vectors;      // 32-bit words in a row of codes, and how many such rows there are, ceil(rows / dim)
+    const uint32_t *codes;       // [vectors, words]
     const float *table;          // fp32 [2**bits, dim], unless uniform
     const uint16_t *half_table;  // the same in fp16, where that is exact
     const uint8_t *planes;       // the same [dim, 2, plane]: low bytes, high bytes, repeated up to 64, 128 or 256

@@ -99,7 +99,7 @@ class Token {
 
     // A stage is done. Until the others are, the first bytes of the thread's share of the next layer are on their way.
     void finished(int64_t thread, const Layer &after) {
-        const int64_t row = after.dense ? after.columns * (after.dense_kind == FP32 ? 4 : 2) : 4 * after.words, count = vectors(after);
+        const int64_t row = after.dense ? after.columns * (after.dense_kind == FP32 ? 4 : 2) : 4 * after.words, count = after.vectors;
         const uint8_t *codes = after.dense ? (const uint8_t *)after.dense : (const uint8_t *)after.codes;
         const int64_t begin = team.first(thread, count) * row, left = count * row - begin;
         prefetch(codes + begin, left < AHEAD ? left : AHEAD);
@@ -109,7 +109,7 @@ class Token {
     void rows_of(int64_t stage, int64_t thread, const Layer &l, const float *x, float *y, const Layer &after, Arena &arena) {
         Inputs in;
         prepare(l, x, l.columns, batch, arena, in);
-        const int64_t count = vectors(l), share = chunk(count, l.columns * l.dim * batch, threads);
+        const int64_t count = l.vectors, share = chunk(count, l.columns * l.dim * batch, threads);
         team.share(stage, (count + share - 1) / share, thread, [&](int64_t t) { multiply({l, in, y, l.rows, arena}, t * share, (t + 1) * share < count ? (t + 1) * share : count); });
         finished(thread, after);
     }

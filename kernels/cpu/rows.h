@@ -39,7 +39,7 @@ static float low_rank(const Layer &l, int64_t o, const float *inputs) {
 }
 
 // Bytes from the codes of vector v to the end of all codes. What is read behind a row's own is multiplied with nothing.
-static inline int64_t codes_left(const Layer &l, int64_t v) { return 4 * l.words * ((l.rows + l.dim - 1) / l.dim - v); }
+static inline int64_t codes_left(const Layer &l, int64_t v) { return 4 * l.words * (l.vectors - v); }
 
 struct Rows {
     const Layer &l;
@@ -53,11 +53,8 @@ struct Rows {
         if (l.row_scale) value *= wide(l.row_scale[o]);
         y[b * stride + o] = value + (l.bias ? wide(l.bias[o]) : 0.0f);
     }
-    float shifted(int64_t b, const float *shift) const { return in.sums ? dot(shift, in.sums + b * l.groups, l.groups) : 0; }
+    float shifted(int64_t b, const float *shift) const { return in.sums ? dot(shift, in.sums + b * room(l), l.groups) : 0; }
 };
-
-// Scales and shifts of a row, as whole vectors.
-static inline int64_t room(const Layer &l) { return (l.groups + LANES - 1) / LANES * LANES; }
 
 // Of the rows of vector v, [dim, room]; those behind the last row are zero.
 static void load_scales(const Layer &l, int64_t v, float *scale, float *shift) {
@@ -435,8 +432,6 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
     }
     rows.arena.back(mark);
 }
-
-static int64_t vectors(const Layer &l) { return l.dense ? l.rows : (l.rows + l.dim - 1) / l.dim; }
 
 // The base of rows [first, first + count), fp32 [count, columns], shared out to the threads of a parallel region.
 static void decode_base(const Layer &l, int64_t first, int64_t count, float *out, Arena &arena) {

@@ -10,6 +10,7 @@ static inline int64_t columns_under(const Layer &l, int64_t g) {  // scale g of 
     return l.columns - g * l.group < l.group ? l.columns - g * l.group : l.group;
 }
 static inline bool is_even(const Layer &l) { return l.groups == 1 || l.group % BLOCK == 0; }  // a block lies under one scale
+static inline int64_t room(const Layer &l) { return (l.groups + LANES - 1) / LANES * LANES; }  // scales of a row, as whole vectors
 static inline bool has_shift(const Layer &l) { return l.minima || l.zeros; }
 
 static inline float wide(uint16_t half) { return _cvtsh_ss(half); }
@@ -48,6 +49,24 @@ static void mapped(const uint8_t *code, const float *map, float size, float offs
     for (; i < count; ++i) to[i] = __builtin_fmaf(map ? map[code[i]] : (float)code[i], size, offset);
 }
 
+// Minus scale times zero, of `count` zeros from number `first` of the stream on: eight codes are at most as many bytes.
+static void shifts_of(const Layer &l, int64_t first, int64_t count, const float *scale, float *shift) {
+    const int64_t bits = l.bits, bytes = (l.rows * l.groups * bits + 31) / 32 * 4;
+    const __m256i mask = _mm256_set1_epi32((1 << bits) - 1), step = _mm256_set1_epi64x(bits);  // places of codes 0, 1, 4, 5, and of 2, 3, 6, 7
+    const __m256i early = _mm256_mul_epu32(step, _mm256_setr_epi64x(0, 1, 4, 5)), late = _mm256_mul_epu32(step, _mm256_setr_epi64x(2, 3, 6, 7));
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    int64_t i = 0;
+    for (int64_t bit = first * bits; i < count && bit / 8 + 8 <= bytes; i += 8, bit += 8 * bits) {
+        uint64_t eight;
+        memcpy(&eight, (const uint8_t *)l.zeros + bit / 8, 8);
+        const __m256i all = _mm256_set1_epi64x((long long)(eight >> bit % 8));
+        const __m256 code = _mm256_shuffle_ps(_mm256_castsi256_ps(_mm256_srlv_epi64(all, early)), _mm256_castsi256_ps(_mm256_srlv_epi64(all, late)), 0x88);
+        const __m256 zero = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_castps_si256(code), mask));
+        _mm256_storeu_ps(shift + i, _mm256_xor_ps(sign, _mm256_mul_ps(_mm256_loadu_ps(scale + i), zero)));
+    }
+    for (; i < count; ++i) shift[i] = -scale[i] * (float)code_at(l.zeros, first + i, bits);
+}
+
 // What the values of every group of a row are multiplied by, and what is added to them, where `has_shift`; there is room for whole vectors.
 static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
     const int64_t first = row * l.groups;  // what is behind the last one of the row is read, and not used
@@ -69,6 +88,6 @@ static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
     if (l.minima) {
         converted(l.minima + first, l.groups, l.rows * l.groups - first, shift);
     } else if (l.zeros) {
-        for (int64_t g = 0; g < l.groups; ++g) shift[g] = -scale[g] * (float)code_at(l.zeros, first + g, l.bits);
+        shifts_of(l, first, l.groups, scale, shift);
     }
 }

@@ -35,6 +35,7 @@ class Layer(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("uniform", ctypes.c_int64),
         ("words", ctypes.c_int64),
+        ("vectors", ctypes.c_int64),
         ("codes", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         ("half_table", ctypes.c_void_p),
@@ -118,7 +119,8 @@ def structure(rows: int, columns: int, numbers: Mapping[str, float], tensors: Ma
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     assert tensors.keys() | numbers.keys() <= {field[0] for field in Layer._fields_}
     pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    return Layer(rows=rows, columns=columns, **numbers, **pointers)
+    vectors = -(-rows // int(numbers["dim"]))
+    return Layer(rows=rows, columns=columns, vectors=vectors, **numbers, **pointers)
 
 
 def view(layer: PackedLinear) -> View:
