@@ -11,10 +11,10 @@
 struct Under {
     int32_t *first;
     uint8_t *behind;
-    bool own;  // each is under a scale of its own
+    bool own;  // lanes are blocks, each under a scale of its own; what those behind the last one get is not used
 
     void make(const Layer &l, int64_t width, int64_t lanes, Arena &arena) {
-        own = width == l.group;
+        own = width == BLOCK && l.group == BLOCK;
         first = arena.take<int32_t>(lanes / LANES);
         behind = arena.take<uint8_t>(lanes);
         int64_t g = 0, next = l.group;

@@ -436,7 +436,7 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
 // The base of rows [first, first + count), fp32 [count, columns], shared out to the threads of a parallel region.
 static void decode_base(const Layer &l, int64_t first, int64_t count, float *out, Arena &arena) {
     if (l.window) return decode_paths(l, first, count, out, arena);
-    Under under = {0, 0};
+    Under under = {};
     if (!is_even(l)) under.make(l, 1, padded(l.columns), arena);
     const int64_t width = padded(l.columns);
     float *scale = arena.take<float>(l.dim * room(l)), *shift = arena.take<float>(l.dim * room(l)), *row = arena.take<float>(l.dim * width);

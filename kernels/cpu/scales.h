@@ -52,15 +52,16 @@ static void mapped(const uint8_t *code, const float *map, float size, float offs
 // Minus scale times zero, of `count` zeros from number `first` of the stream on: eight codes are at most as many bytes.
 static void shifts_of(const Layer &l, int64_t first, int64_t count, const float *scale, float *shift) {
     const int64_t bits = l.bits, bytes = (l.rows * l.groups * bits + 31) / 32 * 4;
-    const __m256i mask = _mm256_set1_epi32((1 << bits) - 1), step = _mm256_set1_epi64x(bits);  // places of codes 0, 1, 4, 5, and of 2, 3, 6, 7
+    const __m256i mask = _mm256_set1_epi32((1 << bits) - 1), step = _mm256_set1_epi64x(bits);
+    // Places of codes 0, 1, 4, 5, and of 2, 3, 6, 7: a shuffle of their lower halves is all eight in order.
     const __m256i early = _mm256_mul_epu32(step, _mm256_setr_epi64x(0, 1, 4, 5)), late = _mm256_mul_epu32(step, _mm256_setr_epi64x(2, 3, 6, 7));
     const __m256 sign = _mm256_set1_ps(-0.0f);
     int64_t i = 0;
     for (int64_t bit = first * bits; i < count && bit / 8 + 8 <= bytes; i += 8, bit += 8 * bits) {
         uint64_t eight;
         memcpy(&eight, (const uint8_t *)l.zeros + bit / 8, 8);
-        const __m256i all = _mm256_set1_epi64x((long long)(eight >> bit % 8));
-        const __m256 code = _mm256_shuffle_ps(_mm256_castsi256_ps(_mm256_srlv_epi64(all, early)), _mm256_castsi256_ps(_mm256_srlv_epi64(all, late)), 0x88);
+        const __m256i from_first = _mm256_set1_epi64x((long long)(eight >> bit % 8));
+        const __m256 code = _mm256_shuffle_ps(_mm256_castsi256_ps(_mm256_srlv_epi64(from_first, early)), _mm256_castsi256_ps(_mm256_srlv_epi64(from_first, late)), 0x88);
         const __m256 zero = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_castps_si256(code), mask));
         _mm256_storeu_ps(shift + i, _mm256_xor_ps(sign, _mm256_mul_ps(_mm256_loadu_ps(scale + i), zero)));
     }
@@ -69,7 +70,7 @@ static void shifts_of(const Layer &l, int64_t first, int64_t count, const float 
 
 // What the values of every group of a row are multiplied by, and what is added to them, where `has_shift`; there is room for whole vectors.
 static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
-    const int64_t first = row * l.groups;  // what is behind the last one of the row is read, and not used
+    const int64_t first = row * l.groups;  // behind the last one of the row there is anything: not used, or times zero
     if (l.half) {
         converted(l.half + first, l.groups, l.rows * l.groups - first, scale);
     } else {
