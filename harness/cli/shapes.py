@@ -4,7 +4,7 @@ models."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from harness.cli.request import Options
 from harness.cli.sheets import json_rows, print_json, print_sheet
 from harness.data.files import write_json
 from harness.measure import machine
-from harness.measure.end_to_end import random_model, uncompressed
+from harness.measure.end_to_end import borrowed_bytes, random_model, uncompressed
 from harness.measure.layers import product_times, random_group, vendor_group
 from harness.measure.measurement import measure
 from harness.model import Inventory, half_dtype, inventory, read_config, skeleton
 from harness.plan.allocation import BudgetError, uniform
+from harness.plan.budgets import Budget
 from harness.progress import silent
 from harness.report.latency import (
     END_TO_END_COLUMNS,
@@ -38,6 +39,9 @@ from harness.report.table import write_csv
 from harness.store.results import Bench, ProductTime
 from kernels.formats.layer import LayerConfig
 from kernels.timing import bandwidth
+
+ROOM = 0.8  # of the free memory, where blocks are left out: prompts and caches need some
+BEYOND_CACHES = 2**28  # bytes that no cache holds from one token to the next
 
 
 @dataclass(frozen=True)
@@ -83,36 +87,33 @@ def time_models(models: Sequence[Shapes], arguments: Options, request: Request, 
     of the uncompressed model, which all others take turns with."""
     device = arguments.device
     torch.set_num_threads(arguments.bench_threads)
-    benches: list[tuple[str, str, float, Bench]] = []  # model, row, stored bits, what was found
+    # model, row, stored bits, blocks held, what was found
+    benches: list[tuple[str, str, float, int | None, Bench]] = []
     with machine.quiet(partial(say_waiting, console)):
         for name, config, stock in ((model.name, model.config, model.stock) for model in models):
             dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else half_dtype(config)))
             dense = dict.fromkeys((layer.name for layer in stock.layers), uncompressed(config))
-            load_reference = cache(partial(random_model, config, dense, device, dtype))
-            most = max((float(budget.bpw) for budget in request.budgets), default=16.0)
-            # Two models; the rest of each is made in fp32, before it is 16 bits.
-            need = (2 + most / 8) * stock.weights + 8 * stock.rest_weights
-            if device == "cpu" and need > machine.available_bytes():
-                raise ValueError(
-                    f"{name} uncompressed and compressed beside each other take {need / 2**30:.0f} GiB, more than is "
-                    "free: give smaller shapes to --end-to-end, or leave it out to time single products"
-                )
+            held = blocks_held(name, stock, request.budgets) if device == "cpu" else None
+            load_reference = cache(partial(random_model, config, dense, device, dtype, held))
             for row, shapes in (("fp16", None), *_uniform_rows(request, stock, console)):
                 console.print(f"{name}, {row}", style="dim")
-                load = load_reference
+                load, layers = load_reference, dense
                 if shapes is not None:
                     layers = {layer.name: shapes[layer.out_features, layer.in_features] for layer in stock.layers}
-                    load = cache(partial(random_model, config, layers, device, dtype))
+                    load = cache(partial(random_model, config, layers, device, dtype, held))
                 stored_bpw = load().ledger().stored_bpw  # before uncompressed layers become the device's own
                 reference = None if load is load_reference else load_reference
                 seconds = arguments.bench_seconds
                 found = measure(load, reference, device, dtype, seconds, silent, single_products=False)
-                benches.append((name, row, stored_bpw, found))
-    readable = best_bandwidth(bench for _, _, _, bench in benches)
+                taken = found.memory.resident_bytes + borrowed_bytes(stock, layers, held)
+                found = replace(found, memory=replace(found.memory, resident_bytes=taken))
+                benches.append((name, row, stored_bpw, held, found))
+    readable = best_bandwidth(bench for *_, bench in benches)
     rows: list[Row] = []
-    for name, row, stored_bpw, bench in benches:
+    for name, row, stored_bpw, held, bench in benches:
         values = bench_values(bench, readable)
         values |= {"model": name, "row": row, "stored_bpw": stored_bpw, "bytes_per_token": bench.bytes_per_token}
+        values |= {"blocks_held": held} if held else {}
         rows.append({**values, "processor": bench.machine.gpu or bench.machine.processor})
     folder = arguments.out or Path("results") / "end-to-end"
     write_csv(
@@ -120,10 +121,30 @@ def time_models(models: Sequence[Shapes], arguments: Options, request: Request, 
         list(END_TO_END_COLUMNS),
         [{k: v for k, v in row.items() if k in END_TO_END_COLUMNS} for row in rows],
     )
-    write_json(folder / "machine.json", benches[0][3].machine.to_json())
+    write_json(folder / "machine.json", benches[0][-1].machine.to_json())
     _print(rows, end_to_end_sheet(rows), folder, arguments.json)
     console.print(f"{folder}/end_to_end.csv", style="dim")
     return 0
+
+
+def blocks_held(name: str, stock: Inventory, budgets: Sequence[Budget]) -> int | None:
+    """How many blocks' bits memory has room for, uncompressed and compressed beside each other; None for all of them.
+    Raises ValueError where those would be read from a cache."""
+    most = max((float(budget.bpw) for budget in budgets), default=16.0)
+    free, blocks = machine.available_bytes(), len(stock.blocks)
+    rest = 8 * stock.rest_weights  # of either model made in fp32, before it is 16 bits
+    need = (2 + most / 8) * stock.weights
+    if rest + need <= free:
+        return None
+    held = int(ROOM * (free - rest) / (need / blocks))
+    least = min((float(budget.bpw) for budget in budgets), default=16.0)
+    if held < 1 or held * least / 8 * stock.weights / blocks < BEYOND_CACHES:
+        raise ValueError(
+            f"{name} uncompressed and compressed beside each other take {(rest + need) / 2**30:.0f} GiB, and too few "
+            f"of its {blocks} blocks find room in the {free / 2**30:.1f} GiB that are free: give smaller shapes to "
+            "--end-to-end, or leave it out to time single products"
+        )
+    return held
 
 
 def _print(rows: Sequence[Row], sheet: Sheet, folder: Path, as_json: bool) -> None:

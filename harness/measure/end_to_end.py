@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from harness.compressed import CompressedModel, attach_tables
-from harness.model import empty_model, half_dtype, inventory
+from harness.model import Inventory, empty_model, half_dtype, inventory
 from kernels.formats.bits import table_spec
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.layer import LayerConfig, LayerSpec
@@ -29,17 +29,30 @@ def uncompressed(config: PretrainedConfig) -> LayerConfig:
 
 
 def random_model(
-    config: PretrainedConfig, layers: Mapping[str, LayerConfig], device: str, dtype: torch.dtype
+    settings: PretrainedConfig,
+    layers: Mapping[str, LayerConfig],
+    device: str,
+    dtype: torch.dtype,
+    held: int | None = None,
 ) -> CompressedModel:
-    """A model whose layers, by name, have random bits in these configurations; `dtype` is the compute dtype."""
-    model = empty_model(type(config)(**config.to_dict()), dtype)  # building a model writes into its configuration
-    stock, half = inventory(model), half_dtype(config)
+    """A model whose layers, by name, have random bits in these configurations; `dtype` is the compute dtype.
+
+    Where memory is short, only the first `held` blocks have bits of their own, and those behind them read these again,
+    in turn: a token takes as many bytes through as many products, and every block has its own cache and norms."""
+    model = empty_model(type(settings)(**settings.to_dict()), dtype)  # building a model writes into its configuration
+    stock, half = inventory(model), half_dtype(settings)
     tables: dict[str, Table] = {}
-    for seed, layer in enumerate(stock.layers):
-        packed = _layer(layer, layers[layer.name], seed)
-        if packed.table_key and packed.table_key not in tables:
-            tables[packed.table_key] = random_table(table_spec(packed.spec()))
-        model.set_submodule(layer.name, packed)
+    held = held or len(stock.blocks)
+    lenders: dict[tuple[object, ...], PackedLinear] = {}
+    for index, block in enumerate(stock.blocks):
+        for layer in block.layers:
+            config = layers[layer.name]
+            key = (index % held, layer.role, layer.in_features, layer.out_features, config)
+            if key not in lenders:
+                lenders[key] = packed = _layer(layer, config, seed=len(lenders))
+                if packed.table_key and packed.table_key not in tables:
+                    tables[packed.table_key] = random_table(table_spec(packed.spec()))
+            model.set_submodule(layer.name, _reader(lenders[key]) if index >= held else lenders[key])
     attach_tables(model, tables)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -60,3 +73,18 @@ def _layer(layer: LayerSpec, config: LayerConfig, seed: int) -> PackedLinear:
         weight = packed.get_buffer("weight")
         packed.refill(weight=weight.sub_(0.06).mul_(0.5))
     return packed
+
+
+def _reader(lender: PackedLinear) -> PackedLinear:
+    """Another layer that reads the same bytes."""
+    reader = PackedLinear.from_spec(lender.spec())
+    reader.refill(**{name: lender.get_buffer(name) for name in lender.stored_parts()})
+    if lender.bias is not None:
+        reader.set_bias(lender.bias)
+    return reader
+
+
+def borrowed_bytes(stock: Inventory, layers: Mapping[str, LayerConfig], held: int | None) -> int:
+    """What the layers of `random_model(..., held=held)` would take that read the bytes of others."""
+    behind = [layer for block in stock.blocks[held or len(stock.blocks) :] for layer in block.layers]
+    return sum(layers[layer.name].stored_bits(layer).total for layer in behind) // 8

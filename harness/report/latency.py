@@ -34,6 +34,7 @@ END_TO_END_COLUMNS = (
     "kind",
     *(column for column in COLUMNS if column not in ("peak_gib", "ppl_decode_gap")),
     "bytes_per_token",
+    "blocks_held",
     "processor",
 )
 KERNEL_COLUMNS = (

@@ -11,12 +11,15 @@ import torch
 import kernels.cpu
 import kernels.dispatch
 from harness.cli import main
+from harness.cli.shapes import blocks_held
 from harness.compressed import CompressedModel
 from harness.data.sealed import read_object
 from harness.measure import machine
 from harness.measure import measurement as bench
 from harness.measure.layers import describe, groups_of
 from harness.measure.runner import CONTEXT, Runner, bytes_per_token, prompt, resident_bytes, scored_logits, timed_model
+from harness.model.shapes import laid_out
+from harness.plan.budgets import Budget
 from harness.report.latency import COLUMNS
 from kernels.synthetic import random_layer
 from kernels.timing import interleaved, speed_up
@@ -192,6 +195,17 @@ def test_whole_models_of_shapes_need_no_weights(truncated, tmp_path, cache):
     assert [row["row"] for row in rows] == ["fp16", "rtn 3.25", "gptvq 3.25"]
     assert all(row["runner"] == "native" and float(row["decode_tok_s_b1"]) > 0 for row in rows)
     assert float(rows[0]["resident_gib"]) > float(rows[1]["resident_gib"]) and float(rows[1]["stored_bpw"]) <= 3.25
+
+
+def test_models_that_find_no_room_have_fewer_blocks_of_their_own(monkeypatch, capsys):
+    stock = laid_out("llama2-13b")
+    for gib, fewest, most in ((80, None, None), (20, 10, 32), (8, 3, 12)):
+        monkeypatch.setattr(machine, "available_bytes", lambda gib=gib: gib * 2**30)
+        held = blocks_held("llama2-13b", stock, [Budget.parse("3.25")])
+        assert held is None if fewest is None else fewest <= held <= most
+    monkeypatch.setattr(machine, "available_bytes", lambda: 4 * 2**30)
+    assert main(["bench", "--shapes", "llama2-13b", "--end-to-end", "--methods", "rtn", "--bits", "3.25"]) == 2
+    assert "too few of its 40 blocks find room in the 4.0 GiB" in capsys.readouterr().err
 
 
 def test_end_to_end_asks_for_shapes(capsys):

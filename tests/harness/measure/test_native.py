@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from harness.measure.end_to_end import random_model, uncompressed
-from harness.measure.runner import Runner, decode_gap, resident_bytes, timed_model
+from harness.measure.end_to_end import borrowed_bytes, random_model, uncompressed
+from harness.measure.runner import Runner, bytes_per_token, decode_gap, resident_bytes, timed_model
 from harness.model import inventory, skeleton
 from kernels.cpu import available
 from kernels.formats.layer import LayerConfig
@@ -39,10 +39,10 @@ PACKED = {
 }
 
 
-def tiny(family: str, packed: str = "uniform", **more):
+def tiny(family: str, packed: str = "uniform", held: int | None = None, **more):
     config = AutoConfig.for_model(family.partition(",")[0], **{**SHAPES, **FAMILIES.get(family, {}), **more})
     layers = {layer.name: PACKED[packed] or uncompressed(config) for layer in inventory(skeleton(config)).layers}
-    return random_model(config, layers, "cpu", torch.float32)
+    return random_model(config, layers, "cpu", torch.float32, held)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,6 +71,26 @@ def test_an_uncompressed_model_takes_its_checkpoint():
     loaded = tiny("llama", "dense", hidden_size=256, intermediate_size=512, vocab_size=2048)
     stored = 2 * (loaded.inventory.weights + loaded.inventory.rest_weights)
     assert stored <= resident_bytes(timed_model(loaded)) <= 1.03 * stored
+
+
+@pytest.mark.parametrize("packed", PACKED)
+def test_blocks_that_read_the_bits_of_others_take_what_their_own_would(packed):
+    whole, short = (tiny("llama, untied", packed, held, num_hidden_layers=5) for held in (None, 2))
+    layers = {layer.name: PACKED[packed] or uncompressed(whole.model.config) for layer in whole.inventory.layers}
+    assert short.ledger() == whole.ledger()
+    assert bytes_per_token(short) == bytes_per_token(whole)
+    first, third = (short.packed[f"model.layers.{index}.mlp.up_proj"] for index in (0, 2))
+    assert all(first.get_buffer(name) is third.get_buffer(name) for name in first.stored_parts())
+    of_both = [timed_model(loaded) for loaded in (short, whole)]
+    borrowed = borrowed_bytes(whole.inventory, layers, 2)
+    assert borrowed and resident_bytes(of_both[0]) + borrowed == pytest.approx(resident_bytes(of_both[1]), rel=0.05)
+    runner, plain = (Runner(of_both[0], torch.tensor([[1, 2, 3]]), native=native) for native in (True, False))
+    assert runner.name == "native"
+    for _ in range(3):
+        plain.ids_B1.copy_(runner.ids_B1)
+        runner.step()
+        plain.step()
+        assert (runner.logits_BV - plain.logits_BV).norm() <= 1e-3 * plain.logits_BV.norm()
 
 
 @pytest.mark.parametrize(
