@@ -23,6 +23,8 @@ class TunedLinear(nn.Module):
     scale itself, and that of other numbers the root mean square of their tensor. So one rate serves all of them."""
 
     packed: PackedLinear
+    decoded: Tensor | None = None  # the weight and how it came about, between `hold` and `let_go`
+    held: Tensor | None = None  # the weight alone, in which the gradients of several passes add up
 
     def __init__(self, packed: PackedLinear, keep_codes: bool = False) -> None:
         """`keep_codes`: unpack them once, for 4 bytes a code, and not in every pass."""
@@ -51,11 +53,23 @@ class TunedLinear(nn.Module):
         through = {name: value + (stored[name] - value).detach() for name, value in now.items()}
         return self.packed.weight_of(through, self.codes)
 
+    def hold(self) -> None:
+        """Decode the weight once, for all passes until `let_go`."""
+        self.decoded = self.weight()
+        self.held = self.decoded.detach().requires_grad_()
+
+    def let_go(self) -> None:
+        """Hand on to the numbers what gradient the passes gave the weight."""
+        decoded, held, self.decoded, self.held = self.decoded, self.held, None, None
+        if decoded is not None and held is not None and held.grad is not None:  # None: an expert no token was sent to
+            decoded.backward(held.grad)
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.packed.constant is None else self.packed.constant.to(x.dtype)
         if self.packed.rounds:
             x = self.packed.turned_back(self.packed.entering(x))
-        return nn.functional.linear(x, self.weight().to(x.dtype), bias)
+        weight = self.weight() if self.held is None else self.held
+        return nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
 def tune_numbers(block: Block, packed: Mapping[str, PackedLinear], schedule: Schedule, seed: int) -> dict[str, float]:

@@ -243,7 +243,7 @@ def _unfinished(plan: Plan, cells: list[Cell]) -> list[Cell]:
 
 def _prepare_texts(plan: Plan, model: ResolvedModel, vocabulary: int, data: str | None, say: Say) -> None:
     """Cut every text before any cell starts: a missing or short one should cost seconds, not a finished compression."""
-    from harness.data.streams import calibration_stream, evaluation_stream
+    from harness.data.streams import calibration_stream, evaluation_stream, training_stream
     from harness.data.texts import c4_documents
 
     streams = [evaluation_stream(protocol, model, data, say) for protocol in plan.protocols]
@@ -255,10 +255,8 @@ def _prepare_texts(plan: Plan, model: ResolvedModel, vocabulary: int, data: str 
         for calibration, seed, bos in calibrated
         if calibration
     ]
-    trained = {
-        (cell.training.windows, cell.seed, cell.bos) for cell in plan.cells if cell.training and not cell.refusal
-    }
-    streams += [calibration_stream(windows, model, seed, bos, data, say) for windows, seed, bos in trained]
+    trained = {(cell.training, cell.seed, cell.bos) for cell in plan.cells if cell.training and not cell.refusal}
+    streams += [training_stream(training, model, seed, bos, data, say) for training, seed, bos in trained if training]
     c4_documents.cache_clear()  # most of a gigabyte, if it was read at all
     largest = max(int(stream.tokens_NT.max()) for stream in streams)
     if largest >= vocabulary:

@@ -21,6 +21,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.compress.distil import backward_from_divergence, backward_from_next_token, states_file
-from harness.compress.whole import learning, store_learnt
+from harness.compress.whole import decoded_once, learning, store_learnt
 from harness.compressed import CompressedModel
 from harness.data.files import sync_dir
 from harness.data.sealed import believed, load_tensors, save_tensors
@@ -111,7 +112,7 @@ def finetune(
     order_N = torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(seed))
     steps = order_N.split(batch)
     trained = learning(compressed) if adaptation.whole else _adapted(compressed, adaptation, seed)
-    with trained as adapted, _for_training(compressed, tokens_NT.shape[1], adaptation.whole) as model:
+    with trained as adapted, _for_training(compressed, tokens_NT.shape[1], adaptation.whole) as (model, decoded):
         parameters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         optimiser = torch.optim.AdamW(parameters.values(), lr=adaptation.rate, betas=BETAS, weight_decay=0.0)
         device = next(iter(parameters.values())).device
@@ -128,7 +129,11 @@ def finetune(
             if index < len(losses):
                 continue  # done before the last kill
             optimiser.param_groups[0]["lr"] = adaptation.rate * warm_cosine(index, len(steps))
-            losses.append(_step(backward, step_B.tolist(), optimiser, list(parameters.values())))
+            optimiser.zero_grad()
+            with decoded():
+                losses.append(sum(backward(window, len(step_B)) for window in step_B.tolist()))
+            nn.utils.clip_grad_norm_(list(parameters.values()), CLIP)
+            optimiser.step()
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"the loss became {losses[-1]} in training: try a smaller {adaptation.option}")
             if time.monotonic() - saved >= checkpoint_seconds and index + 1 < len(steps):
@@ -255,43 +260,39 @@ def _store(adapted: Any) -> None:
 
 
 @contextlib.contextmanager
-def _for_training(compressed: CompressedModel, tokens: int, whole: bool) -> Iterator[PreTrainedModel]:
-    """Where a window of `tokens` would keep too much for the way back, blocks keep only their inputs and run again
-    (gradient checkpointing): then no decoded weight outlives its block. Dropout stays off, for a step must be the same
-    when it is repeated."""
+def _for_training(
+    compressed: CompressedModel, tokens: int, whole: bool
+) -> Iterator[tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]]]]:
+    """The model, and what surrounds the passes of a step.
+
+    What a window of `tokens` keeps for the way back has every decoded weight in it, so none is decoded twice: frozen
+    ones are decoded for good, trained ones once a step. Where that would be too much, blocks keep only their inputs and
+    run again (gradient checkpointing), and no decoded weight outlives its block. Dropout stays off, for a step must be
+    the same when it is repeated."""
     model = compressed.model
     _, blocks = decoder_blocks(model)
     model.eval()
     again = kept_bytes(compressed.inventory, tokens, model.dtype.itemsize, whole) > KEPT_BYTES
+    frozen = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
     try:
         for block in blocks if again else ():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        yield model
+        for layer in () if again else frozen:
+            layer.shown = layer.packed.decode_base()
+        yield model, contextlib.nullcontext if again else partial(decoded_once, model)
     finally:
+        for layer in frozen:
+            layer.shown = None
         for block in blocks if again else ():
             del block.forward
 
 
 def kept_bytes(stock: Inventory, tokens: int, dtype_bytes: int, whole: bool) -> int:
-    """What autograd holds of all blocks: decoded weights (and where layers' own numbers are trained, `whole`, what
-    codes stand for under scales of one, before and behind a transposition), and about twice the inputs and outputs of
-    every linear layer."""
+    """What autograd holds of all blocks: decoded weights (and where layers' own numbers are trained, `whole`, their
+    gradients and what codes stand for under scales of one, before and behind a transposition), and about twice the
+    inputs and outputs of every linear layer."""
     moved = sum(layer.in_features + layer.out_features for layer in stock.layers)
-    return dtype_bytes * (stock.weights + 2 * tokens * moved) + (8 * stock.weights if whole else 0)
-
-
-def _step(
-    backward: Callable[[int, int], float],
-    step: list[int],
-    optimiser: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-) -> float:
-    """One step of the optimiser, a window at a time; returns the mean loss before it."""
-    optimiser.zero_grad()
-    total = sum(backward(window, len(step)) for window in step)
-    nn.utils.clip_grad_norm_(parameters, CLIP)
-    optimiser.step()
-    return total
+    return dtype_bytes * (stock.weights + 2 * tokens * moved) + (12 * stock.weights if whole else 0)
 
 
 def _checkpoint(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from harness.data.assets import TEXTS, ResolvedModel
 from harness.data.checkpoint import load_tokenizer, remembered_sha256
 from harness.data.files import cache_dir, digest
-from harness.data.protocols import Calibration, Protocol
+from harness.data.protocols import Calibration, Protocol, Training
 from harness.data.sealed import believed, load_tensors, save_tensors
 from harness.data.texts import WIKITEXT2_SHA256, c4_file
 from harness.data.windows import Articles, Windows, calibration_windows, evaluation_windows, stream_sha256
@@ -60,12 +60,26 @@ def calibration_stream(
     say: Say = say_nothing,
 ) -> Windows:
     """The windows a calibrated method looks at. Raises ValueError as harness.data.windows.calibration_windows does."""
+    return _drawn(calibration, model, seed, bos, data, say, apart=False)
+
+
+def training_stream(
+    training: Training, model: ResolvedModel, seed: int, bos: str, data: str | None = None, say: Say = say_nothing
+) -> Windows:
+    """The windows that a fine-tuned method is trained on. Raises as `calibration_stream` does."""
+    return _drawn(training.windows, model, seed, bos, data, say, training.apart)
+
+
+def _drawn(
+    calibration: Calibration, model: ResolvedModel, seed: int, bos: str, data: str | None, say: Say, apart: bool
+) -> Windows:
     key = [calibration.to_json(), TEXT_SHA256.get(calibration.source), model.fingerprint, seed, bos]
-    return _remembered(
-        key,
-        model,
-        lambda: calibration_windows(calibration, load_tokenizer(model.path, model.fingerprint), seed, bos, data, say),
-    )
+
+    def cut() -> Windows:
+        tokenizer = load_tokenizer(model.path, model.fingerprint)
+        return calibration_windows(calibration, tokenizer, seed, bos, data, say, apart)
+
+    return _remembered([*key, "apart"] if apart else key, model, cut)
 
 
 def _remembered(key: Any, model: ResolvedModel, make: Callable[[], Windows]) -> Windows:

@@ -97,13 +97,18 @@ def calibration_windows(
     bos: str = "text",
     data: str | None = None,
     say: Say = say_nothing,
+    apart: bool = False,
 ) -> Windows:
     """c4: random places in random documents of the first training shard, drawn by the seed (GPTQ's calibration). A mini
-    text: documents in an order drawn by the seed, joined and cut; the first `sequences` windows."""
+    text: documents in an order drawn by the seed, joined and cut; the first `sequences` windows. With `apart` those of
+    another draw, or the last ones, which are others as long as the text is long enough for both."""
     cutter = _Cutter(tokenizer, calibration.context, bos)
     if calibration.source == "c4":
         windows_NT = cutter.crops(
-            c4_documents("train", data), calibration.sequences, random.Random(seed), calibration.name
+            c4_documents("train", data),
+            calibration.sequences,
+            random.Random(f"{seed}, apart" if apart else seed),
+            calibration.name,
         )
     else:
         documents = mini_documents(calibration.source, "calibration", say)
@@ -115,7 +120,7 @@ def calibration_windows(
             f"of {calibration.context} tokens; ask for at most that many: "
             f"{calibration.source}@{calibration.context}x{len(windows_NT)}"
         )
-    windows_NT = windows_NT[: calibration.sequences]
+    windows_NT = windows_NT[-calibration.sequences :] if apart else windows_NT[: calibration.sequences]
     return Windows(windows_NT, stream_sha256(windows_NT))
 
 

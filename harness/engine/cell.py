@@ -23,7 +23,7 @@ from harness.compressed import FILES, CompressedModel
 from harness.data.assets import ResolvedModel
 from harness.data.files import cache_dir, digest, file_sha256, locked
 from harness.data.protocols import DISTIL, Protocol
-from harness.data.streams import calibration_stream, evaluation_stream
+from harness.data.streams import calibration_stream, evaluation_stream, training_stream
 from harness.data.windows import Windows, stream_sha256
 from harness.engine.meter import Meter
 from harness.engine.process import WAITING, Phase, Speaker
@@ -174,7 +174,7 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
     training = None
     if method.adaptation:
         assert spec.training is not None
-        training = calibration_stream(spec.training.windows, spec.model, spec.seed, spec.bos, spec.data)
+        training = training_stream(spec.training, spec.model, spec.seed, spec.bos, spec.data)
         if spec.training.loss == DISTIL:  # while there is a model that nothing was packed of
             with meter.phase("remember"):
                 remember_states(model, training.tokens_NT, store.teacher, speak)

@@ -142,7 +142,10 @@ class CodebookLinear(PackedLinear):
 
     def unit(self, code_JI: Tensor, entry_KD: Tensor) -> Tensor:
         """What the codes stand for under scales of one, [O, I] in the stored order of columns."""
-        vector_JID = torch.nn.functional.embedding(code_JI, entry_KD)
+        if self.dim == 1:  # an embedding takes five times as long for single numbers
+            vector_JID = entry_KD.flatten().index_select(0, code_JI.flatten()).view(*code_JI.shape, 1)
+        else:
+            vector_JID = torch.nn.functional.embedding(code_JI, entry_KD)
         if self.along == "columns":
             return vector_JID.flatten(1)[:, : self.in_features]
         return vector_JID.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]

@@ -96,8 +96,9 @@ class TrellisLinear(PackedLinear):
 
     def base_of(self, learnt: Mapping[str, Tensor], codes: Tensor) -> Tensor:
         """The base [O, I], for turned inputs."""
-        level_JID = torch.nn.functional.embedding(codes, self.entries())
-        return level_JID.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features] * learnt["scale"]
+        level_DS, state_N = levels(self.bits, self.dim, self.window).to(codes.device), codes.flatten()
+        rows = [level_S.index_select(0, state_N).view_as(codes) for level_S in level_DS]  # an embedding is slower
+        return torch.stack(rows, dim=1).view(-1, self.in_features)[: self.out_features] * learnt["scale"]
 
     def base_tensors(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.scales.tensors(learnt["scale"])

@@ -119,9 +119,9 @@ def test_training_lowers_the_loss_on_other_text(text, loss, two_blocks, original
 @pytest.mark.parametrize(
     "text, trained",
     [
-        ("mpo:healed", ["core_"]),
-        ("gptq:distilled", [".scales"]),
-        ("reallm:distilled,latent=trellis,window=8,rank=2", [".scales.", ".lowrank."]),
+        ("mpo:healed", ["core_", "norm.weight"]),
+        ("gptq:distilled", [".scales", "norm.weight"]),
+        ("reallm:distilled,latent=trellis,window=8,rank=2", [".scales.", ".lowrank.", "norm.weight"]),
     ],
 )
 def test_own_numbers_are_trained_and_nothing_else(text, trained, two_blocks, original, tokens, states, tmp_path):

@@ -49,6 +49,11 @@ def test_streams_of_the_default_model_are_pinned(tokenizer):
     first, again, other = (calibration_windows(quick.calibration, tokenizer, seed).sha256 for seed in (0, 0, 1))
     assert first == again != other
 
+    seen = calibration_windows(quick.calibration, tokenizer, 0).tokens_NT
+    taught = calibration_windows(quick.training.windows, tokenizer, 0, apart=True).tokens_NT
+    assert len(taught) == quick.training.windows.sequences
+    assert not {tuple(window) for window in seen.tolist()} & {tuple(window) for window in taught.tolist()}
+
 
 def test_a_changed_stream_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(
@@ -198,11 +203,11 @@ def test_c4_is_cut_as_the_papers_cut_it(tokenizer, c4_folder):
     new = evaluation_windows(parse_protocol("c4-new@256/20"), tokenizer, str(c4_folder)).tokens_NT
     assert new.flatten().tolist() == joined[: 20 * 256]
 
-    first, again, other = (
-        calibration_windows(parse_calibration("c4@256x8"), tokenizer, seed, data=str(c4_folder)).sha256
-        for seed in (0, 0, 1)
+    first, again, other, apart = (
+        calibration_windows(parse_calibration("c4@256x8"), tokenizer, seed, data=str(c4_folder), apart=apart).sha256
+        for seed, apart in ((0, False), (0, False), (1, False), (0, True))
     )
-    assert first == again != other
+    assert first == again and len({first, other, apart}) == 3
 
 
 def test_a_c4_folder_that_will_not_do_is_refused(tokenizer, c4_folder, tmp_path, monkeypatch):
