@@ -88,3 +88,7 @@ class Trellis(Method):
 @dataclass(frozen=True, kw_only=True)
 class Distilled(Distils, Trellis):
     """The scales of rows are trained afterwards."""
+
+    version: ClassVar[int] = Trellis.version + 1  # a smaller step
+
+    distil_rate: float = 3e-4

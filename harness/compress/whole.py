@@ -45,7 +45,8 @@ def learning(compressed: CompressedModel) -> Iterator[nn.Module]:
     if not packed:
         raise ValueError("no layer has numbers to train: all were left whole; give a smaller budget")
     before = {name: {part: layer.get_buffer(part) for part in layer.stored_parts()} for name, layer in packed.items()}
-    norms, keep = _norms(model), False
+    norms = [] if compressed.base else _norms(model)  # those of a pair are its base's, and not stored
+    keep = False
     model.requires_grad_(False)
     try:
         for name, layer in packed.items():
