@@ -78,6 +78,7 @@ class Needs:
     pooled: bool = False  # mean and covariance of the inputs, windows apart
     inputs: bool = False  # their peaks, and some of them as they are
     outputs: bool = False  # the uncompressed model's outputs of every block, for `Method.tune_block`
+    training_text: bool = False  # all of this is of the windows it will be trained on too (up to a limit)
     true_sequential: bool = True  # statistics behind the packed earlier layers of the same block, not the original ones
 
     @property

@@ -167,3 +167,5 @@ class GPTQ(UniformGridMethod):
 @dataclass(frozen=True, kw_only=True)
 class Distilled(Distils, GPTQ):
     """Scales and minima are trained afterwards."""
+
+    version: ClassVar[int] = GPTQ.version + 1  # statistics of all text

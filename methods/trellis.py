@@ -89,6 +89,6 @@ class Trellis(Method):
 class Distilled(Distils, Trellis):
     """The scales of rows are trained afterwards."""
 
-    version: ClassVar[int] = Trellis.version + 1  # a smaller step
+    version: ClassVar[int] = Trellis.version + 1  # statistics of all text, a smaller step
 
     distil_rate: float = 3e-4

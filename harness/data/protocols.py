@@ -84,6 +84,9 @@ class Protocol(Record):
         return f"{self.source}{part}@{self.context}{count}" + ("+bos" if self.bos == "window" else "")
 
 
+MORE_TEXT = 3  # windows of training that statistics are of, for each window of calibration
+
+
 @dataclass(frozen=True)
 class Calibration(Record):
     """What calibrated methods look at: `sequences` windows of `context` tokens from a text's calibration part, chosen
@@ -140,6 +143,15 @@ class Training(Record):
         told: dict[str, Json] = {"loss": self.loss} if self.loss != NEXT_TOKEN else {}
         told |= {"apart": True} if self.apart else {}
         return {"windows": self.windows.to_json(), "batch": self.batch, **told}
+
+
+def also_seen(calibration: Calibration | None, training: Training | None) -> int:
+    """How many of the training's windows a method's statistics may be of besides those of calibration
+    (`Needs.training_text`): the first ones, up to three times as many, for a Hessian of a hundred thousand tokens has
+    little to gain from two million. Windows of another length are not added."""
+    if calibration is None or training is None or training.windows.context != calibration.context:
+        return 0
+    return min(training.windows.sequences, MORE_TEXT * calibration.sequences)
 
 
 @dataclass(frozen=True)

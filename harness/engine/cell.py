@@ -22,7 +22,7 @@ from harness.compress.training import finetune, save_adapter
 from harness.compressed import FILES, CompressedModel
 from harness.data.assets import ResolvedModel
 from harness.data.files import cache_dir, digest, file_sha256, locked
-from harness.data.protocols import DISTIL, Protocol
+from harness.data.protocols import DISTIL, Protocol, also_seen
 from harness.data.streams import calibration_stream, evaluation_stream, training_stream
 from harness.data.windows import Windows, stream_sha256
 from harness.engine.meter import Meter
@@ -185,13 +185,17 @@ def _compress(spec: CellSpec, store: CellStore, speak: Speaker, dtype: torch.dty
         store.put_allocation(allocation)
     configs = allocation.layers if allocation else spec.configs
     fisher = _measured(spec, "fisher", model, tokens_NT, spec.seed, speak, meter) if method.needs.fisher else None
+    seen_NT = tokens_NT
+    if training and tokens_NT is not None and method.needs.training_text:
+        more = also_seen(spec.calibration, spec.training)
+        seen_NT = torch.cat([tokens_NT, training.tokens_NT[:more]]) if more else tokens_NT
     with meter.phase("compress"):
         compressed, report = compress_model(
             model,
             stock,
             method,
             configs,
-            tokens_NT,
+            seen_NT,
             spec.seed,
             store.blocks,
             spec.half,

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 from harness.data.assets import ResolvedModel
 from harness.data.files import digest
-from harness.data.protocols import Calibration, Protocol, Training, protocol_key
+from harness.data.protocols import Calibration, Protocol, Training, also_seen, protocol_key
 from harness.data.tasks import Task
 from harness.model import Inventory
 from harness.plan import bayes
@@ -90,6 +90,14 @@ class Cell:
                 "device": self.compute.device.partition(":")[0],
             }
         )[:16]
+
+    @property
+    def seen_tokens(self) -> int:
+        """Of how many tokens statistics are."""
+        if self.calibration is None:
+            return 0
+        more = also_seen(self.calibration, self.training) if self.method.needs.training_text else 0
+        return self.calibration.context * (self.calibration.sequences + more)
 
     @property
     def track(self) -> Track:

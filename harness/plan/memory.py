@@ -87,7 +87,7 @@ def predicted_phases(
         logits = 6 * 4 * HEAD_TOKENS * vocabulary
         phases["measure layers"] = model + states + max(grams, 2 * context * (hidden + inner) * dtype_bytes, logits)
         phases["estimate errors"] = (rest if by_blocks else model) + 4 * matrix
-    tokens = calibration.context * calibration.sequences if calibration else 0
+    tokens = cell.seen_tokens
     streams = 2 if cell.method.needs.original else 1
     held = 3 * tokens if cell.method.needs.outputs else 0 if by_blocks else streams * tokens  # tokens' states
     at_once = tokens

@@ -52,7 +52,7 @@ def predicted_flop(cell: Cell, stock: Inventory, hidden: int, vocabulary: int) -
     measures = {needs.sensitivity} if cell.allocate in MIXED else set()
     if measures := measures | ({"fisher"} if needs.fisher else set()):
         phases["measure layers"] = sum(map(measuring, measures))
-    tokens = calibration.context * calibration.sequences if calibration else 0
+    tokens = cell.seen_tokens
     if needs.hessian or needs.pooled or needs.inputs or needs.original:
         streams = 2 if needs.original else 1
         total = forward(tokens, context) * streams * _passes(cell, stock.blocks[0], tokens, hidden, streams)

@@ -14,7 +14,7 @@ from methods.reallm.blockwise import Blockwise
 class Distilled(Distils, Blockwise):
     """Calibrated, then trained end to end."""
 
-    version: ClassVar[int] = Blockwise.version + 1  # a smaller step
+    version: ClassVar[int] = Blockwise.version + 1  # statistics of all text, a smaller step
     fewest_epochs: ClassVar[int] = 0
 
     epochs: int = 0
