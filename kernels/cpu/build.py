@@ -22,8 +22,8 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("fused.cpp")
 SEARCH = Path(__file__).with_name("viterbi.cpp")
 MATRIX = Path(__file__).with_name("parts.cpp")
-WIDE = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", "avx2", "fma", "f16c")
-NARROW = ("avx2", "fma", "f16c")
+WIDE = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", "avx2", "fma", "f16c", "bmi2")
+NARROW = ("avx2", "fma", "f16c", "bmi2")
 TILES = ("amx_tile", "amx_bf16", "avx512bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq")
 REQUESTS = {"avx512": WIDE, "avx2": NARROW, "none": ()}
 
