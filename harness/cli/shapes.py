@@ -97,7 +97,7 @@ def time_models(models: Sequence[Shapes], arguments: Options, request: Request, 
             load_reference = cache(partial(random_model, config, dense, device, dtype, held))
             for row, shapes in (("fp16", None), *_uniform_rows(request, stock, console)):
                 console.print(f"{name}, {row}", style="dim")
-                load, layers = load_reference, dense
+                load = load_reference
                 if shapes is not None:
                     layers = {layer.name: shapes[layer.out_features, layer.in_features] for layer in stock.layers}
                     load = cache(partial(random_model, config, layers, device, dtype, held))
@@ -105,7 +105,7 @@ def time_models(models: Sequence[Shapes], arguments: Options, request: Request, 
                 reference = None if load is load_reference else load_reference
                 seconds = arguments.bench_seconds
                 found = measure(load, reference, device, dtype, seconds, silent, single_products=False)
-                taken = found.memory.resident_bytes + borrowed_bytes(stock, layers, held)
+                taken = found.memory.resident_bytes + borrowed_bytes(load())
                 found = replace(found, memory=replace(found.memory, resident_bytes=taken))
                 benches.append((name, row, stored_bpw, held, found))
     readable = best_bandwidth(bench for *_, bench in benches)

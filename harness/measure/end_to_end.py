@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from harness.compressed import CompressedModel, attach_tables
-from harness.model import Inventory, empty_model, half_dtype, inventory
+from harness.model import empty_model, half_dtype, inventory
 from kernels.formats.bits import table_spec
 from kernels.formats.dense import HALF_DTYPES
 from kernels.formats.layer import LayerConfig, LayerSpec
@@ -45,9 +45,9 @@ def random_model(
     held = held or len(stock.blocks)
     lenders: dict[tuple[object, ...], PackedLinear] = {}
     for index, block in enumerate(stock.blocks):
-        for layer in block.layers:
+        for place, layer in enumerate(block.layers):
             config = layers[layer.name]
-            key = (index % held, layer.role, layer.in_features, layer.out_features, config)
+            key = (index % held, place, layer.in_features, layer.out_features, layer.bias, config)
             if key not in lenders:
                 lenders[key] = packed = _layer(layer, config, seed=len(lenders))
                 if packed.table_key and packed.table_key not in tables:
@@ -84,7 +84,8 @@ def _reader(lender: PackedLinear) -> PackedLinear:
     return reader
 
 
-def borrowed_bytes(stock: Inventory, layers: Mapping[str, LayerConfig], held: int | None) -> int:
-    """What the layers of `random_model(..., held=held)` would take that read the bytes of others."""
-    behind = [layer for block in stock.blocks[held or len(stock.blocks) :] for layer in block.layers]
-    return sum(layers[layer.name].stored_bits(layer).total for layer in behind) // 8
+def borrowed_bytes(loaded: CompressedModel) -> int:
+    """What layers would take that read the bytes of others."""
+    buffers = [layer.get_buffer(name) for layer in loaded.packed.values() for name in layer.stored_parts()]
+    own = {buffer.data_ptr(): buffer.nbytes for buffer in buffers}
+    return sum(buffer.nbytes for buffer in buffers) - sum(own.values())
