@@ -32,7 +32,7 @@ class TunedLinear(nn.Module):
         object.__setattr__(self, "packed", packed)  # its buffers are not this module's
         self.codes = packed.indices() if keep_codes else None
         self.start = packed.learnt()
-        self.size = {name: value if name.endswith("scale") else _rms(value) for name, value in self.start.items()}
+        self.size = {name: value if name.endswith("scale") else rms(value) for name, value in self.start.items()}
         self.change = nn.ParameterDict({name: torch.zeros_like(value) for name, value in self.start.items()})
 
     def now(self) -> dict[str, Tensor]:
@@ -84,5 +84,6 @@ def tune_numbers(block: Block, packed: Mapping[str, PackedLinear], schedule: Sch
     return noted
 
 
-def _rms(value: Tensor) -> Tensor:
+def rms(value: Tensor) -> Tensor:
+    """The size of a tensor's numbers: their root mean square."""
     return value.square().mean().sqrt()

@@ -130,15 +130,14 @@ def time_models(models: Sequence[Shapes], arguments: Options, request: Request, 
 def blocks_held(name: str, stock: Inventory, budgets: Sequence[Budget]) -> int | None:
     """How many blocks' bits memory has room for, uncompressed and compressed beside each other; None for all of them.
     Raises ValueError where those would be read from a cache."""
-    most = max((float(budget.bpw) for budget in budgets), default=16.0)
+    bits = [float(budget.bpw) for budget in budgets] or [16.0]
     free, blocks = machine.available_bytes(), len(stock.blocks)
     rest = 8 * stock.rest_weights  # of either model made in fp32, before it is 16 bits
-    need = (2 + most / 8) * stock.weights
+    need = (2 + max(bits) / 8) * stock.weights
     if rest + need <= free:
         return None
     held = int(ROOM * (free - rest) / (need / blocks))
-    least = min((float(budget.bpw) for budget in budgets), default=16.0)
-    if held < 1 or held * least / 8 * stock.weights / blocks < BEYOND_CACHES:
+    if held < 1 or held * min(bits) / 8 * stock.weights / blocks < BEYOND_CACHES:
         raise ValueError(
             f"{name} uncompressed and compressed beside each other take {(rest + need) / 2**30:.0f} GiB, and too few "
             f"of its {blocks} blocks find room in the {free / 2**30:.1f} GiB that are free: give smaller shapes to "

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from harness.compressed import CompressedModel
 from kernels.formats.dense import HALF_DTYPES
-from methods.trained_numbers import TunedLinear
+from methods.trained_numbers import TunedLinear, rms
 
 
 class TunedFactor(nn.Module):
@@ -25,7 +25,7 @@ class TunedFactor(nn.Module):
 
     def __init__(self, start: Tensor, stored: torch.dtype) -> None:
         super().__init__()
-        self.size, self.stored = float(start.square().mean().sqrt()), stored
+        self.size, self.stored = rms(start), stored
         self.change = nn.Parameter(torch.zeros_like(start))
 
     def forward(self, start: Tensor) -> Tensor:

@@ -84,9 +84,6 @@ class Protocol(Record):
         return f"{self.source}{part}@{self.context}{count}" + ("+bos" if self.bos == "window" else "")
 
 
-MORE_TEXT = 3  # windows of training that statistics are of, for each window of calibration
-
-
 @dataclass(frozen=True)
 class Calibration(Record):
     """What calibrated methods look at: `sequences` windows of `context` tokens from a text's calibration part, chosen
@@ -143,6 +140,9 @@ class Training(Record):
         told: dict[str, Json] = {"loss": self.loss} if self.loss != NEXT_TOKEN else {}
         told |= {"apart": True} if self.apart else {}
         return {"windows": self.windows.to_json(), "batch": self.batch, **told}
+
+
+MORE_TEXT = 3  # windows of training that statistics are of, for each window of calibration
 
 
 def also_seen(calibration: Calibration | None, training: Training | None) -> int:

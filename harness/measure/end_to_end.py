@@ -29,7 +29,7 @@ def uncompressed(config: PretrainedConfig) -> LayerConfig:
 
 
 def random_model(
-    settings: PretrainedConfig,
+    config: PretrainedConfig,
     layers: Mapping[str, LayerConfig],
     device: str,
     dtype: torch.dtype,
@@ -39,17 +39,17 @@ def random_model(
 
     Where memory is short, only the first `held` blocks have bits of their own, and those behind them read these again,
     in turn: a token takes as many bytes through as many products, and every block has its own cache and norms."""
-    model = empty_model(type(settings)(**settings.to_dict()), dtype)  # building a model writes into its configuration
-    stock, half = inventory(model), half_dtype(settings)
+    model = empty_model(type(config)(**config.to_dict()), dtype)  # building a model writes into its configuration
+    stock, half = inventory(model), half_dtype(config)
     tables: dict[str, Table] = {}
     held = held or len(stock.blocks)
     lenders: dict[tuple[object, ...], PackedLinear] = {}
     for index, block in enumerate(stock.blocks):
         for place, layer in enumerate(block.layers):
-            config = layers[layer.name]
-            key = (index % held, place, layer.in_features, layer.out_features, layer.bias, config)
+            form = layers[layer.name]
+            key = (index % held, place, layer.in_features, layer.out_features, layer.bias, form)
             if key not in lenders:
-                lenders[key] = packed = _layer(layer, config, seed=len(lenders))
+                lenders[key] = packed = _layer(layer, form, seed=len(lenders))
                 if packed.table_key and packed.table_key not in tables:
                     tables[packed.table_key] = random_table(table_spec(packed.spec()))
             model.set_submodule(layer.name, _reader(lenders[key]) if index >= held else lenders[key])
