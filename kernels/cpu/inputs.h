@@ -46,6 +46,9 @@ enum Way { FLOATS, BYTES_WAY, WORDS_WAY, LOADED_WAY, PATHS_WAY, ENTRIES, DENSE }
 
 static inline Way way_of(const Layer &l, int64_t batch);
 
+// Whether codes that are numbers are multiplied where they stand (octets.h).
+static inline bool stands(const Layer &l) { return !WIDE && is_even(l) && (l.bits == 2 || l.bits == 3); }
+
 static float low_rank_input(const Layer &l, int64_t r, const float *x) {
     const int8_t *codes = (const int8_t *)l.right + r * l.columns;
     const uint16_t *numbers = (const uint16_t *)l.right + r * l.columns;
@@ -96,15 +99,15 @@ static float integers(const float *x, float most_of, Int *integer, float *rounde
     return step;
 }
 
-static void to_integers(Inputs &in, const float *x, bool as_bytes, Arena &arena) {
+static void to_integers(Inputs &in, const float *x, Form form, Arena &arena) {
     float *rounded = arena.take<float>(in.batch * in.stride), *step = arena.zeros<float>(in.batch * in.blocks);
     int8_t *to = arena.take<int8_t>(2 * in.batch * in.stride);
     for (int64_t b = 0; b < in.batch; ++b)
         for (int64_t c = 0; c < in.stride; c += BLOCK) {
             const int64_t at = b * in.stride + c;
             Int integer[4];
-            step[b * in.blocks + c / BLOCK] = integers(x + at, as_bytes ? LARGEST_AS_BYTES : 32767.0f, integer, rounded + at);
-            store_integers(integer, as_bytes, to + 2 * at);
+            step[b * in.blocks + c / BLOCK] = integers(x + at, form == FOR_NUMBERS ? LARGEST_AS_BYTES : 32767.0f, integer, rounded + at);
+            store_integers(integer, form, to + 2 * at);
         }
     in.x = rounded, in.step = step, in.integers = to;
 }
@@ -153,15 +156,16 @@ static void prepare(const Layer &l, const float *x, int64_t stride, int64_t batc
         for (int64_t b = 0; b < batch; ++b) round_inputs(copy + b * width, l.columns, l.act_bits);
     const Way way = way_of(l, batch);
     if (way == DENSE) return;
-    const bool as_bytes = way == BYTES_WAY || way == PATHS_WAY;
+    const bool numbers = way == BYTES_WAY || way == PATHS_WAY;
     if (is_even(l)) {
         in.under.make(l, BLOCK, in.blocks, arena);
     } else {
         const int64_t lane = way == BYTES_WAY ? 4 : way == WORDS_WAY ? 4 / PAIR_SUMS : 1;
         in.under.make(l, lane, width / lane, arena);
     }
-    if (as_bytes || way == WORDS_WAY || way == LOADED_WAY) to_integers(in, in.x, as_bytes, arena);
-    const bool centred = as_bytes && l.centre != 0;
+    const Form form = way == BYTES_WAY && stands(l) ? FOR_STANDING : numbers ? FOR_NUMBERS : FOR_WORDS;
+    if (numbers || way == WORDS_WAY || way == LOADED_WAY) to_integers(in, in.x, form, arena);
+    const bool centred = numbers && l.centre != 0;
     if (has_shift(l) || centred) {
         float *sums = arena.zeros<float>(batch * room(l));
         for (int64_t b = 0; b < batch; ++b)

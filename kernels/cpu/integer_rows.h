@@ -45,8 +45,8 @@ static void sums_of(float *vectors, int64_t count) {
 }
 
 // Codes that are numbers. One input goes with one row at a time: a stream of bytes is read at twice the speed of four; four inputs with four.
-template <bool EVEN> struct Bytes : Rows {
-    template <int R, int B> void some(const UnpackBytes &unpack, int64_t o, int64_t b, const Tile &tile, int64_t first) const {
+template <bool EVEN, class Unpack = UnpackBytes> struct Bytes : Rows {
+    template <int R, int B> void some(const Unpack &unpack, int64_t o, int64_t b, const Tile &tile, int64_t first) const {
         const uint8_t *codes = (const uint8_t *)(l.codes + o * l.words);
         const int64_t bytes = 4 * l.words, present = codes_left(l, o), step = 8 * l.bits, blocks = in.stride / BLOCK, apart = in.blocks, stride = 2 * in.stride;
         const float *factor = tile.factor + first * B * apart, *steps = in.step + b * apart;
@@ -57,9 +57,9 @@ template <bool EVEN> struct Bytes : Rows {
         for (int64_t c = 0, at = 0; c < blocks; ++c, at += step, x += 2 * BLOCK)
             UNROLL for (int r = 0; r < R; ++r) {
                 _mm_prefetch((const char *)codes + r * bytes + at + AHEAD, _MM_HINT_T0);
-                const Numbers code = unpack.numbers(codes + r * bytes + at, unpack.bytes(present - r * bytes - at));
+                const auto code = unpack.numbers(codes + r * bytes + at, unpack.bytes(present - r * bytes - at));
                 UNROLL for (int k = 0; k < B; ++k) {
-                    if (EVEN) {
+                    if constexpr (EVEN) {
                         total[r][k] = added(total[r][k], code, x + k * stride, factor[(r * B + k) * apart + c]);
                     } else {
                         const Vec by = times(in.under(tile.scale + (first + r) * tile.each, c), all(steps[k * apart + c]));
@@ -70,7 +70,7 @@ template <bool EVEN> struct Bytes : Rows {
         UNROLL for (int r = 0; r < R; ++r) UNROLL for (int k = 0; k < B; ++k) store(start + (r * B + k) * LANES, total[r][k]);
     }
 
-    template <int R, int B> void rows(const UnpackBytes &unpack, int64_t o, int64_t count, int64_t b, Tile &tile) const {
+    template <int R, int B> void rows(const Unpack &unpack, int64_t o, int64_t count, int64_t b, Tile &tile) const {
         tile.make<B, EVEN>(l, in, count, b);
         int64_t r = 0;
         for (; r + R <= count; r += R) some<R, B>(unpack, o + r, b, tile, r);
@@ -79,7 +79,7 @@ template <bool EVEN> struct Bytes : Rows {
         for (r = 0; r < count; ++r) for (int k = 0; k < B; ++k) finish(o + r, b + k, tile.start[r * B + k]);
     }
     void operator()(int64_t begin, int64_t end) const {
-        const UnpackBytes unpack(l.bits, false);
+        const Unpack unpack(l.bits, false);
         Tile tile(l, in, 4, arena);
         for (int64_t o = begin; o < end; o += TILE) {
             const int64_t count = end - o < TILE ? end - o : TILE;

@@ -2,7 +2,8 @@
 //
 // With AVX-512 (VBMI, VNNI) codes are a register of bytes. Those that are numbers are multiplied with the high and the low bytes of inputs; bytes
 // of a table's entries are interleaved to words. With AVX2 numbers of either kind are words, and every block of inputs lies as its even and odd
-// columns, thirty-two after thirty-two (`Pairs`): so interleaved bytes of both are in order again, and no shuffle is spent on it.
+// columns, thirty-two after thirty-two (`Pairs`): so interleaved bytes of both are in order again, and no shuffle is spent on it. Codes of two and
+// three bits are multiplied where they stand (`Standing`), with inputs that lie as every fourth column.
 // A sum is of four neighbouring columns in every lane; AVX-512 has those of words as two of two columns each.
 
 #pragma once
@@ -10,6 +11,9 @@
 #include "lanes.h"
 
 #define BLOCK 64
+
+// How a block of inputs lies: for codes that are numbers, for words, or (AVX2) for codes that are multiplied where they stand.
+enum Form { FOR_NUMBERS, FOR_WORDS, FOR_STANDING };
 
 #if WIDE
 
@@ -78,9 +82,9 @@ static inline void dots(Pairs w, const int8_t *x, Int *sums) {
 }
 
 #define LARGEST_AS_BYTES 32512  // both bytes of an integer are signed
-static inline void store_integers(const Int *integer, bool as_bytes, int8_t *to) {
+static inline void store_integers(const Int *integer, Form form, int8_t *to) {
     for (int k = 0; k < 4; ++k) {
-        if (as_bytes) {
+        if (form == FOR_NUMBERS) {
             const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(integer[k], _mm512_set1_epi32(128)), 8);
             const __m512i low = _mm512_sub_epi32(integer[k], _mm512_slli_epi32(high, 8));
             _mm_storeu_si128((__m128i *)(to + LANES * k), _mm512_cvtepi32_epi8(high));
@@ -98,6 +102,14 @@ struct Pairs { __m256i even[2], odd[2]; };  // words of thirty-two columns
 typedef Pairs Numbers;
 
 #define COPIED 80  // bytes that a block may reach for
+
+// A block of `bytes` at p, or a copy of what is `left` of it where more would be read than there is.
+static inline const uint8_t *readable(const uint8_t *p, int64_t left, int64_t reach, int64_t bytes, uint8_t *copy) {
+    if (__builtin_expect(left >= reach, 1)) return p;
+    memset(copy, 0, COPIED);
+    memcpy(copy, p, (size_t)(left < bytes ? left : bytes));
+    return copy;
+}
 
 // Sixteen columns are at most sixteen bytes, a lane of a register. A code is in two bytes at most: these are put into a word, the code shifted
 // to its top by a multiplication, and back to its bottom.
@@ -121,13 +133,6 @@ struct UnpackBytes {
     }
     int64_t bytes(int64_t left) const { return left; }
 
-    // The block at p, or a copy of what is `left` of it where more would be read than there is.
-    const uint8_t *readable(const uint8_t *p, int64_t left, uint8_t *copy) const {
-        if (__builtin_expect(left >= reach, 1)) return p;
-        memset(copy, 0, COPIED);
-        memcpy(copy, p, (size_t)(left < 8 * bits ? left : 8 * bits));
-        return copy;
-    }
     // Half h of a block that is readable.
     void half(const uint8_t *p, int h, __m256i *even, __m256i *odd) const {
         p += 4 * bits * h;
@@ -144,7 +149,7 @@ struct UnpackBytes {
     Numbers numbers(const uint8_t *p, int64_t left) const {
         Numbers n;
         uint8_t copy[COPIED];
-        p = readable(p, left, copy);
+        p = readable(p, left, reach, 8 * bits, copy);
         for (int h = 0; h < 2; ++h) half(p, h, n.even + h, n.odd + h);
         return n;
     }
@@ -162,6 +167,30 @@ struct UnpackBytes {
         const Numbers n = numbers(p, left);
         for (int h = 0; h < 2; ++h) o.half[h] = _mm256_or_si256(n.even[h], _mm256_slli_epi16(n.odd[h], 8));
         return o;
+    }
+};
+
+// Sixteen words of four codes each, and bits above them that nobody looks at.
+template <int BITS> struct Standing { __m256i words; };
+
+// Codes of two or three bits: every byte is four, every twelve bits of two bytes. (The second twelve of three bytes begin in the middle of one.)
+template <int BITS> struct UnpackStanding {
+    static_assert(BITS == 2 || BITS == 3, "four codes are a byte, or twelve bits");
+    __m256i at;
+    UnpackStanding(int64_t, bool) {
+        uint8_t from[32];
+        for (int k = 0; k < 32; ++k) from[k] = (uint8_t)(k / 16 * 4 + k % 16 / 4 * 3 + (k % 4 + 1) / 2);  // of eight, bytes 0 1 1 2; the upper half is read from eight on
+        at = _mm256_loadu_si256((const __m256i *)from);
+    }
+    int64_t bytes(int64_t left) const { return left; }
+    Standing<BITS> numbers(const uint8_t *p, int64_t left) const {
+        uint8_t copy[COPIED];
+        p = readable(p, left, 8 * BITS, 8 * BITS, copy);
+        const __m128i first = _mm_loadu_si128((const __m128i *)p);
+        if (BITS == 2) return {_mm256_cvtepu8_epi16(first)};
+        const __m256i raw = _mm256_inserti128_si256(_mm256_castsi128_si256(first), _mm_loadu_si128((const __m128i *)(p + 8)), 1);
+        const __m256i twelve = _mm256_shuffle_epi8(raw, at);
+        return {_mm256_blend_epi16(twelve, _mm256_srli_epi16(twelve, 4), 0xaa)};
     }
 };
 
@@ -217,11 +246,38 @@ static inline Vec added(Vec total, Numbers n, const int8_t *x, float by) {  // e
     const Int sum = dot(n, x);
     return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sum.a, sum.b)), _mm256_set1_ps(by), total.a), total.b};
 }
+// Of four codes in a word each is masked, not moved: its products are so many times too large, which is undone in their sums, without loss.
+template <int BITS> static inline Vec added(Vec total, Standing<BITS> code, const int8_t *x, float by) {
+    const __m256i mask = _mm256_set1_epi16((1 << BITS) - 1);
+    __m256i sum = _mm256_setzero_si256();
+    UNROLL for (int q = 3; q >= 0; --q) {
+        const __m256i own = _mm256_madd_epi16(_mm256_and_si256(code.words, _mm256_slli_epi16(mask, q * BITS)), _mm256_loadu_si256((const __m256i *)x + q));
+        sum = q == 3 ? own : _mm256_add_epi32(_mm256_srai_epi32(sum, BITS), own);
+    }
+    return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(by), total.a), total.b};
+}
 #define PAIR_SUMS 1
 static inline void dots(Pairs w, const int8_t *x, Int *sums) { sums[0] = dot(w, x); }
 
 #define LARGEST_AS_BYTES 32767
-static inline void store_integers(const Int *integer, bool, int8_t *to) {
+// Every fourth column: 0, 4, 8 and so on, then 1, 5, 9.
+static inline void store_fourths(const Int *integer, int8_t *to) {
+    const __m256i twos = _mm256_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, 0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    const __m256i together = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i four[4], half[4];  // of sixteen columns, four by four
+    for (int k = 0; k < 4; ++k) {
+        const __m256i sixteen = _mm256_permute4x64_epi64(_mm256_packs_epi32(integer[k].a, integer[k].b), 0xd8);
+        four[k] = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(sixteen, twos), together);
+    }
+    for (int k = 0; k < 4; k += 2) half[k] = _mm256_unpacklo_epi64(four[k], four[k + 1]), half[k + 1] = _mm256_unpackhi_epi64(four[k], four[k + 1]);
+    for (int k = 0; k < 2; ++k) {
+        _mm256_storeu_si256((__m256i *)to + k, _mm256_permute2x128_si256(half[k], half[2 + k], 0x20));
+        _mm256_storeu_si256((__m256i *)to + 2 + k, _mm256_permute2x128_si256(half[k], half[2 + k], 0x31));
+    }
+}
+
+static inline void store_integers(const Int *integer, Form form, int8_t *to) {
+    if (form == FOR_STANDING) return store_fourths(integer, to);
     for (int h = 0; h < 2; ++h) {
         const Int a = integer[2 * h], b = integer[2 * h + 1];
         __m256 four[4];  // columns 0 to 3 and 16 to 19, and so on

@@ -76,7 +76,7 @@ class Path {
         uint8_t copy[TILE][COPIED];
         const uint8_t *from[TILE];
         for (int64_t c = 0, at = 0; c < stride; c += BLOCK, at += step) {
-            for (int64_t i = 0; i < count; ++i) prefetch(codes + i * apart + at + AHEAD / 8, step), from[i] = unpack.readable(codes + i * apart + at, bytes - i * apart - at, copy[i]);
+            for (int64_t i = 0; i < count; ++i) prefetch(codes + i * apart + at + AHEAD / 8, step), from[i] = readable(codes + i * apart + at, bytes - i * apart - at, unpack.reach, step, copy[i]);
             for (int h = 0; h < 2; ++h) {
                 __m256i *kept_even = (__m256i *)(state + c) + 2 * h, *kept_odd = kept_even + 1, even = *kept_even, odd = *kept_odd;
                 for (int64_t i = 0; i < count; ++i) {

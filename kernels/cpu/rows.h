@@ -401,7 +401,12 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
         else Uncompressed<FP32>{rows}(begin, end);
         break;
     case BYTES_WAY:
-        if (is_even(l)) Bytes<true>{rows}(begin, end);
+#if !WIDE
+        if (stands(l) && l.bits == 2) Bytes<true, UnpackStanding<2>>{rows}(begin, end);
+        else if (stands(l)) Bytes<true, UnpackStanding<3>>{rows}(begin, end);
+        else
+#endif
+            if (is_even(l)) Bytes<true>{rows}(begin, end);
         else Bytes<false>{rows}(begin, end);
         break;
     case WORDS_WAY:
