@@ -104,7 +104,7 @@ def time_models(models: Sequence[Shapes], arguments: Options, request: Request, 
                 stored_bpw = load().ledger().stored_bpw  # before uncompressed layers become the device's own
                 reference = None if load is load_reference else load_reference
                 seconds = arguments.bench_seconds
-                found = measure(load, reference, device, dtype, seconds, silent, single_products=False)
+                found = measure(load, reference, device, dtype, seconds, silent, random_bits=True)
                 taken = found.memory.resident_bytes + borrowed_bytes(load())
                 found = replace(found, memory=replace(found.memory, resident_bytes=taken))
                 benches.append((name, row, stored_bpw, held, found))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,6 +37,7 @@ from harness.store.cells import CellStore
 from harness.store.records import CellSpec
 from harness.store.results import Bench, Memory, ProductTime, PromptTiming, Spread, Timing
 from kernels.dispatch import fused, linear
+from kernels.formats.packed import PackedLinear
 from kernels.timing import Call, bandwidth, interleaved, speed_up, spread
 
 # Relative norms. Products of a CPU make 16-bit integers of their inputs (kernels/cpu/README.md).
@@ -97,16 +98,17 @@ def measure(
     seconds: float,
     progress: Progress,
     windows_NT: Tensor | None = None,
-    single_products: bool = True,
+    random_bits: bool = False,
 ) -> Bench:
     """Everything the leaderboard says of memory and latency; about `seconds` of rounds for each thing that is timed.
 
     The uncompressed model (None: it is the one measured) is loaded when memory has been read, and takes turns.
-    `windows_NT` are decoded token by token. Raises ValueError when what would be timed is not what was scored."""
+    `windows_NT` are decoded token by token. A model of random bits has no single products timed, and of layers that are
+    alike one is compared. Raises ValueError when what would be timed is not what was scored."""
     progress("load", 0, 1)
     before = machine.peak_process_bytes()
     loaded = load()
-    _compare_products(loaded, device, dtype, progress)
+    _compare_products(_one_of_each(loaded.packed) if random_bits else loaded.packed, device, dtype, progress)
     model = timed_model(loaded)
     runners = _runners(model)
     _compare_logits(model)
@@ -122,7 +124,7 @@ def measure(
     decode = _decode(runners, None if reference is None else _runners(reference), device, seconds, progress)
     prefill = _prefill(model, reference, device, seconds, progress)
     products: tuple[ProductTime, ...] = ()
-    if reference is not None and single_products:
+    if reference is not None and not random_bits:
         products = _products(loaded, reference, device, dtype, seconds, progress)
     return Bench(
         machine=here,
@@ -149,21 +151,28 @@ def _runners(model: PreTrainedModel) -> dict[int, Runner]:
     return runners
 
 
-def _compare_products(loaded: CompressedModel, device: str, dtype: torch.dtype, progress: Progress) -> None:
+def _one_of_each(packed: Mapping[str, PackedLinear]) -> Mapping[str, PackedLinear]:
+    """The first layer of every shape and configuration."""
+    names: dict[str, str] = {}
+    for name, layer in packed.items():
+        names.setdefault(str(layer.spec()), name)
+    return {name: packed[name] for name in names.values()}
+
+
+def _compare_products(packed: Mapping[str, PackedLinear], device: str, dtype: torch.dtype, progress: Progress) -> None:
     """Fused products at every batch size against the decoded weights'."""
-    for done, (name, layer) in enumerate(loaded.packed.items()):
+    generator = torch.Generator()
+    for done, (name, layer) in enumerate(packed.items()):
         if fused(layer, torch.device(device).type) is None:
             continue
-        weight_OI = layer.decode()
-        for batch in BATCHES:
-            x = torch.randn(batch, layer.in_features, generator=torch.Generator().manual_seed(batch)).to(device, dtype)
-            expected = torch.nn.functional.linear(
-                x.float(), weight_OI, None if layer.bias is None else layer.bias.float()
-            )
-            off = ((linear(layer, x).float() - expected).norm() / expected.norm()).item()
+        x = torch.randn(sum(BATCHES), layer.in_features, generator=generator.manual_seed(0)).to(device, dtype)
+        bias_O = None if layer.bias is None else layer.bias.float()
+        expected = torch.nn.functional.linear(x.float(), layer.decode(), bias_O)
+        for batch, own, of in zip(BATCHES, x.split(BATCHES), expected.split(BATCHES), strict=True):
+            off = ((linear(layer, own).float() - of).norm() / of.norm()).item()
             if not off <= PRODUCT_LIMITS[dtype]:
                 raise ValueError(f"not timed: the fused product of {name} is off by {off:.1e} at batch {batch}")
-        progress("compare", done + 1, len(loaded.packed))
+        progress("compare", done + 1, len(packed))
 
 
 def _compare_logits(model: PreTrainedModel) -> None:

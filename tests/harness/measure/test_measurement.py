@@ -139,13 +139,20 @@ def test_a_decoded_token_is_the_scored_one_and_bytes_are_counted_once(stored):
     assert bytes_per_token(stored) <= resident_bytes(model) < 1.1 * bytes_per_token(stored)
 
 
+def test_of_random_bits_one_layer_of_every_shape_and_configuration_is_compared(stored):
+    kinds = {str(layer.spec()) for layer in stored.packed.values()}
+    some = bench._one_of_each(stored.packed)
+    assert len(some) == len(kinds) < len(stored.packed)
+    assert next(iter(some)) == next(iter(stored.packed))
+
+
 def test_what_differs_from_what_was_scored_is_not_timed(stored, monkeypatch):
-    bench._compare_products(stored, "cpu", torch.float32, lambda *_: None)
+    bench._compare_products(stored.packed, "cpu", torch.float32, lambda *_: None)
     right = kernels.cpu.BACKEND
     wrong = dataclasses.replace(right, product=lambda layer, x: right.product(layer, x) * 1.001)
     monkeypatch.setattr(kernels.dispatch, "backend", lambda device_type: wrong)
     with pytest.raises(ValueError, match="not timed: the fused product of .* is off by 1.0e-03"):
-        bench._compare_products(stored, "cpu", torch.float32, lambda *_: None)
+        bench._compare_products(stored.packed, "cpu", torch.float32, lambda *_: None)
 
 
 def test_a_measurement_waits_for_work_and_work_for_it():
