@@ -10,8 +10,9 @@ packed earlier ones), `grid` (placement by min-max or by a search), `damp`. Defa
 nothing else, at equal stored bits (docs/methods.md, "Baselines at their best").
 
 Ingredients that the paper does not have, for our other calibrated methods have them: `follow` (weights take back half
-of the drift of their inputs, methods.codecs.drift; all of it and another value for the first column are `gptq:qronos`)
-and, when asked for, `rotated` (grids for rotated inputs, `gptq:rotated`; QuaRot, arXiv 2404.00456, rotates a model).
+of the drift of their inputs, methods.codecs.drift; all of it and another value for the first column are `gptq:qronos`),
+`shrink` (what inputs have in common counts less, methods.codecs.error_feedback) and, when asked for, `rotated` (grids
+for rotated inputs, `gptq:rotated`; QuaRot, arXiv 2404.00456, rotates a model).
 
 Divergences: grid parameters are rounded to fp16 before codes are chosen; dead columns keep their weights; the damping
 ladder continues where the released code stops with an error; searched symmetric grids may have a negative scale."""
@@ -29,7 +30,7 @@ from kernels.formats.uniform import UniformLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Sensitivity, Track
 from methods.codecs.basis import turned, turned_estimate
 from methods.codecs.drift import FOLLOW_DAMP, check_follow, first_column, followed
-from methods.codecs.error_feedback import Feedback, check_damp, prepare, run
+from methods.codecs.error_feedback import Feedback, check_damp, check_shrink, prepare, run, shrunk
 from methods.codecs.feedback_on_grids import codes_on_grids, round_column
 from methods.codecs.grids import Grid, fit_grid
 from methods.distilled import Distils
@@ -41,15 +42,16 @@ class GPTQ(UniformGridMethod):
     """Error feedback on uniform grids."""
 
     name: ClassVar[str] = "gptq"
-    version: ClassVar[int] = 2  # follows the drift of its inputs
+    version: ClassVar[int] = 3  # correlations of inputs are shrunk
     track: ClassVar[Track] = Track.CALIBRATED
-    later: ClassVar[tuple[str, ...]] = (*Method.later, "follow", "follow_damp", "qronos")
+    later: ClassVar[tuple[str, ...]] = (*Method.later, "follow", "follow_damp", "qronos", "shrink")
 
     grid: str = "hessian"
     act_order: bool = True
     static_groups: bool = True
     true_sequential: bool = True
     damp: float = 0.05
+    shrink: float = 0.15  # share of every column's own diag(H) added to it
     follow: float = 0.5  # share of the inputs' drift that weights take back
     follow_damp: float = FOLLOW_DAMP
     rotated: bool = False  # weights are packed for turned inputs (kernels.formats.rotation), as QuaRot and trellises do
@@ -58,6 +60,7 @@ class GPTQ(UniformGridMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_damp(self.damp)
+        check_shrink(self.shrink)
         check_damp(self.follow_damp, "follow_damp")
         check_follow(self.follow)
         if self.rotated and not self.static_groups:
@@ -96,7 +99,9 @@ class GPTQ(UniformGridMethod):
         assert data.hessian_II is not None
         packed = config.layout(layer, data.weight_OI.device)
         assert isinstance(packed, UniformLinear)
-        weight_OI, hessian_II, rotation = turned(packed, data.weight_OI, data.hessian_II, data.seed)
+        weight_OI, hessian_II, rotation = turned(
+            packed, data.weight_OI, shrunk(data.hessian_II, self.shrink), data.seed
+        )
         drift = None
         if data.drift_II is not None:
             drift_II = data.drift_II if packed.rotation is None else packed.rotation.turn_both(data.drift_II)

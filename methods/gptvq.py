@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from kernels.formats.codebook import CodebookLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Track
-from methods.codecs.error_feedback import prepare
+from methods.codecs.error_feedback import prepare, shrunk
 from methods.codecs.vector_feedback import damped_hessian, quantise_vectors
 from methods.under_hessian import UnderHessian
 
@@ -31,15 +31,16 @@ class GPTVQ(UnderHessian):
     """Error feedback on a vector codebook of each matrix's own."""
 
     name: ClassVar[str] = "gptvq"
-    version: ClassVar[int] = 2  # follows the drift of its inputs
+    version: ClassVar[int] = 3  # correlations of inputs are shrunk
     track: ClassVar[Track] = Track.CALIBRATED
 
     def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:
         assert data.hessian_II is not None
         packed = config.layout(layer, data.weight_OI.device)
         assert isinstance(packed, CodebookLinear)
-        target_OI = self.target(data)
-        feedback = prepare(data.hessian_II, act_order=self.act_order, damp=self.damp)
-        damped_II = damped_hessian(data.hessian_II, feedback)
+        hessian_II = shrunk(data.hessian_II, self.shrink)
+        target_OI = self.target(data, hessian_II)
+        feedback = prepare(hessian_II, act_order=self.act_order, damp=self.damp)
+        damped_II = damped_hessian(hessian_II, feedback)
         packed.fill(**quantise_vectors(target_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed))
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})

@@ -24,7 +24,7 @@ from kernels.formats.trellis import WINDOWS, TrellisLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Method, Needs, Sensitivity, Track
 from methods.codecs.basis import turned
 from methods.codecs.drift import check_follow, followed
-from methods.codecs.error_feedback import check_damp, prepare
+from methods.codecs.error_feedback import check_damp, check_shrink, prepare, shrunk
 from methods.codecs.trellis import CODES, expected_cost, quantise_paths
 from methods.distilled import Distils
 
@@ -34,17 +34,20 @@ class Trellis(Method):
     """Paths through a trellis, column by column, under the Hessian of rotated inputs."""
 
     name: ClassVar[str] = "trellis"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # correlations of inputs are shrunk
     track: ClassVar[Track] = Track.CALIBRATED
+    later: ClassVar[tuple[str, ...]] = (*Method.later, "shrink")
 
     bits: float | None = None
     window: int = 12
     act_order: bool = True
     damp: float = 0.1
+    shrink: float = 0.15  # share of every column's own diag(H) added to it
     follow: float = 0.5  # share of the inputs' drift that weights take back
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
+        check_shrink(self.shrink)
         rates = [bits / dim for bits, dim in CODES]
         if self.bits not in (None, *rates):
             raise ValueError(f"bits={self.bits:g} is not one of {', '.join(f'{rate:g}' for rate in rates)}")
@@ -76,10 +79,10 @@ class Trellis(Method):
         assert data.hessian_II is not None
         packed = config.layout(layer, data.weight_OI.device)
         assert isinstance(packed, TrellisLinear)
-        target_OI = data.weight_OI
+        target_OI, hessian_II = data.weight_OI, shrunk(data.hessian_II, self.shrink)
         if data.drift_II is not None:
-            target_OI = followed(target_OI, data.hessian_II, data.drift_II, self.follow)
-        target_OI, hessian_II, rotation = turned(packed, target_OI, data.hessian_II, data.seed)
+            target_OI = followed(target_OI, hessian_II, data.drift_II, self.follow)
+        target_OI, hessian_II, rotation = turned(packed, target_OI, hessian_II, data.seed)
         feedback = prepare(hessian_II, act_order=self.act_order, damp=self.damp)
         packed.fill(**rotation, **quantise_paths(target_OI, packed, feedback))
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})

@@ -53,6 +53,25 @@ def check_damp(damp: float, name: str = "damp") -> None:
         raise ValueError(f"{name}={damp} must be a positive share of mean diag(H); write for example {name}=0.01")
 
 
+def check_shrink(share: float) -> None:
+    """Raises ValueError."""
+    if not 0 <= share < math.inf:
+        raise ValueError(f"shrink={share} must be a share of diag(H), 0 or more; write for example shrink=0.15")
+
+
+def shrunk(hessian_II: Tensor, share: float) -> Tensor:
+    """H + share * diag(H): what inputs have in common counts 1 / (1 + share) of what it did, beside what each is by
+    itself, whatever its size. (Damping adds the same to all: of a column with small inputs hardly more is left.)
+
+    Correlations among a few thousand tokens of a few texts are in part those texts' own, and codes that rely on them
+    are the worse elsewhere: shrinkage towards a diagonal target (Ledoit & Wolf 2004; Schaefer & Strimmer 2005)."""
+    if not share:
+        return hessian_II
+    shrunk_II = hessian_II.clone()
+    shrunk_II.diagonal().mul_(1 + share)
+    return shrunk_II
+
+
 def prepare(hessian_II: Tensor, *, act_order: bool, damp: float) -> Feedback:
     """Damp, order and factor a Hessian (any scale, fp32 [I, I]).
 

@@ -19,10 +19,10 @@ class GPTQLoRA(Adapted, GPTQ):
     """GPTQ with adapters that start at zero."""
 
     name: ClassVar[str] = "gptq-lora"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     @classmethod
     def variants(cls) -> dict[str, Method]:
         # Groups of 128 with an integer zero point: 3 + 19/128 = 3.148 bits, LQ-LoRA's table.
-        base = cls(bits=3, group=128, offset="zero", damp=0.1, act_order=False, grid="minmax", follow=0.0)
+        base = cls(bits=3, group=128, offset="zero", damp=0.1, shrink=0.0, act_order=False, grid="minmax", follow=0.0)
         return {"published": replace(base, rank=64, adapter_bits=16)}

@@ -26,7 +26,7 @@ from kernels.formats.codebook import CodebookLinear
 from kernels.formats.trellis import WINDOWS, TrellisLinear
 from methods.base import Compressed, LayerConfig, LayerData, LayerSpec, Sensitivity, Track
 from methods.codecs.basis import turned
-from methods.codecs.error_feedback import prepare
+from methods.codecs.error_feedback import prepare, shrunk
 from methods.codecs.svd import lowrank_part
 from methods.codecs.trellis import CODES, expected_cost, quantise_paths
 from methods.codecs.vector_feedback import damped_hessian, quantise_vectors
@@ -40,7 +40,7 @@ LATENTS = ("any", "vectors", "trellis")
 class Calibrated(SharedCodebooks, UnderHessian):
     """The default: latents, codebooks and low-rank part chosen under the Hessian."""
 
-    version: ClassVar[int] = 4  # trellises on offer
+    version: ClassVar[int] = 5  # correlations of inputs are shrunk
     track: ClassVar[Track] = Track.CALIBRATED
 
     latent: str = "any"  # on offer to the plan: vectors, trellises, or both
@@ -94,14 +94,15 @@ class Calibrated(SharedCodebooks, UnderHessian):
         assert isinstance(packed, CodebookLinear | TrellisLinear)
         if data.table is not None:
             packed.attach(data.table)
-        target_OI = self.target(data)
-        feedback = prepare(data.hessian_II, act_order=self.act_order, damp=self.damp)
-        damped_II = damped_hessian(data.hessian_II, feedback)
+        hessian_II = shrunk(data.hessian_II, self.shrink)
+        target_OI = self.target(data, hessian_II)
+        feedback = prepare(hessian_II, act_order=self.act_order, damp=self.damp)
+        damped_II = damped_hessian(hessian_II, feedback)
         whitener_II = torch.linalg.cholesky(damped_II) if packed.rank else None
         adapters, lowrank_OI = lowrank_part(target_OI, packed, whitener_II, data.seed)
         rest_OI = target_OI - lowrank_OI
         if isinstance(packed, TrellisLinear):
-            rest_OI, turned_II, rotation = turned(packed, rest_OI, data.hessian_II, data.seed)
+            rest_OI, turned_II, rotation = turned(packed, rest_OI, hessian_II, data.seed)
             feedback = prepare(turned_II, act_order=self.act_order, damp=self.damp)
             latent = rotation | quantise_paths(rest_OI, packed, feedback)
         else:
