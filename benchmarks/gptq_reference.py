@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {  # of gptqmodel's own runs -> its options
 }
 TOOK = "seconds.txt"
 DAMP = 0.05  # gptqmodel's own
-SAME = f"grid=minmax,damp={DAMP},follow=0"
+SAME = f"grid=minmax,damp={DAMP},follow=0,shrink=0"
 
 
 def main() -> None:

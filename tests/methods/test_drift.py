@@ -63,7 +63,7 @@ def test_qronos_is_the_papers(weight, inputs, monkeypatch):
     """Its grids are given, so ours are placed on the original weights here."""
     grid = fit_grid(weight, bits=3, group=12, offset="symmetric")
     monkeypatch.setattr("methods.gptq.fit_grid", lambda *_, **__: grid)
-    options = f"grid=minmax,damp={DAMP},follow_damp={DAMP}"
+    options = f"grid=minmax,damp={DAMP},follow_damp={DAMP},shrink=0"
     found = packed(f"gptq:qronos,follow=1,{options}", weight, inputs)
     assert torch.allclose(found.double(), qronos(weight, inputs, DAMP, grid), atol=1e-4)
     # With the first column rounded where it is best anyway, it is another algorithm, but hardly.
@@ -78,7 +78,9 @@ def test_without_drift_it_is_gptq(method, weight, inputs):
     assert torch.equal(packed(method, weight, (x, x)), packed(plain, weight, (x, x)))
 
 
-@pytest.mark.parametrize("method", ["gptq:follow={}", "gptq:follow={},static_groups=false", "gptvq:follow={}"])
+@pytest.mark.parametrize(
+    "method", ["gptq:follow={},shrink=0", "gptq:follow={},static_groups=false,shrink=0", "gptvq:follow={},shrink=0"]
+)
 def test_following_gives_back_outputs(method, weight, inputs):
     values = dict(dim=1, index_bits=4, block=12, scales="half") if method.startswith("gptvq") else {}
     x, clean = inputs

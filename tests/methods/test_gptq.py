@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods.codecs.error_feedback import layer_error, prepare
+from methods.codecs.error_feedback import layer_error, prepare, shrunk
 from methods.codecs.grids import fit_grid
 from tests.helpers import decode_uniform, hessian_of
 
@@ -65,8 +65,18 @@ def test_feedback_matches_the_textbook_recursion():
         q = torch.round((rest[:, [column]] - base) / scale).clamp(0, 7) * scale + base
         expected[:, [column]] = q
         rest[:, left] -= (rest[:, [column]] - q) / inverse[0, 0] * inverse[0]
-    got = decode_uniform("gptq:grid=minmax,damp=0.01", weight, hessian, group=12)
+    got = decode_uniform("gptq:grid=minmax,damp=0.01,shrink=0", weight, hessian, group=12)
     assert torch.allclose(got.double(), expected, atol=1e-5)
+
+
+def test_correlations_are_shrunk_and_nothing_else():
+    hessian = hessian_of(12, seed=3)
+    hessian[7], hessian[:, 7] = 0, 0  # a dead column stays one
+    found = shrunk(hessian, 0.25)
+    off = ~torch.eye(12, dtype=torch.bool)
+    assert torch.equal(found[off], hessian[off])
+    assert torch.allclose(found.diagonal(), 1.25 * hessian.diagonal())
+    assert shrunk(hessian, 0.0) is hessian
 
 
 def test_dead_columns_and_ragged_groups():
