@@ -45,8 +45,8 @@ ARGUMENTS = (
 )
 # Of the six blocks: perplexities on these texts; divergences; errors of layers' outputs.
 REFERENCE = (118421443.18, 58904229.60)
-DIVERGENCES = {"gptq 3.25": (0.2541, 0.2824), "reallm:window=8 3.25": (0.1240, 0.1311)}
-ERRORS = {"gptq 3.25": 0.00741, "reallm:window=8 3.25": 0.00487}
+DIVERGENCES = {"gptq 3.25": (0.2201, 0.2196), "reallm:window=8 3.25": (0.1182, 0.1295)}
+ERRORS = {"gptq 3.25": 0.00805, "reallm:window=8 3.25": 0.00519}
 STORED = {"gptq 3.25": 3.25, "reallm:window=8 3.25": 3.249969859182099}
 
 
