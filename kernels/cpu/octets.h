@@ -259,7 +259,6 @@ template <int BITS> static inline Vec added(Vec total, Standing<BITS> code, cons
 #define PAIR_SUMS 1
 static inline void dots(Pairs w, const int8_t *x, Int *sums) { sums[0] = dot(w, x); }
 
-#define LARGEST_AS_BYTES 32767
 // Every fourth column: 0, 4, 8 and so on, then 1, 5, 9.
 static inline void store_fourths(const Int *integer, int8_t *to) {
     const __m256i twos = _mm256_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, 0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
@@ -276,6 +275,7 @@ static inline void store_fourths(const Int *integer, int8_t *to) {
     }
 }
 
+#define LARGEST_AS_BYTES 32767
 static inline void store_integers(const Int *integer, Form form, int8_t *to) {
     if (form == FOR_STANDING) return store_fourths(integer, to);
     for (int h = 0; h < 2; ++h) {
