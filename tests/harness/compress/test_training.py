@@ -121,7 +121,8 @@ def test_training_lowers_the_loss_on_other_text(text, loss, two_blocks, original
     [
         ("mpo:healed", ["core_", "norm.weight"]),
         ("gptq:distilled", [".scales", "norm.weight"]),
-        ("reallm:distilled,latent=trellis,window=8,rank=2", [".scales.", ".lowrank.", "norm.weight"]),
+        # Four steps of the default rate are less than half a unit of the few 16-bit scales of the low-rank part.
+        ("reallm:distilled,latent=trellis,window=8,rank=2,distil_rate=0.001", [".scales.", ".lowrank.", "norm.weight"]),
     ],
 )
 def test_own_numbers_are_trained_and_nothing_else(text, trained, two_blocks, original, tokens, states, tmp_path):
