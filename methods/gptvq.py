@@ -10,8 +10,8 @@ no codebook shared between matrices, no trellises. Following is not in the paper
 methods have here, for it favours whoever has it.
 
 Divergences: d rows of one column make a vector, where the paper takes d columns of a row; one fp16 codebook per matrix,
-not one of 8 bits per group of columns; scales in 8 bits on a linear grid; conjugate gradients for the paper's gradient
-descent on the codebook.
+not one of 8 bits per group of columns; scales in 4 bits, as there, but evenly spaced; conjugate gradients for the
+paper's gradient descent on the codebook.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class GPTVQ(UnderHessian):
     """Error feedback on a vector codebook of each matrix's own."""
 
     name: ClassVar[str] = "gptvq"
-    version: ClassVar[int] = 3  # correlations of inputs are shrunk
+    version: ClassVar[int] = 4  # block scales in 4 bits
     track: ClassVar[Track] = Track.CALIBRATED
 
     def compress(self, data: LayerData, layer: LayerSpec, config: LayerConfig) -> Compressed:

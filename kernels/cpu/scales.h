@@ -49,23 +49,55 @@ static void mapped(const uint8_t *code, const float *map, float size, float offs
     for (; i < count; ++i) to[i] = __builtin_fmaf(map ? map[code[i]] : (float)code[i], size, offset);
 }
 
-// Minus scale times zero, of `count` zeros from number `first` of the stream on: eight codes are at most as many bytes.
-static void shifts_of(const Layer &l, int64_t first, int64_t count, const float *scale, float *shift) {
-    const int64_t bits = l.bits, bytes = (l.rows * l.groups * bits + 31) / 32 * 4;
-    const __m256i mask = _mm256_set1_epi32((1 << bits) - 1), step = _mm256_set1_epi64x(bits);
-    // Places of codes 0, 1, 4, 5, and of 2, 3, 6, 7: a shuffle of their lower halves is all eight in order.
-    const __m256i early = _mm256_mul_epu32(step, _mm256_setr_epi64x(0, 1, 4, 5)), late = _mm256_mul_epu32(step, _mm256_setr_epi64x(2, 3, 6, 7));
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    int64_t i = 0;
-    for (int64_t bit = first * bits; i < count && bit / 8 + 8 <= bytes; i += 8, bit += 8 * bits) {
+// Codes of a stream as fp32, eight at a time: they are at most as many bytes.
+struct Eights {
+    const uint32_t *stream;
+    int64_t bits, bytes;
+    __m256i mask, early, late;
+
+    Eights(const uint32_t *stream, int64_t count, int64_t bits) : stream(stream), bits(bits), bytes((count * bits + 31) / 32 * 4) {
+        mask = _mm256_set1_epi32((1 << bits) - 1);
+        // Places of codes 0, 1, 4, 5, and of 2, 3, 6, 7: a shuffle of their lower halves is all eight in order.
+        const __m256i step = _mm256_set1_epi64x(bits);
+        early = _mm256_mul_epu32(step, _mm256_setr_epi64x(0, 1, 4, 5)), late = _mm256_mul_epu32(step, _mm256_setr_epi64x(2, 3, 6, 7));
+    }
+    bool has(int64_t index) const { return index * bits / 8 + 8 <= bytes; }
+    __m256 operator[](int64_t index) const {
+        const int64_t bit = index * bits;
         uint64_t eight;
-        memcpy(&eight, (const uint8_t *)l.zeros + bit / 8, 8);
+        memcpy(&eight, (const uint8_t *)stream + bit / 8, 8);
         const __m256i from_first = _mm256_set1_epi64x((long long)(eight >> bit % 8));
         const __m256 code = _mm256_shuffle_ps(_mm256_castsi256_ps(_mm256_srlv_epi64(from_first, early)), _mm256_castsi256_ps(_mm256_srlv_epi64(from_first, late)), 0x88);
-        const __m256 zero = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_castps_si256(code), mask));
-        _mm256_storeu_ps(shift + i, _mm256_xor_ps(sign, _mm256_mul_ps(_mm256_loadu_ps(scale + i), zero)));
+        return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_castps_si256(code), mask));
     }
-    for (; i < count; ++i) shift[i] = -scale[i] * (float)code_at(l.zeros, first + i, bits);
+};
+
+// Codes times size and offset, of `count` codes from number `first` of the stream on.
+static void spread(const Eights &codes, int64_t first, float size, float offset, int64_t count, float *to) {
+    const __m256 sizes = _mm256_set1_ps(size), offsets = _mm256_set1_ps(offset);
+    int64_t i = 0;
+    for (; i < count && codes.has(first + i); i += 8) {
+        const __m256 eight = _mm256_fmadd_ps(codes[first + i], sizes, offsets);
+        if (i + 8 <= count) {
+            _mm256_storeu_ps(to + i, eight);
+        } else {
+            float last[8];
+            _mm256_storeu_ps(last, eight);
+            memcpy(to + i, last, (count - i) * sizeof(float));
+        }
+    }
+    for (; i < count; ++i) to[i] = __builtin_fmaf((float)code_at(codes.stream, first + i, codes.bits), size, offset);
+}
+
+// Minus scale times zero, of `count` zeros from number `first` of the stream on.
+static void shifts_of(const Layer &l, int64_t first, int64_t count, const float *scale, float *shift) {
+    const Eights codes(l.zeros, l.rows * l.groups, l.bits);
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    int64_t i = 0;
+    for (; i < count && codes.has(first + i); i += 8) {
+        _mm256_storeu_ps(shift + i, _mm256_xor_ps(sign, _mm256_mul_ps(_mm256_loadu_ps(scale + i), codes[first + i])));
+    }
+    for (; i < count; ++i) shift[i] = -scale[i] * (float)code_at(l.zeros, first + i, l.bits);
 }
 
 // What the values of every group of a row are multiplied by, and what is added to them, where `has_shift`; there is room for whole vectors.
@@ -74,16 +106,17 @@ static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
     if (l.half) {
         converted(l.half + first, l.groups, l.rows * l.groups - first, scale);
     } else {
+        const Eights codes((const uint32_t *)l.scale_codes, l.rows * l.groups, l.scale_bits);
         int64_t step = first / l.per_step, left = (step + 1) * l.per_step - first;  // one division a row, none a scale
         for (int64_t g = 0; g < l.groups; ++step, left = l.per_step) {
             const int64_t end = g + left < l.groups ? g + left : l.groups;
             const float size = l.steps[step], offset = (float)l.offset;
             if (l.scale_bits == 8) {
                 mapped((const uint8_t *)l.scale_codes + first + g, l.map, size, offset, end - g, scale + g);
-                g = end;
             } else {
-                for (; g < end; ++g) scale[g] = (float)code_at((const uint32_t *)l.scale_codes, first + g, l.scale_bits) * size + offset;
+                spread(codes, first + g, size, offset, end - g, scale + g);
             }
+            g = end;
         }
     }
     if (l.minima) {

@@ -46,7 +46,7 @@ class ReALLM(VectorQuantised):
     """Vectors under block scales, and a low-rank part beside them."""
 
     name: ClassVar[str] = "reallm"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4  # block scales in 4 bits
 
     rank: int | None = None
     adapter_bits: int = 8

@@ -5,10 +5,12 @@ E^T).
     1  low-rank part     the best one as the inputs see it: SVD of W C, H = C C^T        methods.codecs.svd
     2  the rest          vectors: scales, codebook, codes, codebook again, under H       methods.codecs.vector_feedback
                          or paths through a trellis, of the rotated rest, under H        methods.codecs.trellis
+    3  low-rank part     again, of what is left of the target without the latent         methods.codecs.svd
 
 Which latent a matrix gets, of what length and bits, is the plan's affair, as is its rank. None of this is in the ReALLM
 paper, whose quantisation is data-free; vectors are close kin to GPTVQ (van Baalen et al., arXiv 2402.15319), and
-`gptvq` is this method with them alone and without steps 0 and 1; trellises are those of `trellis`.
+`gptvq` is this method with them alone and without steps 1 and 3; trellises are those of `trellis`. Step 3 lowers the
+layer's error by some 1 % at rank 2; a second round of 2 after it raises it again.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ LATENTS = ("any", "vectors", "trellis")
 class Calibrated(SharedCodebooks, UnderHessian):
     """The default: latents, codebooks and low-rank part chosen under the Hessian."""
 
-    version: ClassVar[int] = 5  # correlations of inputs are shrunk
+    version: ClassVar[int] = 6  # block scales in 4 bits, low-rank parts fitted again
     track: ClassVar[Track] = Track.CALIBRATED
 
     latent: str = "any"  # on offer to the plan: vectors, trellises, or both
@@ -108,4 +110,8 @@ class Calibrated(SharedCodebooks, UnderHessian):
         else:
             latent = quantise_vectors(rest_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed)
         packed.fill(**adapters, **latent)
+        if packed.rank:
+            latent_OI = packed.decode() - lowrank_OI
+            adapters, _ = lowrank_part(target_OI - latent_OI, packed, whitener_II, data.seed)
+            packed.fill(**adapters, **latent)
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})

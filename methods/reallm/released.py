@@ -19,11 +19,13 @@ class Released(ReALLM):
     """The alternation with column orders and row scales, at the authors' settings."""
 
     algorithm: ClassVar[str] = "released"
+    version: ClassVar[int] = 3
     track: ClassVar[Track] = Track.DATA_FREE
 
     dim: int | None = 2
     index_bits: int | None = 4
     block: int | None = 64
+    scale_bits: int = 8
     rank: int | None = 64
     adapter_bits: int = 16
     band: int = 64  # rows that share an order of the columns; 0 leaves them in place

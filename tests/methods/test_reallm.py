@@ -15,7 +15,7 @@ from methods.codecs.column_order import greedy_order
 from methods.codecs.conv_training import unlikeness
 from methods.codecs.error_feedback import layer_error, prepare
 from methods.codecs.kmeans import kmeans, nearest
-from methods.codecs.svd import svd_factors
+from methods.codecs.svd import lowrank_part, svd_factors
 from methods.codecs.vector import absmax_scales, fit_codebook, from_vectors, refit_codebook, to_vectors
 from methods.codecs.vector_feedback import assign
 from tests.helpers import decode_uniform, hessian_of
@@ -165,6 +165,29 @@ def test_a_convolutional_decoder_is_on_offer_where_rows_are_alike(weights, weigh
     assert done.report["relative_error"] == pytest.approx(float(error.norm() / alike.norm()), rel=1e-4)
     assert method.expected_costs(alike, flat, layer, [config], seed=0) == [pytest.approx(flat.cost(error))]
     assert method.expected_costs(other, flat, layer, [config], seed=0) == [pytest.approx(flat.cost(other), rel=1e-5)]
+
+
+@pytest.mark.parametrize("latent", ["vectors", "trellis"])
+def test_the_low_rank_part_sees_what_the_latent_leaves(weight, latent, monkeypatch):
+    """Under the layer's own objective, against the part that the latent was fitted beside."""
+    method, layer = parse_method(f"reallm:latent={latent},window=8,rank=4"), LayerSpec("l", "l", 192, 576, bias=False)
+    config = next(c for c in method.candidates(layer) if c.format == "trellis" or c["dim"] == c["index_bits"] / 3 == 2)
+    fitted = []
+
+    def first_alone(*arguments):
+        fitted.append(lowrank_part(*arguments))
+        return fitted[0]
+
+    def error():
+        damped = hessian + (0.15 + 0.1 * hessian.diagonal().mean() / hessian.diagonal()) * hessian.diagonal().diag()
+        return layer_error(
+            weight, method.compress(LayerData(weight, 0, hessian), layer, config).packed.decode(), damped
+        )
+
+    hessian = hessian_of(576)
+    again = error()
+    monkeypatch.setattr("methods.reallm.calibrated.lowrank_part", first_alone)
+    assert again < 0.998 * error() and len(fitted) == 2
 
 
 def test_the_released_settings_decode_what_they_report(weight):

@@ -77,4 +77,15 @@ def test_the_vector_methods_share_a_base_and_none_inherits_the_other():
     gptvq, reallm = (METHODS.get(name) for name in ("gptvq", "reallm"))
     assert not issubclass(gptvq, reallm) and not issubclass(reallm, gptvq)
     options = {field.name for field in dataclasses.fields(gptvq)}
-    assert options == {"dim", "index_bits", "block", "scales", "act_order", "damp", "shrink", "refit", "follow"}
+    assert options == {
+        "dim",
+        "index_bits",
+        "block",
+        "scales",
+        "scale_bits",
+        "act_order",
+        "damp",
+        "shrink",
+        "refit",
+        "follow",
+    }

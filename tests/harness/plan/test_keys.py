@@ -107,7 +107,7 @@ def older_cache(wanted: Cell) -> Path:
 
 def test_cells_of_an_older_cache_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
-    wanted, said = cell("reallm:data-free,rounds=3"), []
+    wanted, said = cell("reallm:released,rounds=3"), []
     old = older_cache(wanted)
     adopt([wanted], said.append)
     assert not old.exists() and (CellStore(wanted.key).folder / "log.txt").read_text() == "hello"
