@@ -54,7 +54,7 @@ template <int SIZE, int D> struct Planes {
     UnpackBytes unpack;
     const uint8_t *table;
     explicit Planes(const Layer &l) : unpack(l.bits, true), table(l.planes) {}
-    void open(const uint8_t *p, int64_t left, Block &block) const { block = unpack(p, unpack.bytes(left)); }
+    void open(const uint8_t *p, int64_t left, Block &block) const { block = unpack(p, left); }
     void place(const Block &block, int d, Vec *v) const { planes<SIZE>(table + 2 * SIZE * d, block, v); }
 };
 #endif

@@ -57,7 +57,7 @@ template <bool EVEN, class Unpack = UnpackBytes> struct Bytes : Rows {
         for (int64_t c = 0, at = 0; c < blocks; ++c, at += step, x += 2 * BLOCK)
             UNROLL for (int r = 0; r < R; ++r) {
                 _mm_prefetch((const char *)codes + r * bytes + at + AHEAD, _MM_HINT_T0);
-                const auto code = unpack.numbers(codes + r * bytes + at, unpack.bytes(present - r * bytes - at));
+                const auto code = unpack.numbers(codes + r * bytes + at, present - r * bytes - at);
                 UNROLL for (int k = 0; k < B; ++k) {
                     if constexpr (EVEN) {
                         total[r][k] = added(total[r][k], code, x + k * stride, factor[(r * B + k) * apart + c]);
@@ -108,7 +108,7 @@ template <int SIZE, int D, bool EVEN> struct Words : Rows {
         UNROLL for (int d = 0; d < D; ++d) UNROLL for (int k = 0; k < B; ++k) total[d][k] = zero();
         for (int64_t c = 0, at = 0; c < blocks; ++c, at += step, x += 2 * BLOCK) {
             prefetch(codes + at + AHEAD, step);
-            const Octets code = unpack(codes + at, unpack.bytes(bytes - at));
+            const Octets code = unpack(codes + at, bytes - at);
             UNROLL for (int d = 0; d < D; ++d) {
                 const Pairs w = entry[d](code);
                 UNROLL for (int k = 0; k < B; ++k) {

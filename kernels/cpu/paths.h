@@ -11,8 +11,8 @@
 struct Levels {
     __m512i table[4], odd;
     explicit Levels(const uint8_t *levels) {
-        uint8_t high[64];
-        for (int k = 0; k < 64; ++k) high[k] = (uint8_t)(2 * k + 1);
+        uint8_t high[64];  // of even columns' words and of odd ones', in turn
+        for (int k = 0; k < 64; ++k) high[k] = (uint8_t)(k % 2 ? 64 + k : k + 1);
         odd = _mm512_loadu_si512(high);
         for (int k = 0; k < 4; ++k) table[k] = _mm512_loadu_si512(levels + 64 * k);
     }
@@ -52,22 +52,27 @@ class Path {
         uint16_t *const state = this->state;
         const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
 #if WIDE
-        const __m512i mask = _mm512_set1_epi16((short)kept), multiplier[2] = {_mm512_set1_epi16((short)l.first), _mm512_set1_epi16((short)l.second)};
+        // A block after the other, for all vectors: so windows stay in registers. Words are those of even columns and of odd ones, and bits of
+        // other codes are in them until they are masked.
+        const __m512i mask = _mm512_set1_epi16((short)kept), own = _mm512_set1_epi16((short)((1 << l.bits) - 1));
+        const __m512i multiplier[2] = {_mm512_set1_epi16((short)l.first), _mm512_set1_epi16((short)l.second)};
         const unsigned bits = (unsigned)l.bits;
-        for (int64_t i = 0; i < count; ++i, codes += apart)
-            for (int64_t c = 0, at = 0; c < stride; c += BLOCK, at += step) {
-                prefetch(codes + at + AHEAD, step);
-                const __m512i code = unpack.numbers(codes + at, unpack.bytes(bytes - i * apart - at));
-                __m512i now[2];
-                UNROLL for (int h = 0; h < 2; ++h) {
-                    const __m512i added = _mm512_cvtepu8_epi16(h ? _mm512_extracti64x4_epi64(code, 1) : _mm512_castsi512_si256(code));
-                    now[h] = _mm512_or_si512(_mm512_slli_epi16(_mm512_loadu_si512(state + c + 32 * h), bits), added);
-                    _mm512_storeu_si512(state + c + 32 * h, now[h]);
-                    now[h] = _mm512_and_si512(now[h], mask);
+        const int MASKED_IN = 0xf8;  // a | (b & c)
+        for (int64_t c = 0, at = 0; c < stride; c += BLOCK, at += step) {
+            __m512i even = _mm512_loadu_si512(state + c), odd = _mm512_loadu_si512(state + c + 32);
+            const uint8_t *from = codes + at;
+            for (int64_t i = 0; i < count; ++i, from += apart) {
+                _mm_prefetch((const char *)from + count * apart, _MM_HINT_T0);  // of the vectors behind these; a step is a line at most
+                const __m512i code = unpack(from, bytes - i * apart - at);
+                even = _mm512_ternarylogic_epi64(_mm512_slli_epi16(even, bits), code, own, MASKED_IN);
+                odd = _mm512_ternarylogic_epi64(_mm512_slli_epi16(odd, bits), _mm512_srli_epi16(code, 8), own, MASKED_IN);
+                UNROLL for (int d = 0; d < D; ++d) {
+                    const __m512i early = _mm512_mullo_epi16(_mm512_and_si512(even, mask), multiplier[d]), late = _mm512_mullo_epi16(_mm512_and_si512(odd, mask), multiplier[d]);
+                    _mm512_storeu_si512(out + (i * D + d) * stride + c, level(level.high_bytes(early, late)));
                 }
-                UNROLL for (int d = 0; d < D; ++d)
-                    _mm512_storeu_si512(out + (i * D + d) * stride + c, level(level.high_bytes(_mm512_mullo_epi16(now[0], multiplier[d]), _mm512_mullo_epi16(now[1], multiplier[d]))));
             }
+            _mm512_storeu_si512(state + c, even), _mm512_storeu_si512(state + c + 32, odd);
+        }
 #else
         // A block after the other, for all vectors: so windows stay in registers.
         const __m256i mask = _mm256_set1_epi16((short)kept), high = _mm256_set1_epi16((short)0xff00);
@@ -76,7 +81,7 @@ class Path {
         uint8_t copy[TILE][COPIED];
         const uint8_t *from[TILE];
         for (int64_t c = 0, at = 0; c < stride; c += BLOCK, at += step) {
-            for (int64_t i = 0; i < count; ++i) prefetch(codes + i * apart + at + AHEAD / 8, step), from[i] = readable(codes + i * apart + at, bytes - i * apart - at, unpack.reach, step, copy[i]);
+            for (int64_t i = 0; i < count; ++i) prefetch(codes + (count + i) * apart + at, step), from[i] = readable(codes + i * apart + at, bytes - i * apart - at, unpack.reach, step, copy[i]);
             for (int h = 0; h < 2; ++h) {
                 __m256i *kept_even = (__m256i *)(state + c) + 2 * h, *kept_odd = kept_even + 1, even = *kept_even, odd = *kept_odd;
                 for (int64_t i = 0; i < count; ++i) {
@@ -110,37 +115,43 @@ class Path {
     }
 };
 
+// A row has one scale: whatever else a block's sums are multiplied by, and what they begin with, is the same for all rows.
 struct Paths : Rows {
-    template <int B> void dots(const uint8_t *level, const float *factor, int64_t b, float *start) const {
-        Vec total[B];
-        UNROLL for (int k = 0; k < B; ++k) total[k] = load(start + k * LANES);
-        const int64_t blocks = in.stride / BLOCK, apart = in.blocks, stride = 2 * in.stride;
+    static const int TOGETHER = WIDE ? 2 : 1;  // rows, so that inputs are loaded once for both
+
+    template <int R, int B> void dots(const uint8_t *level, int64_t b, float *sums) const {
+        Vec total[R][B];
+        UNROLL for (int r = 0; r < R; ++r) UNROLL for (int k = 0; k < B; ++k) total[r][k] = load(in.sums + (b + k) * LANES);
+        const int64_t apart = in.blocks, stride = 2 * in.stride;
         const int8_t *x = in.integers + b * stride;
-        for (int64_t c = 0; c < blocks; ++c, level += BLOCK, x += 2 * BLOCK) {
-            const Numbers weights = numbers_at(level);
-            UNROLL for (int k = 0; k < B; ++k) total[k] = added(total[k], weights, x + k * stride, factor[k * apart + c]);
-        }
-        UNROLL for (int k = 0; k < B; ++k) store(start + k * LANES, total[k]);
+        const float *by = in.step + b * apart;
+        for (int64_t c = 0; c < in.stride / BLOCK; ++c, level += BLOCK, x += 2 * BLOCK)
+            UNROLL for (int r = 0; r < R; ++r) {
+                const Numbers weights = numbers_at(level + r * in.stride);
+                UNROLL for (int k = 0; k < B; ++k) total[r][k] = added(total[r][k], weights, x + k * stride, by[k * apart + c]);
+            }
+        UNROLL for (int r = 0; r < R; ++r) UNROLL for (int k = 0; k < B; ++k) store(sums + (r * B + k) * LANES, total[r][k]);
     }
-    template <int B> void inputs(int64_t v, int64_t count, int64_t b, const uint8_t *level, Tile &tile) const {
-        tile.make<B, true>(l, in, count, b);
-        for (int64_t r = 0; r < count; ++r) dots<B>(level + r * in.stride, tile.factor + r * B * in.blocks, b, tile.start + r * B * LANES);
-        sums_of(tile.start, (count * B + 3) / 4 * 4);
-        for (int64_t r = 0; r < count && v * l.dim + r < l.rows; ++r)
-            for (int k = 0; k < B; ++k) finish(v * l.dim + r, b + k, tile.start[r * B + k]);
+    // Levels [count, stride] of the rows from o on, TILE of them or the last ones.
+    template <int B> void inputs(int64_t o, int64_t count, int64_t b, const uint8_t *level, const float *scale, float *sums) const {
+        int64_t r = 0;
+        for (; r + TOGETHER <= count; r += TOGETHER) dots<TOGETHER, B>(level + r * in.stride, b, sums + r * B * LANES);
+        for (; r < count; ++r) dots<1, B>(level + r * in.stride, b, sums + r * B * LANES);
+        sums_of(sums, TILE * B);
+        for (r = 0; r < count; ++r)
+            for (int k = 0; k < B; ++k) finish(o + r, b + k, scale[r] * sums[r * B + k]);
     }
     void operator()(int64_t begin, int64_t end) const {
         Path path(l, begin, arena);
-        const int64_t stride = padded(l.columns), together = TILE / l.dim;  // vectors: the rows of a tile
-        uint8_t *level = arena.take<uint8_t>(TILE * stride);
-        Tile tile(l, in, 4, arena);
-        for (int64_t v = begin; v < end; v += together) {
-            const int64_t count = end - v < together ? end - v : together;
-            path.next(v, count, level);
-            for (int64_t i = 0; i < count; ++i) load_scales(l, v + i, tile.scale + i * l.dim * tile.each, tile.shift + i * l.dim * tile.each);
+        uint8_t *level = arena.take<uint8_t>(TILE * in.stride);
+        float scale[LANES], *sums = arena.zeros<float>(TILE * 4 * LANES);
+        for (int64_t v = begin, o = begin * l.dim; v < end; v += TILE / l.dim, o += TILE) {
+            const int64_t vectors = end - v < TILE / l.dim ? end - v : TILE / l.dim, rows = l.rows - o < vectors * l.dim ? l.rows - o : vectors * l.dim;
+            path.next(v, vectors, level);
+            scales_from(l, o, rows, scale);
             int64_t b = 0;
-            for (; b + 4 <= in.batch; b += 4) inputs<4>(v, count * l.dim, b, level, tile);
-            for (; b < in.batch; ++b) inputs<1>(v, count * l.dim, b, level, tile);
+            for (; b + 4 <= in.batch; b += 4) inputs<4>(o, rows, b, level, scale, sums);
+            for (; b < in.batch; ++b) inputs<1>(o, rows, b, level, scale, sums);
         }
     }
 };
@@ -153,17 +164,17 @@ static void decode_paths(const Layer &l, int64_t first, int64_t count, float *ou
     Path path(l, from, arena);
     const int64_t together = TILE / l.dim;
     uint8_t *level = arena.take<uint8_t>(TILE * stride);
-    float *scale = arena.take<float>(l.dim * room(l)), *shift = arena.take<float>(l.dim * room(l));
+    float scale[LANES];
     for (int64_t begun = from; begun < to; begun += together) {
         const int64_t vectors = to - begun < together ? to - begun : together;
         path.next(begun, vectors, level);
-        for (int64_t v = begun; v < begun + vectors; ++v) {
-            load_scales(l, v, scale, shift);
-            for (int64_t d = 0; d < l.dim && v * l.dim + d < first + count; ++d) {
-                const uint8_t *of = level + ((v - begun) * l.dim + d) * stride;
-                float *row = out + (v * l.dim + d - first) * l.columns;
-                for (int64_t c = 0; c < l.columns; ++c) row[c] = scale[d * room(l)] * (float)(of[c] - 128);
-            }
+        // A thread's first and last vector may have rows that are not asked for.
+        const int64_t o = begun * l.dim, rows = l.rows - o < vectors * l.dim ? l.rows - o : vectors * l.dim;
+        scales_from(l, o, rows, scale);
+        for (int64_t r = o < first ? first - o : 0; r < rows && o + r < first + count; ++r) {
+            const uint8_t *of = level + r * stride;
+            float *row = out + (o + r - first) * l.columns;
+            for (int64_t c = 0; c < l.columns; ++c) row[c] = scale[r] * (float)(of[c] - 128);
         }
     }
 }

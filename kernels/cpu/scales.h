@@ -100,25 +100,30 @@ static void shifts_of(const Layer &l, int64_t first, int64_t count, const float 
     for (; i < count; ++i) shift[i] = -scale[i] * (float)code_at(l.zeros, first + i, l.bits);
 }
 
+// Scales of `count` groups from number `first` on, whatever their rows; `scale` has room for whole vectors.
+static void scales_from(const Layer &l, int64_t first, int64_t count, float *scale) {
+    if (l.half) {
+        converted(l.half + first, count, l.rows * l.groups - first, scale);
+        return;
+    }
+    const Eights codes((const uint32_t *)l.scale_codes, l.rows * l.groups, l.scale_bits);
+    int64_t step = first / l.per_step, left = (step + 1) * l.per_step - first;  // one division a call, none a scale
+    for (int64_t g = 0; g < count; ++step, left = l.per_step) {
+        const int64_t end = g + left < count ? g + left : count;
+        const float size = l.steps[step], offset = (float)l.offset;
+        if (l.scale_bits == 8) {
+            mapped((const uint8_t *)l.scale_codes + first + g, l.map, size, offset, end - g, scale + g);
+        } else {
+            spread(codes, first + g, size, offset, end - g, scale + g);
+        }
+        g = end;
+    }
+}
+
 // What the values of every group of a row are multiplied by, and what is added to them, where `has_shift`; there is room for whole vectors.
 static void scales_of(const Layer &l, int64_t row, float *scale, float *shift) {
     const int64_t first = row * l.groups;  // behind the last one of the row there is anything: not used, or times zero
-    if (l.half) {
-        converted(l.half + first, l.groups, l.rows * l.groups - first, scale);
-    } else {
-        const Eights codes((const uint32_t *)l.scale_codes, l.rows * l.groups, l.scale_bits);
-        int64_t step = first / l.per_step, left = (step + 1) * l.per_step - first;  // one division a row, none a scale
-        for (int64_t g = 0; g < l.groups; ++step, left = l.per_step) {
-            const int64_t end = g + left < l.groups ? g + left : l.groups;
-            const float size = l.steps[step], offset = (float)l.offset;
-            if (l.scale_bits == 8) {
-                mapped((const uint8_t *)l.scale_codes + first + g, l.map, size, offset, end - g, scale + g);
-            } else {
-                spread(codes, first + g, size, offset, end - g, scale + g);
-            }
-            g = end;
-        }
-    }
+    scales_from(l, first, l.groups, scale);
     if (l.minima) {
         converted(l.minima + first, l.groups, l.rows * l.groups - first, shift);
     } else if (l.zeros) {
