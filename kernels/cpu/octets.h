@@ -21,8 +21,9 @@ typedef __m512i Octets;  // sixty-four bytes; for words octets 0 to 3 in the eve
 
 struct UnpackBytes {
     __m512i at, by, mask;
+    bool half;  // of a register is all that a block's codes are
     // In their natural order, or so that unpacking bytes to words orders them.
-    UnpackBytes(int64_t b, bool for_words) {
+    UnpackBytes(int64_t b, bool for_words) : half(b <= 4) {
         uint8_t from[64], shift[64];
         for (int q = 0; q < 8; ++q)
             for (int k = 0; k < 8; ++k) {
@@ -33,12 +34,16 @@ struct UnpackBytes {
         by = _mm512_loadu_si512(shift);
         mask = _mm512_set1_epi8((char)((1u << b) - 1));
     }
-    // Of `left` bytes that can be read. Bits above a code stay: tables repeat themselves. A mask for every load would be a fifth of the time.
-    Octets operator()(const uint8_t *p, int64_t left) const {
-        const __m512i raw = left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(bytes_below(left), p);
-        return _mm512_multishift_epi64_epi8(by, _mm512_permutexvar_epi8(at, raw));
+    Octets placed(__m512i raw) const { return _mm512_multishift_epi64_epi8(by, _mm512_permutexvar_epi8(at, raw)); }
+    static __m512i masked(const uint8_t *p, int64_t left) { return _mm512_maskz_loadu_epi8(bytes_below(left), p); }
+
+    // Of `left` bytes that can be read. Bits above a code stay: tables repeat themselves. (A mask for every load would be a tenth of the time.)
+    Octets operator()(const uint8_t *p, int64_t left) const { return placed(left < 64 ? masked(p, left) : _mm512_loadu_si512(p)); }
+    // The same where loads are what limits: half a register, if a block is no more, crosses fewer lines of the cache.
+    Octets loaded(const uint8_t *p, int64_t left) const {
+        return placed(left < 64 ? masked(p, left) : half ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p)) : _mm512_loadu_si512(p));
     }
-    Octets numbers(const uint8_t *p, int64_t left) const { return _mm512_and_si512((*this)(p, left), mask); }
+    Octets numbers(const uint8_t *p, int64_t left) const { return _mm512_and_si512(loaded(p, left), mask); }
 };
 
 // SIZE bytes, 64, 128 or 256: a shorter table is repeated.

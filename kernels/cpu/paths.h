@@ -63,7 +63,7 @@ class Path {
             const uint8_t *from = codes + at;
             for (int64_t i = 0; i < count; ++i, from += apart) {
                 _mm_prefetch((const char *)from + count * apart, _MM_HINT_T0);  // of the vectors behind these; a step is a line at most
-                const __m512i code = unpack(from, bytes - i * apart - at);
+                const __m512i code = unpack.loaded(from, bytes - i * apart - at);
                 even = _mm512_ternarylogic_epi64(_mm512_slli_epi16(even, bits), code, own, MASKED_IN);
                 odd = _mm512_ternarylogic_epi64(_mm512_slli_epi16(odd, bits), _mm512_srli_epi16(code, 8), own, MASKED_IN);
                 UNROLL for (int d = 0; d < D; ++d) {
@@ -117,7 +117,7 @@ class Path {
 
 // A row has one scale: whatever else a block's sums are multiplied by, and what they begin with, is the same for all rows.
 struct Paths : Rows {
-    static const int TOGETHER = WIDE ? 2 : 1;  // rows, so that inputs are loaded once for both
+    static const int TOGETHER = WIDE ? 4 : 1;  // rows, so that inputs are loaded once for all of them
 
     template <int R, int B> void dots(const uint8_t *level, int64_t b, float *sums) const {
         Vec total[R][B];
