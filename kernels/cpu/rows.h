@@ -417,10 +417,11 @@ static void multiply(const Rows &rows, int64_t begin, int64_t end) {
         break;
     case LOADED_WAY:
 #if !WIDE
-        if (l.dim == 8) Loaded<8>{rows}(begin, end);
+        if (l.dim == 8) Loaded<8, 0>{rows}(begin, end);
         else
 #endif
-            Loaded<4>{rows}(begin, end);
+            if (l.bits == 12) Loaded<4, 12>{rows}(begin, end);
+        else Loaded<4, 0>{rows}(begin, end);
         break;
     case PATHS_WAY:
         Paths{rows}(begin, end);
