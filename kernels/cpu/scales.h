@@ -106,7 +106,6 @@ static void scales_from(const Layer &l, int64_t first, int64_t count, float *sca
         converted(l.half + first, count, l.rows * l.groups - first, scale);
         return;
     }
-    const Eights codes((const uint32_t *)l.scale_codes, l.rows * l.groups, l.scale_bits);
     int64_t step = first / l.per_step, left = (step + 1) * l.per_step - first;  // one division a call, none a scale
     for (int64_t g = 0; g < count; ++step, left = l.per_step) {
         const int64_t end = g + left < count ? g + left : count;
@@ -114,7 +113,7 @@ static void scales_from(const Layer &l, int64_t first, int64_t count, float *sca
         if (l.scale_bits == 8) {
             mapped((const uint8_t *)l.scale_codes + first + g, l.map, size, offset, end - g, scale + g);
         } else {
-            spread(codes, first + g, size, offset, end - g, scale + g);
+            spread(Eights((const uint32_t *)l.scale_codes, l.rows * l.groups, l.scale_bits), first + g, size, offset, end - g, scale + g);
         }
         g = end;
     }
