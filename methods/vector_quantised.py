@@ -21,7 +21,7 @@ BLOCKS = (64, 128)  # columns under one scale
 # Squared error of a table drawn by a decoder over that of the plain one: 1.01 to 1.05 for K = 256 to 4096.
 MLP_LOSS = 1.03
 # The same of rounded block scales: of blocks of 64 in five matrices of the default model 1.01 to 1.04 with 4 bits,
-# 1.02 to 1.18 with 3. At equal bits 4 are 2 to 7 % better than 8, and never worse than 3 or 6 by more than 1 %.
+# 1.02 to 1.18 with 3. At equal bits 4 are up to 7 % better than 8, and never worse than 3 or 6 by more than 1 %.
 SCALE_LOSS = {3: 1.07, 4: 1.025, 6: 1.01, 8: 1.0}
 
 Shape = tuple[int, int, Mapping[str, str]]  # vector length, index bits, and where the table comes from
