@@ -151,13 +151,13 @@ def test_damaged_weights_are_refused_by_name(two_blocks, tmp_path):
 
 
 def _large_model(folder):
-    """A random Llama of 270 MiB in fp32, half of that on disk, that reads bytes."""
+    """A random Llama of 200 MiB in fp32, half of that on disk, that reads bytes."""
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=8)
     config = LlamaConfig(
-        num_hidden_layers=22, max_position_embeddings=1024, tie_word_embeddings=True, vocab_size=len(tokenizer), **sizes
+        num_hidden_layers=16, max_position_embeddings=1024, tie_word_embeddings=True, vocab_size=len(tokenizer), **sizes
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     model.save_pretrained(folder, max_shard_size="50MB")
