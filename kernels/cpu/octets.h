@@ -35,13 +35,12 @@ struct UnpackBytes {
         mask = _mm512_set1_epi8((char)((1u << b) - 1));
     }
     Octets placed(__m512i raw) const { return _mm512_multishift_epi64_epi8(by, _mm512_permutexvar_epi8(at, raw)); }
-    static __m512i masked(const uint8_t *p, int64_t left) { return _mm512_maskz_loadu_epi8(bytes_below(left), p); }
 
     // Of `left` bytes that can be read. Bits above a code stay: tables repeat themselves. (A mask for every load would be a tenth of the time.)
-    Octets operator()(const uint8_t *p, int64_t left) const { return placed(left < 64 ? masked(p, left) : _mm512_loadu_si512(p)); }
+    Octets operator()(const uint8_t *p, int64_t left) const { return placed(left < 64 ? _mm512_maskz_loadu_epi8(bytes_below(left), p) : _mm512_loadu_si512(p)); }
     // The same where loads are what limits: half a register, if a block is no more, crosses fewer lines of the cache.
     Octets loaded(const uint8_t *p, int64_t left) const {
-        return placed(left < 64 ? masked(p, left) : half ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p)) : _mm512_loadu_si512(p));
+        return half && left >= 64 ? placed(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p))) : (*this)(p, left);
     }
     Octets numbers(const uint8_t *p, int64_t left) const { return _mm512_and_si512(loaded(p, left), mask); }
 };

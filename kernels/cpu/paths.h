@@ -9,14 +9,14 @@
 #if WIDE
 // The number at each of sixty-four places among 256.
 struct Levels {
-    __m512i table[4], odd;
+    __m512i table[4], high;
     explicit Levels(const uint8_t *levels) {
-        uint8_t high[64];  // of even columns' words and of odd ones', in turn
-        for (int k = 0; k < 64; ++k) high[k] = (uint8_t)(k % 2 ? 64 + k : k + 1);
-        odd = _mm512_loadu_si512(high);
+        uint8_t places[64];  // of the high bytes of even columns' words and of odd ones', in turn
+        for (int k = 0; k < 64; ++k) places[k] = (uint8_t)(k % 2 ? 64 + k : k + 1);
+        high = _mm512_loadu_si512(places);
         for (int k = 0; k < 4; ++k) table[k] = _mm512_loadu_si512(levels + 64 * k);
     }
-    __m512i high_bytes(__m512i early, __m512i late) const { return _mm512_permutex2var_epi8(early, odd, late); }
+    __m512i high_bytes(__m512i even, __m512i odd) const { return _mm512_permutex2var_epi8(even, high, odd); }
     __m512i operator()(__m512i place) const {
         const __m512i low = _mm512_permutex2var_epi8(table[0], place, table[1]), high = _mm512_permutex2var_epi8(table[2], place, table[3]);
         return _mm512_mask_blend_epi8(_mm512_movepi8_mask(place), low, high);
@@ -51,9 +51,8 @@ class Path {
         const Levels level = this->level;
         uint16_t *const state = this->state;
         const uint8_t *codes = (const uint8_t *)(l.codes + v * l.words);
+        // A block after the other, for all vectors: so windows stay in registers, those of even columns and those of odd ones.
 #if WIDE
-        // A block after the other, for all vectors: so windows stay in registers. Words are those of even columns and of odd ones, and bits of
-        // other codes are in them until they are masked.
         const __m512i mask = _mm512_set1_epi16((short)kept), own = _mm512_set1_epi16((short)((1 << l.bits) - 1));
         const __m512i multiplier[2] = {_mm512_set1_epi16((short)l.first), _mm512_set1_epi16((short)l.second)};
         const unsigned bits = (unsigned)l.bits;
@@ -74,7 +73,6 @@ class Path {
             _mm512_storeu_si512(state + c, even), _mm512_storeu_si512(state + c + 32, odd);
         }
 #else
-        // A block after the other, for all vectors: so windows stay in registers.
         const __m256i mask = _mm256_set1_epi16((short)kept), high = _mm256_set1_epi16((short)0xff00);
         const __m256i multiplier[2] = {_mm256_set1_epi16((short)l.first), _mm256_set1_epi16((short)l.second)};
         const __m128i bits = _mm_cvtsi64_si128(l.bits);
@@ -108,10 +106,14 @@ class Path {
         for (int64_t u = v > reach ? v - reach : 0; u < v; ++u) pass<0>(u, 1, nullptr);
     }
 
-    // Levels of the rows of `count` vectors, at most TILE; v is where the last ones ended.
-    void next(int64_t v, int64_t count, uint8_t *out) {
+    // Levels and scales of the rows of `count` vectors, TILE rows at most, and how many they are (the last vector may have fewer); v is where the
+    // last ones ended.
+    int64_t next(int64_t v, int64_t count, uint8_t *out, float *scale) {
+        const int64_t first = v * l.dim, rows = l.rows - first < count * l.dim ? l.rows - first : count * l.dim;
         if (l.dim == 1) pass<1>(v, count, out);
         else pass<2>(v, count, out);
+        scales_from(l, first, rows, scale);
+        return rows;
     }
 };
 
@@ -146,9 +148,7 @@ struct Paths : Rows {
         uint8_t *level = arena.take<uint8_t>(TILE * in.stride);
         float scale[LANES], *sums = arena.zeros<float>(TILE * 4 * LANES);
         for (int64_t v = begin, o = begin * l.dim; v < end; v += TILE / l.dim, o += TILE) {
-            const int64_t vectors = end - v < TILE / l.dim ? end - v : TILE / l.dim, rows = l.rows - o < vectors * l.dim ? l.rows - o : vectors * l.dim;
-            path.next(v, vectors, level);
-            scales_from(l, o, rows, scale);
+            const int64_t rows = path.next(v, end - v < TILE / l.dim ? end - v : TILE / l.dim, level, scale);
             int64_t b = 0;
             for (; b + 4 <= in.batch; b += 4) inputs<4>(o, rows, b, level, scale, sums);
             for (; b < in.batch; ++b) inputs<1>(o, rows, b, level, scale, sums);
@@ -166,11 +166,8 @@ static void decode_paths(const Layer &l, int64_t first, int64_t count, float *ou
     uint8_t *level = arena.take<uint8_t>(TILE * stride);
     float scale[LANES];
     for (int64_t begun = from; begun < to; begun += together) {
-        const int64_t vectors = to - begun < together ? to - begun : together;
-        path.next(begun, vectors, level);
         // A thread's first and last vector may have rows that are not asked for.
-        const int64_t o = begun * l.dim, rows = l.rows - o < vectors * l.dim ? l.rows - o : vectors * l.dim;
-        scales_from(l, o, rows, scale);
+        const int64_t o = begun * l.dim, rows = path.next(begun, to - begun < together ? to - begun : together, level, scale);
         for (int64_t r = o < first ? first - o : 0; r < rows && o + r < first + count; ++r) {
             const uint8_t *of = level + r * stride;
             float *row = out + (o + r - first) * l.columns;
