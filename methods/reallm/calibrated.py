@@ -111,7 +111,6 @@ class Calibrated(SharedCodebooks, UnderHessian):
             latent = quantise_vectors(rest_OI, packed, feedback, damped_II, refit=self.refit, seed=data.seed)
         packed.fill(**adapters, **latent)
         if packed.rank:
-            latent_OI = packed.decode() - lowrank_OI
-            adapters, _ = lowrank_part(target_OI - latent_OI, packed, whitener_II, data.seed)
-            packed.fill(**adapters, **latent)
+            adapters, _ = lowrank_part(target_OI - packed.decode_base(), packed, whitener_II, data.seed)
+            packed.refill(**adapters)
         return Compressed(packed, {"dead_columns": feedback.dead, "damp": feedback.damp})

@@ -13,11 +13,11 @@ from methods import parse_method
 from methods.base import LayerData, Sensitivity
 from methods.codecs.column_order import greedy_order
 from methods.codecs.conv_training import unlikeness
-from methods.codecs.error_feedback import layer_error, prepare
+from methods.codecs.error_feedback import layer_error, prepare, shrunk
 from methods.codecs.kmeans import kmeans, nearest
 from methods.codecs.svd import lowrank_part, svd_factors
 from methods.codecs.vector import absmax_scales, fit_codebook, from_vectors, refit_codebook, to_vectors
-from methods.codecs.vector_feedback import assign
+from methods.codecs.vector_feedback import assign, damped_hessian
 from tests.helpers import decode_uniform, hessian_of
 
 
@@ -171,20 +171,20 @@ def test_a_convolutional_decoder_is_on_offer_where_rows_are_alike(weights, weigh
 def test_the_low_rank_part_sees_what_the_latent_leaves(weight, latent, monkeypatch):
     """Under the layer's own objective, against the part that the latent was fitted beside."""
     method, layer = parse_method(f"reallm:latent={latent},window=8,rank=4"), LayerSpec("l", "l", 192, 576, bias=False)
-    config = next(c for c in method.candidates(layer) if c.format == "trellis" or c["dim"] == c["index_bits"] / 3 == 2)
-    fitted = []
+    offered = method.candidates(layer)
+    config = next(c for c in offered if c.format == "trellis" or (c["dim"], c["index_bits"]) == (2, 6))
+    hessian, fitted = hessian_of(576), []
+    known = shrunk(hessian, method.shrink)
+    damped = damped_hessian(known, prepare(known, act_order=True, damp=method.damp))
 
     def first_alone(*arguments):
         fitted.append(lowrank_part(*arguments))
         return fitted[0]
 
     def error():
-        damped = hessian + (0.15 + 0.1 * hessian.diagonal().mean() / hessian.diagonal()) * hessian.diagonal().diag()
-        return layer_error(
-            weight, method.compress(LayerData(weight, 0, hessian), layer, config).packed.decode(), damped
-        )
+        packed = method.compress(LayerData(weight, 0, hessian), layer, config).packed
+        return layer_error(weight, packed.decode(), damped)
 
-    hessian = hessian_of(576)
     again = error()
     monkeypatch.setattr("methods.reallm.calibrated.lowrank_part", first_alone)
     assert again < 0.998 * error() and len(fitted) == 2
